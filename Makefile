@@ -1,0 +1,38 @@
+# Everything is installed into .venv on first use: Python 3.10 or newer and make are all that is needed.
+PYTHON ?= python3
+PY := .venv/bin/python
+RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: demo test test-slow style
+
+demo: .venv/installed
+	@echo "== k-NN of the untrained teacher"
+	$(PY) eval_knn.py --dataset digits --pretrained_weights none --arch vit_micro --patch_size 8 --crop_size 32
+	@echo "== pretraining on scikit-learn's digits"
+	$(PY) main_lgssl.py @recipes/digits.args --output_dir $(RUN)
+	@echo "== k-NN after training"
+	$(PY) eval_knn.py --dataset digits --pretrained_weights $(RUN)/checkpoint.pth
+	$(PY) patch_matching.py --seed 1 --output $(RUN)/matches.png
+	@echo "log $(RUN)/log.txt, checkpoint $(RUN)/checkpoint.pth, matching figure $(RUN)/matches.png, curves: .venv/bin/tensorboard --logdir runs"
+
+test: .venv/installed-dev
+	$(PY) -m pytest
+
+test-slow: .venv/installed-dev
+	$(PY) -m pytest -m slow
+
+style: .venv/installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 10) and f"error: Python 3.10 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: requirements.txt | .venv/bin/python
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

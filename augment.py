@@ -1,0 +1,194 @@
+"""Views of images: crops and flips that know where they come from, and DINO's photometric distortion.
+
+Pixels are uint8 RGB tensors [..., 3, height, width] until `normalize`. A crop's box is (top, left, height, width) in
+pixels of the image that it was cut from.
+
+Random numbers are functions of keys alone: what is drawn per image of (seed, epoch, sample index), what a batch shares
+of (seed, global step, rank). Neither the number of workers nor anything drawn before plays a part.
+"""
+
+import math
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as TF
+from torchvision.transforms import InterpolationMode
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
+# One stream of random numbers per purpose, so that drawing more in one shifts nothing in another.
+_BATCH_GEOMETRY, _IMAGE_GEOMETRY, _PHOTOMETRY = range(3)
+
+
+class View(NamedTuple):
+    """One crop of every image of a batch. G is 1 where the batch shares the crop, otherwise B."""
+
+    pixels: torch.Tensor  # uint8 [B, 3, S, S]
+    boxes: torch.Tensor  # int64 [G, 4] top, left, height, width
+    flips: torch.Tensor  # bool [G]
+
+
+def random_box(rng, height, width, scale, ratio=(3 / 4, 4 / 3)):
+    """Draw the box of torchvision's RandomResizedCrop: ten tries, then the largest central box with a permitted ratio.
+
+    Args:
+        rng: numpy Generator.
+        height, width: of the image, in pixels.
+        scale: (low, high) share of the image's area.
+        ratio: (low, high) width over height, drawn log-uniformly.
+
+    Returns:
+        (top, left, height, width)
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    h, w = height, width
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def crop_and_resize(images, box, size, flip):
+    """Cut a box out of images [..., 3, H, W], resize it (bicubic, antialiased) to size × size, flip it or not."""
+    crop = TF.resized_crop(images, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
+    return TF.horizontal_flip(crop) if flip else crop
+
+
+def distort(rng, image, blur_prob, solarize_prob):
+    """Apply DINO's photometric distortion to one image, a uint8 array [height, width, 3].
+
+    Colour jitter (brightness, contrast and saturation 0.4, hue 0.1, in random order) with probability 0.8, grayscale
+    with 0.2, Gaussian blur of 0.1 to 2 pixels, solarisation of values from 128 on.
+    """
+    if rng.random() < 0.8:
+        brightness, contrast, saturation = rng.uniform(0.6, 1.4, 3)
+        hue = rng.uniform(-0.1, 0.1)
+        image = color_jitter(image, brightness, contrast, saturation, hue, rng.permutation(4))
+    if rng.random() < 0.2:
+        image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    if rng.random() < blur_prob:
+        sigma = rng.uniform(0.1, 2.0)
+        image = cv2.GaussianBlur(image, (2 * math.ceil(3 * sigma) + 1,) * 2, sigma)
+    if rng.random() < solarize_prob:
+        image = cv2.LUT(image, np.where(_LEVELS < 128, _LEVELS, 255 - _LEVELS).astype(np.uint8))
+    return image
+
+
+def color_jitter(image, brightness, contrast, saturation, hue, order):
+    """Change the colours of a uint8 image [height, width, 3] as torchvision's ColorJitter does.
+
+    Args:
+        brightness, contrast, saturation: factors, 1 changes nothing.
+        hue: shift in turns of the colour circle, in [-0.5, 0.5].
+        order: permutation of 0 (brightness), 1 (contrast), 2 (saturation), 3 (hue): what is done first.
+    """
+    for operation in order:
+        if operation == 0:
+            image = cv2.LUT(image, _to_levels(brightness * _LEVELS))
+        elif operation == 1:  # away from or towards the mean gray of the image
+            gray = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
+            image = cv2.LUT(image, _to_levels(contrast * _LEVELS + (1 - contrast) * gray))
+        elif operation == 2:  # away from or towards the gray of each pixel
+            mix = saturation * np.eye(3) + (1 - saturation) * np.array([0.299, 0.587, 0.114])
+            image = cv2.transform(image, mix)
+        else:
+            hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+            hsv[..., 0] += np.uint8(round(hue * 256) % 256)  # wraps around, as the circle does
+            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+    return image
+
+
+_LEVELS = np.arange(256)
+
+
+def _to_levels(values):
+    return values.clip(0, 255).astype(np.uint8)
+
+
+def normalize(pixels):
+    """Turn uint8 pixels [..., 3, H, W] into float32 with ImageNet's mean and standard deviation."""
+    mean = torch.tensor(MEAN, device=pixels.device)[:, None, None]
+    std = torch.tensor(STD, device=pixels.device)[:, None, None]
+    return (pixels / 255 - mean) / std
+
+
+class MultiCrop:
+    """Turn a batch of images into two global and several local views (section 3.3; DINO's multi-crop).
+
+    Args:
+        global_size, local_size: side of the square views in pixels.
+        global_scale, local_scale: (low, high) share of the image's area.
+        local_number: number of local views.
+        flip_prob: probability of a horizontal flip.
+        geometry: "batch" shares each crop and flip among the images of a batch (section 4.1.2), which have to be of one
+            size; "image" draws them per image, of any size. Photometric distortion is drawn per image in both.
+        seed: of all random numbers.
+    """
+
+    def __init__(
+        self,
+        global_size=224,
+        local_size=96,
+        global_scale=(0.4, 1.0),
+        local_scale=(0.05, 0.4),
+        local_number=8,
+        flip_prob=0.5,
+        geometry="batch",
+        seed=0,
+    ):
+        if geometry not in ("batch", "image"):
+            raise ValueError(f"unknown geometry {geometry!r}, expected batch or image")
+        self.flip_prob, self.geometry, self.seed = flip_prob, geometry, seed
+        # (size, scale, blur probability, solarisation probability) of each view
+        self.recipes = [(global_size, global_scale, 1.0, 0.0), (global_size, global_scale, 0.1, 0.2)]
+        self.recipes += [(local_size, local_scale, 0.5, 0.0)] * local_number
+
+    def __call__(self, images, indices, epoch, step, rank=0):
+        """Return the views of a batch.
+
+        Args:
+            images: uint8 [3, H, W] each, or one tensor [B, 3, H, W].
+            indices: B sample indices, the keys of what is drawn per image.
+            epoch: from 0.
+            step, rank: the keys of what the batch shares; step counts through all epochs.
+
+        Returns:
+            list of View, the two global ones first.
+        """
+        photometry = [np.random.default_rng((_PHOTOMETRY, self.seed, epoch, i)) for i in indices]
+        if self.geometry == "batch":
+            sizes = {tuple(image.shape) for image in images}
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"geometry batch needs images of one size, found {len(sizes)}: resize them or use geometry image"
+                )
+            geometry = [np.random.default_rng((_BATCH_GEOMETRY, self.seed, step, rank))]
+            # Channels last in memory: the photometric operations work on [height, width, 3].
+            images = torch.stack(list(images)).contiguous(memory_format=torch.channels_last)
+        else:
+            geometry = [np.random.default_rng((_IMAGE_GEOMETRY, self.seed, epoch, i)) for i in indices]
+        return [self._view(images, geometry, photometry, *recipe) for recipe in self.recipes]
+
+    def _view(self, images, geometry, photometry, size, scale, blur_prob, solarize_prob):
+        boxes, flips = [], []
+        for rng, image in zip(geometry, images, strict=False):  # one for all where the batch shares its geometry
+            boxes.append(random_box(rng, *image.shape[-2:], scale))
+            flips.append(rng.random() < self.flip_prob)
+        if self.geometry == "batch":
+            crops = crop_and_resize(images, boxes[0], size, flips[0])
+        else:
+            crops = [
+                crop_and_resize(image, box, size, flip) for image, box, flip in zip(images, boxes, flips, strict=True)
+            ]
+        pixels = np.empty((len(photometry), size, size, 3), np.uint8)
+        for i, (rng, crop) in enumerate(zip(photometry, crops, strict=True)):
+            pixels[i] = distort(rng, np.ascontiguousarray(crop.permute(1, 2, 0).numpy()), blur_prob, solarize_prob)
+        return View(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(boxes), torch.tensor(flips))

@@ -1,0 +1,465 @@
+"""Pretrain a ViT by local-global matching.
+
+    python main_lgssl.py --data_path FOLDER --output_dir OUT             one process, on a GPU where there is one
+    torchrun --nproc_per_node=8 main_lgssl.py --data_path FOLDER ...     one process per GPU, or on CPU cores
+
+`--loss cls` is DINO. A run whose output folder holds a checkpoint goes on from it.
+"""
+
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from timm.optim import Lars
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+
+import checkpoints
+import utils
+from augment import MultiCrop, normalize
+from datasets import DATASETS, BatchOrder, ResizeToTensor, build_dataset
+from losses import LOSSES, LocalGlobalLoss, teacher_temperature
+from patch_matching import RULES, MatchTable, batch_table, match_views
+from utils import UserError, bool_flag, cosine_schedule, number
+from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead, architecture
+
+# Arguments that may differ when a run goes on; any other would make it another run.
+MAY_CHANGE = {
+    "data_path",
+    "download",
+    "output_dir",
+    "num_workers",
+    "log_every",
+    "saveckp_freq",
+    "dist_url",
+    "local_rank",
+}
+
+
+def parse_arguments(argv=None):
+    parser = utils.ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
+    natural, whole, amount, share = number(int, 1), number(int, 0), number(float, 0), number(float, 0, 1)
+    # fmt: off
+    add = parser.add_argument_group("method").add_argument
+    add("--loss", choices=LOSSES, default="mean", help="section 3.4; cls is DINO")
+    add("--lambda_cls", type=share, default=0.5, help="λ, the weight of CLS with --loss lambda")
+    add("--matching", choices=RULES, default="paper", help="how patches are matched, see patch_matching.py")
+    add("--geometry", choices=("batch", "image"), help="crop and flip shared by the batch (section 4.1.2), or drawn "
+        "per image as in DINO; default: batch, with --loss cls image")
+    add("--center", choices=("position", "shared"), default="position", help="one per token position, or one for all")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--arch", type=architecture, default="vit_small", help=", ".join(ARCHITECTURES))
+    add("--patch_size", type=natural, default=16, help="side of a patch in pixels")
+    add("--out_dim", type=number(int, 2), default=10000, help="K, number of prototypes")
+    add("--norm_last_layer", type=bool_flag, default=True, help="keep the prototypes' length at 1")
+    add("--use_bn_in_head", type=bool_flag, default=False, help="batch norm in the head")
+    add("--head_hidden_dim", type=natural, default=2048, help="width of the head's hidden layers")
+    add("--drop_path_rate", type=number(float, 0, 0.99), default=0.1, help="stochastic depth of the student")
+
+    add = parser.add_argument_group("teacher").add_argument
+    add("--momentum_teacher", type=share, default=0.996, help="EMA momentum at the start; it rises to 1 on a cosine")
+    add("--warmup_teacher_temp", type=number(float, 1e-6), default=0.04, help="τ_t at the start")
+    add("--teacher_temp", type=number(float, 1e-6), default=0.07, help="τ_t after its warm-up")
+    add("--warmup_teacher_temp_epochs", type=whole, default=30, help="epochs of the warm-up of τ_t")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=natural, default=200, help="passes over the data")
+    add("--batch_size_per_gpu", type=natural, default=40, help="images per process and step")
+    add("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="lars is timm's")
+    add("--lr", type=amount, default=5e-4, help="highest learning rate at a total batch of 256; scaled with the batch")
+    add("--min_lr", type=amount, default=1e-6, help="learning rate at the end, not scaled")
+    add("--warmup_epochs", type=whole, default=10, help="epochs of linear warm-up of the learning rate")
+    add("--weight_decay", type=amount, default=0.04, help="at the start")
+    add("--weight_decay_end", type=amount, default=0.4, help="at the end, on a cosine")
+    add("--clip_grad", type=amount, default=3.0, help="largest gradient norm of each parameter; 0 does not clip")
+    add("--freeze_last_layer", type=whole, default=1, help="epochs during which the prototypes stay as they are")
+    add("--precision", choices=("fp32", "bf16", "fp16"), help="default: what --use_fp16 says")
+    add("--use_fp16", type=bool_flag, help="true is fp16, false is fp32; default: true on a GPU")
+
+    add = parser.add_argument_group("views").add_argument
+    add("--image_size", type=whole, help="resize images to this side first; 0 crops them as they are "
+        "(--geometry image alone); default: 256, with --loss cls and --geometry image 0")
+    add("--global_crops_size", type=natural, default=224, help="side of the two global views in pixels")
+    add("--local_crops_size", type=natural, default=96, help="side of the local views in pixels")
+    add("--global_crops_scale", type=share, nargs=2, default=[0.4, 1.0], help="smallest and largest share of the image")
+    add("--local_crops_scale", type=share, nargs=2, default=[0.05, 0.4], help="smallest and largest share of the image")
+    add("--local_crops_number", type=whole, default=8, help="number of local views")
+    add("--flip_prob", type=share, default=0.5, help="of a horizontal flip; 0 where mirrored images are another class")
+
+    add = parser.add_argument_group("data and output").add_argument
+    add("--dataset", choices=DATASETS, default="folder", help="see datasets.py")
+    add("--data_path", help="folder of images, or of CIFAR-10")
+    add("--classes", help="file with the class folders to use, one a line")
+    add("--download", action="store_true", help="fetch CIFAR-10 where it is missing")
+    add("--output_dir", default=".", help="folder of checkpoints and logs")
+    add("--saveckp_freq", type=whole, default=20, help="keep a checkpoint every so many epochs; 0 keeps only the last")
+    add("--log_every", type=natural, default=10, help="steps between two lines of the log")
+    add("--seed", type=whole, default=0, help="of all random numbers")
+    add("--num_workers", type=whole, default=min(10, os.cpu_count()), help="data-loading processes per process")
+    add("--dist_url", default="env://", help="where the processes meet")
+    add("--local_rank", "--local-rank", type=int, help="ignored, as the environment says it")
+    # fmt: on
+    args = parser.parse_args(argv)
+    if args.geometry is None:
+        args.geometry = "image" if args.loss == "cls" else "batch"
+    if args.image_size is None:
+        args.image_size = 0 if (args.loss, args.geometry) == ("cls", "image") else 256
+    if args.precision is None:
+        args.precision = "fp16" if args.use_fp16 or (args.use_fp16 is None and torch.cuda.is_available()) else "fp32"
+    del args.use_fp16
+
+    for name in ("global_crops_size", "local_crops_size"):
+        size = getattr(args, name)
+        if size % args.patch_size:
+            nearest = max(round(size / args.patch_size), 1) * args.patch_size
+            parser.error(
+                f"--{name} {size} is not a multiple of --patch_size {args.patch_size}; the nearest is {nearest}"
+            )
+    for name in ("global_crops_scale", "local_crops_scale"):
+        low, high = getattr(args, name)
+        if not 0 < low <= high:
+            parser.error(f"--{name} {low} {high}: expected two shares above 0, the smaller first")
+    if args.geometry == "batch" and args.image_size == 0:
+        parser.error("--image_size 0 needs --geometry image: crops shared by a batch need images of one size")
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    transform = ResizeToTensor(args.image_size)
+    dataset = build_dataset(args.dataset, args.data_path, "train", transform, args.classes, args.download)
+    output_dir = Path(args.output_dir)
+    checkpoint = open_output(output_dir, vars(args))
+    rank, world_size, device = utils.init_distributed(args.dist_url)
+    batch_size = args.batch_size_per_gpu * world_size
+    if len(dataset) < batch_size:
+        raise UserError(
+            f"found {len(dataset)} images, fewer than one batch of {args.batch_size_per_gpu} in each of {world_size} "
+            "processes: give a smaller --batch_size_per_gpu"
+        )
+    if args.use_bn_in_head and world_size > 1 and device.type == "cpu":
+        raise UserError("--use_bn_in_head true needs a GPU for each of several processes: CPUs do not share batch norm")
+
+    # Data
+    multi_crop = MultiCrop(
+        args.global_crops_size,
+        args.local_crops_size,
+        args.global_crops_scale,
+        args.local_crops_scale,
+        args.local_crops_number,
+        args.flip_prob,
+        args.geometry,
+        args.seed,
+    )
+    rule = None if args.loss == "cls" else args.matching
+    order = BatchOrder(len(dataset), args.batch_size_per_gpu, rank, world_size, args.seed)
+    loader = DataLoader(
+        BatchesOfViews(dataset, multi_crop, args.patch_size, rule, rank),
+        sampler=order,
+        batch_size=None,  # a key of the order is a whole batch
+        num_workers=args.num_workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=args.num_workers > 0,
+    )
+
+    # Networks and optimizer. The teacher starts as a copy of the student.
+    def build_network(drop_path_rate):
+        build = ARCHITECTURES[args.arch]
+        backbone = build(args.patch_size, img_size=args.global_crops_size, drop_path_rate=drop_path_rate)
+        hidden = {"hidden_dim": args.head_hidden_dim}
+        head = DINOHead(backbone.embed_dim, args.out_dim, args.use_bn_in_head, args.norm_last_layer, **hidden)
+        return BackboneWithHead(backbone, head).to(device)
+
+    torch.manual_seed(args.seed)
+    student, teacher = build_network(args.drop_path_rate), build_network(0.0)
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    patches = (args.global_crops_size // args.patch_size) ** 2
+    loss_function = LocalGlobalLoss(args.out_dim, patches, args.loss, args.lambda_cls, args.center).to(device)
+    optimizer = build_optimizer(args.optimizer, student)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+
+    saved = {"student": student, "teacher": teacher, "optimizer": optimizer, "loss": loss_function, "scaler": scaler}
+    start_epoch = 0
+    if checkpoint:
+        for name, part in saved.items():
+            part.load_state_dict(checkpoint[name])
+        start_epoch = checkpoint["epoch"]
+    ddp_student = student
+    if world_size > 1:
+        if args.use_bn_in_head:
+            student.head, teacher.head = map(
+                torch.nn.SyncBatchNorm.convert_sync_batchnorm, (student.head, teacher.head)
+            )
+        ddp_student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
+
+    # Schedules, as functions of the step
+    total_steps, warmup_steps = args.epochs * len(order), args.warmup_epochs * len(order)
+    lr = args.lr * batch_size / 256
+    schedules = {
+        "lr": lambda step: cosine_schedule(step, total_steps, lr, args.min_lr, warmup_steps),
+        "wd": lambda step: cosine_schedule(step, total_steps, args.weight_decay, args.weight_decay_end),
+        "momentum": lambda step: cosine_schedule(step, total_steps, args.momentum_teacher, 1.0),
+    }
+    temperature_schedule = (args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs)
+
+    report = None
+    if rank == 0:
+        (output_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        report = utils.Report(output_dir, start_epoch, args.epochs, len(order))
+        millions = sum(p.numel() for p in student.backbone.parameters()) / 1e6
+        print(
+            f"{args.arch}/{args.patch_size} ({millions:.1f} M parameters), loss {args.loss}, {len(dataset)} images, "
+            f"batch {batch_size} on {world_size} x {device.type} in {args.precision}, {len(order)} steps an epoch"
+            + (f"; going on after epoch {start_epoch}" if checkpoint else ""),
+            flush=True,
+        )
+    for epoch in range(start_epoch, args.epochs):
+        order.epoch = epoch
+        means = train_one_epoch(
+            loader,
+            epoch,
+            ddp_student,
+            teacher,
+            loss_function,
+            optimizer,
+            scaler,
+            schedules,
+            teacher_temperature(epoch, *temperature_schedule),
+            seed=args.seed,
+            clip_grad=args.clip_grad,
+            freeze_last_layer=epoch < args.freeze_last_layer,
+            precision=args.precision,
+            device=device,
+            log_every=args.log_every,
+            report=report,
+        )
+        if rank == 0:
+            step = (epoch + 1) * len(order)
+            report.epoch(epoch, {**means, "lr": schedules["lr"](step - 1), "wd": schedules["wd"](step - 1)})
+            contents = {name: part.state_dict() for name, part in saved.items()}
+            contents |= {"epoch": epoch + 1, "step": step, "args": vars(args)}
+            checkpoints.save(contents, output_dir / "checkpoint.pth")
+            if args.saveckp_freq and (epoch + 1) % args.saveckp_freq == 0:
+                checkpoints.save(contents, output_dir / f"checkpoint{epoch + 1:04}.pth")
+    if rank == 0:
+        report.close()
+        print(f"done: {output_dir / 'checkpoint.pth'}, {output_dir / 'log.txt'}", flush=True)
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def train_one_epoch(
+    loader,
+    epoch,
+    student,
+    teacher,
+    loss_function,
+    optimizer,
+    scaler,
+    schedules,
+    temperature,
+    *,
+    seed,
+    clip_grad,
+    freeze_last_layer,
+    precision,
+    device,
+    log_every,
+    report,
+):
+    """Train for one epoch.
+
+    Args:
+        loader: gives (step, views, table) from BatchesOfViews.
+        student: BackboneWithHead, bare or wrapped for several processes.
+        schedules: functions of the step: "lr", "wd" and the EMA's "momentum".
+        temperature: τ_t.
+        seed: the key of stochastic depth beside step and rank.
+        freeze_last_layer: leave the prototypes as they are.
+        log_every: steps between two reports; the last step of an epoch always reports.
+        report: utils.Report on rank 0, otherwise None.
+
+    Returns:
+        means of the epoch over steps and processes: {"loss", "matched_patches"}
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    teacher_parameters, student_parameters = list(teacher.parameters()), list(student.parameters())
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    # [summed loss, summed matched patches per pair of views, steps] of the epoch and since the last report
+    epoch_sums, interval_sums = torch.zeros(2, 3, device=device)
+    interval_start = time.perf_counter()
+    for step, views, table in loader:
+        scheduled = {name: schedule(step) for name, schedule in schedules.items()}
+        for group in optimizer.param_groups:
+            group["lr"] = scheduled["lr"]
+            group["weight_decay"] = scheduled["wd"] if group["decay"] else 0.0
+
+        seed_networks(seed, step, rank)
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            loss = batch_loss(student, teacher, loss_function, views, table, temperature, device)
+        if not math.isfinite(loss.item()):
+            sys.exit(f"error: the loss is {loss.item()} at step {step} on rank {rank}; the last checkpoint is kept")
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        if freeze_last_layer:
+            for parameter in getattr(student, "module", student).head.last_layer.parameters():
+                parameter.grad = None
+        if clip_grad:
+            clip_each_gradient(student_parameters, clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(teacher_parameters, student_parameters, 1 - scheduled["momentum"])
+
+        images, view_pairs = len(views[0].pixels), 2 * (len(views) - 1)
+        matched = len(table.image) / (images * view_pairs) - 1
+        interval_sums += torch.stack([loss.detach(), loss.new_tensor(matched), loss.new_tensor(1)])
+        if (step + 1) % log_every == 0 or (step + 1) % len(loader) == 0:
+            steps = int(interval_sums[2])
+            epoch_sums += utils.all_reduce_mean(interval_sums)
+            seconds = (time.perf_counter() - interval_start) / steps
+            if report:
+                loss, matched = (interval_sums[:2] / steps).tolist()
+                rate = images * world_size / seconds
+                report.interval(
+                    epoch,
+                    step,
+                    seconds,
+                    {
+                        "loss": loss,
+                        **scheduled,
+                        "teacher_temp": temperature,
+                        "matched_patches": matched,
+                        "images_per_s": rate,
+                    },
+                )
+            interval_sums.zero_()
+            interval_start = time.perf_counter()
+    loss, matched, steps = epoch_sums.tolist()
+    return {"loss": loss / steps, "matched_patches": matched / steps}
+
+
+def batch_loss(student, teacher, loss_function, views, table, temperature, device):
+    """Return the loss of a batch; its views and table come from BatchesOfViews."""
+    pixels = [view.pixels.to(device, non_blocking=True) for view in views]
+    crops = [normalize(torch.cat(pixels[:2]))]  # [2B, 3, S, S]
+    if len(pixels) > 2:
+        crops.append(normalize(torch.cat(pixels[2:])))  # [LB, 3, s, s]
+    table = MatchTable(*(column.to(device, non_blocking=True) for column in table))
+    images, view_pairs = len(pixels[0]), 2 * (len(views) - 1)
+
+    with torch.no_grad():
+        if loss_function.loss == "cls":
+            teacher_z, teacher_prototypes = teacher(crops[:1], table.teacher_row)
+            teacher_mean_z = teacher_z.float().mean(0, keepdim=True)  # [1, D]
+        else:
+            all_z, teacher_prototypes = teacher(crops[:1])  # [2B(1+P), D]
+            teacher_mean_z = all_z.float().unflatten(0, (2 * images, -1)).mean(0)  # [1+P, D]
+            teacher_z = all_z[table.teacher_row]
+    student_z, student_prototypes = student(crops, table.student_row)
+
+    is_cls = table.teacher_position[table.teacher_idx] == 0
+    weight = loss_function.weights(is_cls, table.run_length, images * view_pairs)
+    return loss_function(
+        student_z,
+        teacher_z,
+        student_prototypes,
+        teacher_prototypes,
+        (table.teacher_idx, table.student_idx, weight, table.image),
+        table.teacher_position,
+        teacher_mean_z,
+        temperature,
+    )
+
+
+class BatchesOfViews(Dataset):
+    """Whole batches by their key (epoch, step, sample indices): the work of the data-loading processes.
+
+    An item is (step, views, table): the views of MultiCrop and the MatchTable of their tokens.
+
+    Args:
+        dataset: gives (image uint8 [3, H, W], label).
+        rule: of `match_views`; None matches CLS alone.
+    """
+
+    def __init__(self, dataset, multi_crop, patch_size, rule, rank):
+        self.dataset, self.multi_crop, self.patch_size, self.rule, self.rank = (
+            dataset,
+            multi_crop,
+            patch_size,
+            rule,
+            rank,
+        )
+
+    def __getitem__(self, key):
+        epoch, step, indices = key
+        images = [self.dataset[i][0] for i in indices]
+        views = self.multi_crop(images, indices, epoch, step, self.rank)
+        grids = [(view.pixels.shape[-2] // self.patch_size, view.pixels.shape[-1] // self.patch_size) for view in views]
+        boxes, flips = torch.stack([view.boxes for view in views]), torch.stack([view.flips for view in views])
+        matches = match_views(boxes, flips, grids, rule=self.rule)
+        return step, views, batch_table(matches, len(images), [1 + rows * columns for rows, columns in grids])
+
+
+def seed_networks(seed, step, rank):
+    """Make stochastic depth, the one random part of the networks, a function of (seed, step, rank)."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
+
+
+def build_optimizer(name, network):
+    """Return the optimizer, with weight decay on all but biases and 1-d parameters. Each step sets lr and decay."""
+    decayed, plain = [], []
+    for parameter_name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            (plain if parameter_name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
+    groups = [{"params": decayed, "decay": True}, {"params": plain, "decay": False, "weight_decay": 0.0}]
+    if name == "adamw":
+        return torch.optim.AdamW(groups)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0, momentum=0.9)
+    return Lars(groups)
+
+
+def clip_each_gradient(parameters, max_norm):
+    """Scale the gradient of each parameter by itself down to `max_norm`, as DINO does."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    torch._foreach_mul_(gradients, [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
+
+
+def open_output(output_dir, args):
+    """Make the output folder and return the checkpoint that it holds, or None.
+
+    Raises:
+        UserError: the folder cannot be written, or holds a run with other arguments.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to --output_dir {output_dir}: {error.strerror}") from error
+    path = output_dir / "checkpoint.pth"
+    checkpoint = checkpoints.load_file(path) if path.exists() else None
+    earlier = output_dir / "args.json"
+    if checkpoint:
+        checkpoints.refuse_other_run(checkpoint.get("args", {}), args, MAY_CHANGE, path)
+    elif earlier.exists():
+        checkpoints.refuse_other_run(json.loads(earlier.read_text()), args, MAY_CHANGE, earlier)
+    return checkpoint
+
+
+if __name__ == "__main__":
+    with utils.one_line_errors():
+        main()

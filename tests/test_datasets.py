@@ -1,0 +1,189 @@
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import IMAGENET100_CLASSES, BatchOrder, ResizeToTensor, build_dataset, read_image
+from utils import UserError
+
+
+@pytest.fixture
+def gradient():
+    """Return 8-bit RGB pixels [16, 24, 3]."""
+    y, x = np.mgrid[:16, :24]
+    return np.stack([10 * x, 15 * y, 5 * (x + y)], -1).astype(np.uint8)
+
+
+def test_plain_modes_decode_to_rgb(tmp_path, gradient):
+    image = Image.fromarray(gradient)
+    for mode in ("RGB", "L", "1", "CMYK"):
+        image.convert(mode).save(tmp_path / "i.tif")
+        read = read_image(tmp_path / "i.tif")
+        assert read.mode == "RGB"
+        assert np.array_equal(np.asarray(read), np.asarray(image.convert(mode).convert("RGB")))
+
+
+def test_palette(tmp_path, gradient):
+    image = Image.fromarray(gradient).quantize(200)
+    image.save(tmp_path / "i.png")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "i.png")), np.asarray(image.convert("RGB")))
+
+
+def test_transparent_parts_are_white(tmp_path, gradient):
+    alpha = np.zeros((16, 24, 1), np.uint8)
+    alpha[:8], alpha[8:12] = 255, 128
+    pixels = np.concatenate([gradient, alpha], -1)
+    Image.fromarray(pixels).save(tmp_path / "rgba.png")
+    Image.fromarray(pixels).convert("LA").save(tmp_path / "la.png")
+    read = np.asarray(read_image(tmp_path / "rgba.png")).astype(float)
+    assert np.array_equal(read[:8], gradient[:8])
+    assert np.abs(read[8:12] - (128.0 * gradient[8:12] + 127 * 255) / 255).max() <= 1
+    assert (read[12:] == 255).all()
+    assert (np.asarray(read_image(tmp_path / "la.png"))[12:] == 255).all()
+    palette = Image.fromarray(gradient).quantize(16)
+    palette.save(tmp_path / "p.png", transparency=palette.getpixel((0, 0)))
+    assert read_image(tmp_path / "p.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_16_bit_is_scaled(tmp_path):
+    levels = np.array([[0, 257, 32896, 65535]], np.uint16)
+    for name in ("i.png", "i.tif"):
+        Image.fromarray(levels).save(tmp_path / name)
+        assert np.asarray(read_image(tmp_path / name))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_exif_rotation(tmp_path, gradient):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise
+    Image.fromarray(gradient).save(tmp_path / "i.png", exif=exif)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "i.png")), np.rot90(gradient, -1))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n then nothing"])
+def test_unreadable_image_is_named(tmp_path, content):
+    (tmp_path / "broken.png").write_bytes(content)
+    with pytest.raises(UserError, match="cannot read image .*broken.png"):
+        build_dataset("folder", tmp_path)[0]
+
+
+def test_truncated_image_is_named(tmp_path, photographs):
+    photographs[0].save(tmp_path / "i.jpg")
+    (tmp_path / "i.jpg").write_bytes((tmp_path / "i.jpg").read_bytes()[:20000])
+    with pytest.raises(UserError, match=r"i.jpg: .*truncated"):
+        build_dataset("folder", tmp_path)[0]
+
+
+def save(path, gradient):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(gradient).save(path)
+
+
+def test_folders_flat_nested_and_split(tmp_path, gradient):
+    for name in ("flat/b.png", "flat/a.jpg", "classes/x/1.png", "classes/y/deep/er/2.PNG", "classes/top.png"):
+        save(tmp_path / name, gradient)
+    (tmp_path / "flat" / "notes.txt").write_text("no image")
+    flat = build_dataset("folder", tmp_path / "flat")
+    assert [path.name for path in flat.paths] == ["a.jpg", "b.png"]
+    assert flat.labels == [-1, -1]
+    classes = build_dataset("folder", tmp_path / "classes")
+    assert [(path.name, label) for path, label in zip(classes.paths, classes.labels, strict=True)] == [
+        ("top.png", -1),
+        ("1.png", 0),
+        ("2.PNG", 1),
+    ]
+    assert classes.classes == ["x", "y"]
+    for name in ("split/train/x/1.png", "split/val/x/2.png", "train/1.png", "other/2.png"):
+        save(tmp_path / name, gradient)
+    assert [p.name for p in build_dataset("folder", tmp_path / "split", "train").paths] == ["1.png"]
+    assert [p.name for p in build_dataset("folder", tmp_path / "split", "val").paths] == ["2.png"]
+
+
+def test_images_are_resized_to_a_square_or_kept(tmp_path, gradient):
+    save(tmp_path / "i.png", gradient)
+    image, _ = build_dataset("folder", tmp_path, transform=ResizeToTensor(20))[0]
+    expected = Image.fromarray(gradient).resize((20, 20), Image.Resampling.BILINEAR)
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected))
+    image, _ = build_dataset("folder", tmp_path, transform=ResizeToTensor(0))[0]
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), gradient)
+
+
+def test_missing_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(UserError, match="no folder .*nowhere"):
+        build_dataset("folder", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no images below"):
+        build_dataset("folder", tmp_path)
+    with pytest.raises(UserError, match="needs --data_path"):
+        build_dataset("folder")
+    with pytest.raises(UserError, match="no CIFAR-10 in .*--download"):
+        build_dataset("cifar10", tmp_path)
+
+
+def test_subset_by_a_list_of_classes(tmp_path, gradient):
+    for name in ("n01", "n02", "n03"):
+        save(tmp_path / "train" / name / "1.png", gradient)
+        save(tmp_path / "val" / name / "1.png", gradient)
+    (tmp_path / "list.txt").write_text("n03\nn01\n")
+    subset = build_dataset("folder", tmp_path, "val", classes=tmp_path / "list.txt")
+    assert [path.parent.name for path in subset.paths] == ["n03", "n01"]
+    assert subset.classes == ["n03", "n01"]
+    with pytest.raises(UserError, match="lacks 100 of the 100 class folders .* the first is n01558993"):
+        build_dataset("imagenet100", tmp_path)
+    assert len(set(IMAGENET100_CLASSES.read_text().split())) == 100
+
+
+def test_cifar10_in_its_own_format(tmp_path, gradient):
+    """The pickled batches of the archive, a few images each; only torchvision's check of their sums is left out."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    from torchvision.datasets import CIFAR10
+
+    rng = np.random.default_rng(0)
+    data = {}
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        data[name] = rng.integers(0, 256, (4, 3072), np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": data[name], "labels": [0, 1, 2, 3]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+        patch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+        train, val = (build_dataset("cifar10", tmp_path, split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (20, 4)
+    assert val.labels == [0, 1, 2, 3]
+    image, label = train[5]
+    assert np.array_equal(np.asarray(image), data["data_batch_2"][1].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert label == 1
+
+
+def test_digits_are_a_fixed_split_of_all_images():
+    train, val = build_dataset("digits", split="train"), build_dataset("digits", split="val")
+    assert (len(train), len(val)) == (1400, 397)
+    image, label = train[0]
+    assert image.size == (8, 8)
+    assert image.mode == "RGB"
+    assert 0 <= label < 10
+    assert train.images.max() == 255
+    from sklearn.datasets import load_digits
+
+    together = np.concatenate([train.images, val.images]).reshape(1797, -1)
+    every = np.round(load_digits().images * 255 / 16).reshape(1797, -1)
+    assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, every.tolist()))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_batch_order_shares_the_same_samples_among_any_number_of_processes(world_size):
+    total = 6
+    orders = [BatchOrder(20, total // world_size, rank, world_size, seed=3) for rank in range(world_size)]
+    reference = BatchOrder(20, total, seed=3)
+    seen = []
+    for epoch in (0, 1):
+        for order in (*orders, reference):
+            order.epoch = epoch
+        for *parts, whole in zip(*orders, reference, strict=True):
+            assert {part[:2] for part in parts} == {whole[:2]}
+            assert sum((part[2] for part in parts), []) == whole[2]
+            seen.append(whole)
+    assert [step for _, step, _ in seen] == list(range(6))  # 3 steps an epoch: the incomplete batch is left out
+    samples = [sum((batch[2] for batch in seen if batch[0] == epoch), []) for epoch in (0, 1)]
+    assert len(set(samples[0])) == 18
+    assert samples[0] != samples[1]

@@ -1,0 +1,104 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import eval_knn
+from datasets import build_dataset
+from eval_knn import knn_accuracy
+from features import eval_transform, extract_features
+from utils import UserError
+from vision_transformer import vit_micro
+
+
+@pytest.mark.parametrize("k", [1, 5, 10, 20, 100, 200])
+def test_golden_accuracies(golden, k):
+    data = golden("eval.npz")
+    arrays = [torch.tensor(data[name]) for name in ("knn_train", "knn_train_labels", "knn_test", "knn_test_labels")]
+    assert knn_accuracy(*arrays, k) == tuple(data["meta"]["knn_top1_top5"][str(k)])
+
+
+def naive_knn(train, train_labels, test, test_labels, k, temperature):
+    hits = np.zeros(2)
+    for feature, label in zip(test, test_labels, strict=True):
+        similarity = train @ feature
+        votes = {}
+        for i in sorted(range(len(train)), key=lambda i: -similarity[i])[:k]:
+            votes[train_labels[i]] = votes.get(train_labels[i], 0) + math.exp(similarity[i] / temperature)
+        ranked = sorted(votes, key=lambda c: -votes[c])
+        hits += label in ranked[:1], label in ranked[:5]
+    return tuple(100 * hits / len(test))
+
+
+def test_agrees_with_the_naive_protocol_in_chunks_and_for_few_images(monkeypatch):
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(8, 6))
+    labels = rng.integers(0, 8, 90)
+    features = centres[labels] + rng.normal(size=(90, 6))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    test, test_labels = features[60:83], labels[60:83]  # 23 images, fewer than DINO's 100 chunks
+    expected = naive_knn(features[:60], labels[:60], test, test_labels, 20, 0.07)
+    arrays = [torch.tensor(a) for a in (features[:60], labels[:60], test, test_labels)]
+    assert knn_accuracy(*arrays, 20) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="k is 61, expected 1 to 60"):
+        knn_accuracy(*arrays, 61)
+
+
+def test_eval_transform_is_dinos(photographs):
+    image = photographs[0]  # 640x427
+    pixels = eval_transform(224)(image)
+    resized = image.resize((256 * 640 // 427, 256), Image.Resampling.BICUBIC)
+    left = round((resized.width - 224) / 2)
+    expected = np.asarray(resized.crop((left, 16, left + 224, 240))) / 255
+    expected = (expected - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    assert pixels.shape == (3, 224, 224)
+    np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), expected, atol=1e-5)
+
+
+def test_features_keep_the_order_of_the_data_set(photo_folder):
+    dataset = build_dataset("folder", photo_folder, "train", eval_transform(32))
+    features = extract_features(lambda x: x.mean((2, 3)), dataset, torch.device("cpu"), batch_size=5, num_workers=0)
+    expected = torch.stack([image.mean((1, 2)) for image, _ in dataset])
+    torch.testing.assert_close(features, expected)
+
+
+def test_result_beside_the_checkpoint(photo_folder, tmp_path, capsys):
+    network = vit_micro(8, img_size=32).eval()
+    torch.save(
+        {"teacher": {f"backbone.{k}": v for k, v in network.state_dict().items()},
+         "args": {"arch": "vit_micro", "patch_size": 8, "global_crops_size": 32}},
+        tmp_path / "checkpoint.pth",
+    )  # fmt: skip
+    weights = tmp_path / "checkpoint.pth"
+    eval_knn.main(f"--data_path {photo_folder} --pretrained_weights {weights} --nb_knn 3 5 --num_workers 0".split())
+    result = json.loads((tmp_path / "knn_folder.json").read_text())
+    assert (result["images"], result["crop_size"]) == ({"train": 12, "val": 6}, 32)
+    arrays = []
+    for split in ("train", "val"):
+        dataset = build_dataset("folder", photo_folder, split, eval_transform(32))
+        with torch.no_grad():
+            features = torch.cat([F.normalize(network(image[None])[:, 0]) for image, _ in dataset])
+        arrays += [features.numpy(), np.array(dataset.labels)]
+    for k in (3, 5):
+        top1, _ = naive_knn(*arrays, k, 0.07)
+        assert result["knn"][str(k)]["top1"] == pytest.approx(top1)
+        assert f"k-NN (K={k}): top-1 {top1:.2f} %" in capsys.readouterr().out or k == 5
+
+
+def test_bad_input_is_named(photo_folder, tmp_path):
+    def message(*words):
+        with pytest.raises(UserError) as error:
+            eval_knn.main([*map(str, words), "--pretrained_weights", "none", "--arch", "vit_micro"])
+        return str(error.value)
+
+    assert "more than the 12 training images" in message("--data_path", photo_folder, "--nb_knn", 20)
+    assert "have no labels, expected" in message("--data_path", photo_folder / "train" / "china")
+    for name in ("train/a", "val/a", "val/b"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / name / "i.png")
+    assert "class b is in only one of" in message("--data_path", tmp_path)
+    assert "smaller than a patch of 16" in message("--data_path", photo_folder, "--crop_size", 8)

@@ -1,0 +1,133 @@
+"""The scripts as a user starts them: in processes of their own, alone and under torchrun."""
+
+import json
+import socket
+
+import pytest
+import torch
+
+from utils import UserError
+
+pytestmark = pytest.mark.slow
+
+TINY = (
+    "--arch vit_micro --patch_size 8 --image_size 40 --global_crops_size 32 --local_crops_size 16 "
+    "--local_crops_number 2 --out_dim 24 --head_hidden_dim 32 --num_workers 1 --log_every 1 --lr 0.05 "
+    "--warmup_epochs 0 --epochs 1"
+).split()
+
+
+@pytest.fixture
+def torchrun():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
+
+
+def steps(output):
+    return [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("loss", ["mean", "cls"])
+def test_two_processes_equal_one_with_twice_the_batch(photo_folder, tmp_path, run_script, torchrun, loss):
+    options = [*TINY, "--geometry", "image", "--drop_path_rate", 0, "--data_path", photo_folder, "--loss", loss]
+    run_script("main_lgssl.py", *options, "--batch_size_per_gpu", 4, "--output_dir", tmp_path / "one")
+    two = ["--batch_size_per_gpu", 2, "--output_dir", tmp_path / "two"]
+    run_script("main_lgssl.py", *options, *two, launcher=torchrun)
+    one, two = steps(tmp_path / "one"), steps(tmp_path / "two")
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["matched_patches"] == pytest.approx(b["matched_patches"])
+        assert a["lr"] == b["lr"]
+    assert abs(one[0]["loss"] - one[2]["loss"]) > 1e-3  # it did learn
+    a, b = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("one", "two"))
+    torch.testing.assert_close(a["loss"]["center"], b["loss"]["center"], rtol=0, atol=1e-4)
+    assert list(a["student"]) == list(b["student"])
+
+
+def test_knn_of_two_processes_is_that_of_one(photo_folder, tmp_path, run_script, torchrun):
+    options = ["--data_path", photo_folder, "--nb_knn", 1, 5, "--num_workers", 0, "--pretrained_weights", "none"]
+    options += ["--arch", "vit_micro", "--batch_size_per_gpu", 5, "--crop_size", 64]
+    run_script("eval_knn.py", *options, "--output", tmp_path / "one.json")
+    run_script("eval_knn.py", *options, "--output", tmp_path / "two.json", launcher=torchrun)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one["knn"] == two["knn"]
+
+
+def test_features_of_uneven_parts_keep_their_order(photo_folder, tmp_path, run_script, torchrun):
+    """7 images on 2 processes in batches of 3."""
+    script = tmp_path / "extract.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(photo_folder.parent)!r}); sys.path.insert(0, '.')\n"
+        "import torch, utils\n"
+        "from features import extract_features\n"
+        "rank, world_size, device = utils.init_distributed()\n"
+        "images = [(torch.full((3, 4, 4), float(i)), 0) for i in range(7)]\n"
+        "features = extract_features(lambda x: x.mean((2, 3)), images, device, 3, 0)\n"
+        "assert (features is None) == (rank > 0)\n"
+        f"features is None or torch.save(features, {str(tmp_path / 'features.pth')!r})\n"
+    )
+    run_script(script, launcher=torchrun)
+    features = torch.load(tmp_path / "features.pth")
+    assert torch.equal(features, torch.arange(7.0)[:, None].expand(7, 3))
+
+
+def test_papers_crops_on_photographs(photo_folder, tmp_path, run_script):
+    options = ["--data_path", photo_folder, "--arch", "vit_tiny", "--epochs", 1, "--batch_size_per_gpu", 6]
+    run_script("main_lgssl.py", *options, "--num_workers", 1, "--output_dir", tmp_path)
+    checkpoint = tmp_path / "checkpoint.pth"
+    output = run_script(
+        "eval_knn.py", "--data_path", photo_folder, "--pretrained_weights", checkpoint, "--nb_knn", 3
+    ).stdout
+    assert "k-NN (K=3): top-1" in output
+    assert json.loads((tmp_path / "knn_folder.json").read_text())["crop_size"] == 224
+
+
+def test_demo_recipe_learns(tmp_path, run_script):
+    options = [
+        "@recipes/digits.args",
+        "--epochs",
+        3,
+        "--warmup_epochs",
+        1,
+        "--output_dir",
+        tmp_path,
+        "--num_workers",
+        1,
+    ]
+    run_script("main_lgssl.py", *options)
+    losses = [json.loads(line)["train_loss"] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert losses[2] < losses[0] - 0.05
+    output = run_script(
+        "eval_knn.py", "--dataset", "digits", "--pretrained_weights", tmp_path / "checkpoint.pth"
+    ).stdout
+    assert "K=20" in output
+
+
+@pytest.mark.parametrize("script", ["main_lgssl.py", "eval_knn.py", "patch_matching.py"])
+def test_help_is_complete(run_script, script):
+    assert "default:" in run_script(script, "--help").stdout
+
+
+def test_user_errors_exit_with_2_and_one_line(photo_folder, tmp_path, run_script, torchrun):
+    (tmp_path / "bad").mkdir()
+    for i in range(4):
+        (tmp_path / "bad" / f"{i}.png").write_bytes(b"broken")
+    cases = [
+        (["main_lgssl.py", "--data_path", tmp_path / "nowhere", "--output_dir", tmp_path / "o"], "no folder"),
+        (["main_lgssl.py", *TINY, "--data_path", tmp_path / "bad", "--batch_size_per_gpu", 2, "--output_dir", tmp_path],
+         "cannot read image"),
+        (["eval_knn.py", "--dataset", "digits", "--pretrained_weights", tmp_path / "absent.pth"], "no checkpoint at"),
+    ]  # fmt: skip
+    for words, message in cases:
+        process = run_script(*words, check=False)
+        assert process.returncode == 2
+        lines = process.stderr.strip().splitlines()
+        assert len(lines) == 1, process.stderr
+        assert lines[0].startswith(f"{words[0]}: error: {message}")
+        assert UserError.__name__ not in lines[0]
+    process = run_script(*cases[1][0], check=False, launcher=torchrun, timeout=120)
+    assert process.returncode != 0
+    assert "main_lgssl.py: error: cannot read image" in process.stderr

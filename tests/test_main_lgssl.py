@@ -1,0 +1,404 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_lgssl
+from augment import MultiCrop, normalize
+from datasets import ResizeToTensor, build_dataset
+from losses import LocalGlobalLoss
+from main_lgssl import BatchesOfViews, batch_loss, build_optimizer, clip_each_gradient, parse_arguments
+from patch_matching import match_patches
+from utils import UserError
+from vision_transformer import BackboneWithHead, DINOHead, load_backbone, vit_micro
+
+TINY = [
+    "--arch",
+    "vit_micro",
+    "--patch_size",
+    "8",
+    "--image_size",
+    "40",
+    "--global_crops_size",
+    "32",
+    "--local_crops_size",
+    "16",
+    "--local_crops_number",
+    "2",
+    "--out_dim",
+    "24",
+    "--head_hidden_dim",
+    "32",
+    "--batch_size_per_gpu",
+    "4",
+    "--num_workers",
+    "0",
+    "--log_every",
+    "2",
+    "--drop_path_rate",
+    "0.2",
+]
+
+
+def train(data, output, *more):
+    main_lgssl.main([*TINY, "--data_path", str(data), "--output_dir", str(output), *map(str, more)])
+    return torch.load(output / "checkpoint.pth", weights_only=True)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- one batch
+
+
+def naive_loss(student, teacher, views, rule, temperature, loss, center):
+    """Algorithm 1 with a center [1+P, K]: all tokens through the head, then those of each pair of views selected.
+
+    Returns the loss and the mean of the teacher's logits [1+P, K].
+    """
+    kind, lambda_cls = loss
+
+    def logits(network, view):
+        z, prototypes = network([normalize(view.pixels)])
+        return (z @ prototypes.T).unflatten(0, (len(view.pixels), -1)).double()  # [B, 1+P, K]
+
+    teacher_logits, student_logits = [logits(teacher, v) for v in views[:2]], [logits(student, v) for v in views]
+    total, batch = 0, len(views[0].pixels)
+    for b in range(batch):
+        for i in range(2):
+            for j in range(len(views)):
+                if i == j:
+                    continue
+                geometry = []
+                for view in (views[i], views[j]):
+                    g = b if len(view.boxes) > 1 else 0
+                    geometry += [view.boxes[g].tolist(), bool(view.flips[g]), (view.pixels.shape[-1] // 8,) * 2]
+                idx_t, idx_s = match_patches(*geometry, rule)
+                targets = ((teacher_logits[i][b, idx_t] - center[idx_t]) / temperature).softmax(-1)
+                h = -(targets * (student_logits[j][b, idx_s] / 0.1).log_softmax(-1)).sum(-1)
+                if kind == "cls":
+                    total += h[0]
+                elif kind == "mean":
+                    total += h.mean()
+                elif kind == "sum":
+                    total += h.sum()
+                else:
+                    total += lambda_cls * h[0] + ((1 - lambda_cls) * h[1:].mean() if len(h) > 1 else 0)
+    return total / (batch * 2 * (len(views) - 1)), torch.cat(teacher_logits).mean(0)
+
+
+@pytest.mark.parametrize("geometry", ["batch", "image"])
+@pytest.mark.parametrize("loss", [("cls", 0), ("mean", 0), ("sum", 0), ("lambda", 0.2)])
+def test_batch_loss_gradient_and_center_equal_algorithm_1(photo_folder, loss, geometry):
+    torch.manual_seed(0)
+    dataset = build_dataset("folder", photo_folder, "train", ResizeToTensor(64))
+    crop = MultiCrop(32, 16, local_scale=(0.05, 0.3), local_number=3, geometry=geometry)
+    rule = None if loss[0] == "cls" else "paper"
+    _, views, table = BatchesOfViews(dataset, crop, 8, rule, 0)[0, 5, [3, 1, 8]]
+    student, teacher = (BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24, hidden_dim=32)) for _ in range(2))
+    function = LocalGlobalLoss(24, 16, *loss)
+    function.center.normal_(std=0.1)
+    center = function.center.double()
+    center = center if loss[0] != "cls" else center.expand(17, -1)
+    value = batch_loss(student, teacher, function, views, table, 0.05, torch.device("cpu"))
+    gradient = torch.autograd.grad(value, student.head.last_layer.weight_v)[0]
+    expected, mean_logits = naive_loss(student, teacher, views, rule or "paper", 0.05, loss, center)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected_gradient = torch.autograd.grad(expected, student.head.last_layer.weight_v)[0]
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-6)
+    updated = 0.9 * center + 0.1 * mean_logits
+    torch.testing.assert_close(function.center.double(), updated[: len(function.center)], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("geometry", ["batch", "image"])
+def test_views_do_not_depend_on_the_workers(photo_folder, geometry):
+    dataset = build_dataset("folder", photo_folder, "train", ResizeToTensor(64))
+    batches = BatchesOfViews(dataset, MultiCrop(32, 16, local_number=2, geometry=geometry), 8, "paper", 0)
+    keys = [(0, step, [step, 3, 7]) for step in range(4)]
+    alone = [batches[key] for key in keys]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=keys, num_workers=2)
+    for (step, views, table), (other_step, other_views, other_table) in zip(alone, loader, strict=True):
+        assert step == other_step
+        for a, b in zip((*views, table), (*other_views, other_table), strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# --- one update
+
+
+def test_each_gradient_is_clipped_by_itself():
+    generator = torch.Generator().manual_seed(0)
+    own = [torch.nn.Parameter(torch.zeros(n)) for n in (5, 50, 500)]
+    theirs = [torch.nn.Parameter(torch.zeros(n)) for n in (5, 50, 500)]
+    for a, b in zip(own, theirs, strict=True):
+        a.grad = torch.randn(a.shape, generator=generator)
+        b.grad = a.grad.clone()
+        torch.nn.utils.clip_grad_norm_([b], 3.0)
+    frozen = torch.nn.Parameter(torch.zeros(3))
+    clip_each_gradient([*own, frozen], 3.0)
+    for a, b in zip(own, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert own[2].grad.norm().item() == pytest.approx(3.0, rel=1e-4)
+
+
+def test_weight_decay_spares_biases_and_1d_parameters_alone():
+    network = BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24, hidden_dim=32))
+    decayed, plain = build_optimizer("adamw", network).param_groups
+    names = {id(p): name for name, p in network.named_parameters()}
+    decayed, plain = ({names[id(p)] for p in group["params"]} for group in (decayed, plain))
+    assert {"backbone.cls_token", "backbone.pos_embed", "head.last_layer.weight_v"} <= decayed
+    assert all(name.endswith(".bias") or "norm" in name for name in plain)
+    assert "head.last_layer.weight_g" not in decayed | plain  # it is not trained
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+def test_frozen_last_layer_and_ema(photo_folder, tmp_path, optimizer):
+    options = ("--epochs", 2, "--optimizer", optimizer, "--warmup_epochs", 1, "--momentum_teacher", 0.5)
+    first = train(photo_folder, tmp_path / "a", *options, "--freeze_last_layer", 2)["student"]
+    trained = train(photo_folder, tmp_path / "b", *options, "--freeze_last_layer", 1)
+    torch.manual_seed(0)
+    initial = BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24, hidden_dim=32)).state_dict()
+    assert torch.equal(first["head.last_layer.weight_v"], initial["head.last_layer.weight_v"])
+    assert not torch.equal(first["head.mlp.0.weight"], initial["head.mlp.0.weight"])
+    student, teacher = trained["student"], trained["teacher"]
+    name = "head.last_layer.weight_v"
+    assert not torch.equal(student[name], initial[name])
+    low, high = torch.minimum(initial[name], student[name]), torch.maximum(initial[name], student[name])
+    inside = (teacher[name] >= low - 1e-4) & (teacher[name] <= high + 1e-4)
+    assert inside.float().mean() > 0.9  # an average of where the student has been
+    assert torch.equal(student["head.last_layer.weight_g"], torch.ones(24, 1))
+
+
+def test_three_steps_are_dinos(photo_folder, tmp_path):
+    """Repeat a run of 3 steps with plain PyTorch and DINO's formulas: AdamW, clipping, schedules, EMA."""
+    trained = train(photo_folder, tmp_path, "--epochs", 1, "--drop_path_rate", 0, "--warmup_epochs", 0, "--lr", 0.05,
+                    "--freeze_last_layer", 0, "--warmup_teacher_temp_epochs", 5, "--momentum_teacher", 0.9)  # fmt: skip
+    torch.manual_seed(0)
+    student = BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24, hidden_dim=32))
+    teacher = BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24, hidden_dim=32))
+    teacher.load_state_dict(student.state_dict())
+    named = [(n, p) for n, p in student.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for n, p in named if p.ndim > 1]}, {"params": [p for n, p in named if p.ndim == 1]}]
+    optimizer = torch.optim.AdamW(groups, foreach=False)
+    dataset = build_dataset("folder", photo_folder, "train", ResizeToTensor(40))
+    batches = BatchesOfViews(dataset, MultiCrop(32, 16, local_number=2), 8, "paper", 0)
+    order = main_lgssl.BatchOrder(12, 4)
+    center = torch.zeros(17, 24, dtype=torch.float64)
+    half_cosine = (1 + np.cos(np.pi * np.arange(3) / 3)) / 2
+    lr = 1e-6 + (0.05 * 4 / 256 - 1e-6) * half_cosine
+    decay, momentum = 0.4 + (0.04 - 0.4) * half_cosine, 1 + (0.9 - 1) * half_cosine
+    for i, key in enumerate(order):
+        _, views, _ = batches[key]
+        loss, mean_logits = naive_loss(student, teacher, views, "paper", 0.04, ("mean", 0), center)
+        center = 0.9 * center + 0.1 * mean_logits.detach()
+        optimizer.zero_grad()
+        loss.backward()
+        for _, parameter in named:
+            torch.nn.utils.clip_grad_norm_([parameter], 3.0)
+        optimizer.param_groups[0].update(lr=lr[i], weight_decay=decay[i])
+        optimizer.param_groups[1].update(lr=lr[i], weight_decay=0)
+        optimizer.step()
+        with torch.no_grad():
+            for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
+                t.copy_(momentum[i] * t + (1 - momentum[i]) * s)
+    for network, name in ((student, "student"), (teacher, "teacher")):
+        for key, value in network.state_dict().items():
+            torch.testing.assert_close(trained[name][key], value, rtol=1e-2, atol=2e-4, msg=f"{name} {key}")
+    torch.testing.assert_close(trained["loss"]["center"].double(), center, rtol=0, atol=1e-4)
+
+
+# --- whole runs
+
+
+def test_a_run_writes_what_others_read(photo_folder, tmp_path, capsys):
+    checkpoint = train(photo_folder, tmp_path, "--epochs", 2, "--saveckp_freq", 1)
+    assert set(checkpoint) == {"student", "teacher", "optimizer", "loss", "scaler", "epoch", "step", "args"}
+    assert (checkpoint["epoch"], checkpoint["step"]) == (2, 6)
+    assert {p.name for p in tmp_path.glob("*.pth")} == {"checkpoint.pth", "checkpoint0001.pth", "checkpoint0002.pth"}
+    # As DINO's evaluation scripts strip the names.
+    teacher = {k.replace("module.", "").replace("backbone.", ""): v for k, v in checkpoint["teacher"].items()}
+    assert set(vit_micro(8).state_dict()) <= set(teacher)
+    load_backbone(tmp_path / "checkpoint.pth")
+
+    epochs, steps = read(tmp_path / "log.txt"), read(tmp_path / "steps.jsonl")
+    assert [entry["epoch"] for entry in epochs] == [0, 1]
+    assert {"train_loss", "train_lr", "train_wd", "epoch"} <= set(epochs[0])
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 5]  # every 2 steps, and the last of an epoch
+    assert np.mean([2 * steps[0]["loss"], steps[1]["loss"]]) * 2 / 3 == pytest.approx(epochs[0]["train_loss"])
+    assert {"loss", "lr", "wd", "momentum", "teacher_temp", "matched_patches", "images_per_s"} <= set(steps[0])
+    assert 0 < steps[0]["matched_patches"] <= 16
+    assert list((tmp_path / "tb").glob("events*"))
+    assert json.loads((tmp_path / "args.json").read_text())["arch"] == "vit_micro"
+    output = capsys.readouterr().out
+    assert "epoch 2/2  step 6/6  loss" in output
+    assert "images/s" in output
+
+
+def test_tensorboard_holds_the_scalars(photo_folder, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(photo_folder, tmp_path, "--epochs", 1)
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    steps = read(tmp_path / "steps.jsonl")
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == [(s["step"], s["loss"]) for s in steps]
+
+
+def assert_same_state(a, b):
+    for name in ("student", "teacher", "loss"):
+        assert all(torch.equal(a[name][key], b[name][key]) for key in a[name]), name
+    for key, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(state[k], b["optimizer"]["state"][key][k]) for k in state)
+
+
+def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(photo_folder, tmp_path):
+    whole = train(photo_folder, tmp_path / "whole", "--epochs", 3, "--saveckp_freq", 2)
+    part = tmp_path / "part"
+    train(photo_folder, part, "--epochs", 3, "--saveckp_freq", 2)
+    (part / "checkpoint0002.pth").replace(part / "checkpoint.pth")  # stopped after epoch 2; logs go further
+    with (part / "log.txt").open("a") as log:
+        log.write('{"train_loss": 1.0, "ep')
+    resumed = train(photo_folder, part, "--epochs", 3, "--saveckp_freq", 1, "--num_workers", 2)
+    assert_same_state(whole, resumed)
+    assert read(part / "log.txt") == read(tmp_path / "whole" / "log.txt")
+    timeless = [[{**e, "images_per_s": 0} for e in read(p / "steps.jsonl")] for p in (part, tmp_path / "whole")]
+    assert timeless[0] == timeless[1]
+
+
+def test_other_arguments_never_overwrite_a_run(photo_folder, tmp_path):
+    train(photo_folder, tmp_path, "--epochs", 1)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    with pytest.raises(
+        UserError, match=r"checkpoint.pth is of another run: --loss mean there, sum here, --lr 0.0005 there"
+    ):
+        train(photo_folder, tmp_path, "--epochs", 1, "--loss", "sum", "--lr", 0.1)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    (tmp_path / "checkpoint.pth").unlink()  # stopped in its first epoch
+    with pytest.raises(UserError, match="args.json is of another run"):
+        train(photo_folder, tmp_path, "--epochs", 1, "--seed", 5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_trains(photo_folder, tmp_path, precision):
+    exact = train(photo_folder, tmp_path / "fp32", "--epochs", 1)
+    rounded = train(photo_folder, tmp_path / precision, "--epochs", 1, "--precision", precision)
+    losses = [read(tmp_path / p / "log.txt")[0]["train_loss"] for p in ("fp32", precision)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert rounded["student"]["head.mlp.0.weight"].dtype == exact["student"]["head.mlp.0.weight"].dtype == torch.float32
+
+
+def test_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(photo_folder, tmp_path, monkeypatch):
+    original, calls = main_lgssl.batch_loss, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        return original(*arguments) * (math.nan if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(main_lgssl, "batch_loss", poisoned)
+    with pytest.raises(SystemExit, match="the loss is nan at step 4 on rank 0"):
+        train(photo_folder, tmp_path, "--epochs", 3)
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.parametrize("loss", ["cls", "mean"])
+def test_images_of_their_own_size(photographs, tmp_path, loss):
+    for i, photo in enumerate(photographs * 2):
+        photo.resize((60 + 20 * i, 90 - 10 * i)).save(tmp_path / f"{i}.png")
+    train(tmp_path, tmp_path / "out", "--epochs", 1, "--loss", loss, "--geometry", "image", "--image_size", 0)
+
+
+def test_batch_norm_in_the_head_and_learned_norms(photo_folder, tmp_path):
+    options = ("--use_bn_in_head", "true", "--norm_last_layer", "false", "--freeze_last_layer", 0, "--warmup_epochs", 0)
+    student = train(photo_folder, tmp_path, "--epochs", 1, *options)["student"]
+    assert student["head.mlp.1.num_batches_tracked"] == 3
+    assert not torch.equal(student["head.last_layer.weight_g"], torch.ones(24, 1))
+
+
+def test_no_local_views(photo_folder, tmp_path):
+    train(photo_folder, tmp_path, "--epochs", 1, "--local_crops_number", 0)
+
+
+# --- arguments
+
+
+def test_defaults_are_the_papers():
+    args = vars(parse_arguments(["--data_path", "x"]))
+    expected = {
+        "loss": "mean", "matching": "paper", "geometry": "batch", "center": "position", "image_size": 256,
+        "out_dim": 10000,
+        "optimizer": "adamw", "lr": 5e-4, "warmup_epochs": 10, "weight_decay": 0.04, "weight_decay_end": 0.4,
+        "momentum_teacher": 0.996, "warmup_teacher_temp": 0.04, "teacher_temp": 0.07, "warmup_teacher_temp_epochs": 30,
+        "global_crops_size": 224, "local_crops_size": 96, "global_crops_scale": [0.4, 1.0],
+        "local_crops_scale": [0.05, 0.4], "local_crops_number": 8, "flip_prob": 0.5, "clip_grad": 3.0,
+    }  # fmt: skip
+    assert {name: args[name] for name in expected} == expected
+
+
+def test_defaults_that_follow_from_others():
+    assert [vars(parse_arguments(["--loss", "cls"]))[n] for n in ("geometry", "image_size")] == ["image", 0]
+    args = parse_arguments(["--loss", "cls", "--geometry", "batch"])
+    assert (args.geometry, args.image_size) == ("batch", 256)
+    assert parse_arguments(["--geometry", "image"]).image_size == 256
+    assert parse_arguments(["--use_fp16", "true"]).precision == "fp16"
+    assert parse_arguments(["--use_fp16", "false"]).precision == "fp32"
+    assert parse_arguments(["--use_fp16", "true", "--precision", "bf16"]).precision == "bf16"
+
+
+def test_a_dino_command_line_works():
+    words = (
+        "--arch deit_small --patch_size 16 --out_dim 65536 --norm_last_layer false --momentum_teacher 0.996 "
+        "--use_bn_in_head false --warmup_teacher_temp 0.04 --teacher_temp 0.04 --warmup_teacher_temp_epochs 0 "
+        "--use_fp16 true --weight_decay 0.04 --weight_decay_end 0.4 --clip_grad 0 --batch_size_per_gpu 64 --epochs 100 "
+        "--freeze_last_layer 1 --lr 0.0005 --warmup_epochs 10 --min_lr 1e-6 --optimizer adamw --drop_path_rate 0.1 "
+        "--global_crops_scale 0.25 1 --local_crops_number 8 --local_crops_scale 0.05 0.25 --data_path /x "
+        "--output_dir /y --saveckp_freq 20 --seed 0 --num_workers 10 --dist_url env:// --local_rank 0"
+    )
+    args = parse_arguments(words.split())
+    assert (args.arch, args.out_dim, args.norm_last_layer, args.precision) == ("vit_small", 65536, False, "fp16")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lambda_cls 1.5", "--lambda_cls: found '1.5', expected a number in [0, 1]"),
+        ("--global_crops_size 220", "--global_crops_size 220 is not a multiple of --patch_size 16; the nearest is 224"),
+        ("--image_size 0", "--image_size 0 needs --geometry image"),
+        ("--local_crops_scale 0.4 0.1", "--local_crops_scale 0.4 0.1: expected two shares above 0, the smaller first"),
+        ("--lossy mean", "unknown option --lossy; did you mean --loss?"),
+        ("--epochs 0", "found '0', expected a whole number of at least 1"),
+        ("--use_fp16 maybe", "'maybe' is not a switch, expected true or false"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse_arguments(words.split())
+    assert error.value.code == 2
+    text = capsys.readouterr().err
+    assert message in text
+    assert text.count("\n") == 1
+
+
+def test_bad_input_is_named_before_training(photo_folder, tmp_path):
+    def message(*words):
+        with pytest.raises(UserError) as error:
+            main_lgssl.main([*TINY, "--output_dir", str(tmp_path / "out"), *map(str, words)])
+        return str(error.value)
+
+    assert "no folder" in message("--data_path", tmp_path / "nowhere")
+    assert "found 12 images, fewer than one batch of 13 in each of 1 processes" in message(
+        "--data_path", photo_folder, "--batch_size_per_gpu", 13
+    )
+    (tmp_path / "file").write_text("")
+    assert "cannot write to --output_dir" in message(
+        "--data_path", photo_folder, "--output_dir", tmp_path / "file" / "out"
+    )
+    (tmp_path / "bad").mkdir()
+    for i in range(4):
+        Image.new("RGB", (40, 40)).save(tmp_path / "bad" / f"{i}.png")
+    (tmp_path / "bad" / "3.png").write_bytes(b"broken")
+    assert "cannot read image" in message("--data_path", tmp_path / "bad", "--epochs", 1)
+    assert "3.png" in message("--data_path", tmp_path / "bad", "--epochs", 1, "--num_workers", 1)

@@ -1,0 +1,211 @@
+import argparse
+import pickle
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import vision_transformer
+from utils import UserError
+from vision_transformer import BackboneWithHead, DINOHead, load_backbone, vit_base, vit_micro, vit_small, vit_tiny
+
+
+@pytest.fixture(scope="module")
+def made_up_tiny(golden):
+    """Return ViT-Ti/16 with the weights of golden/README.md, and the golden data."""
+    data = golden("vit_tiny16.npz")
+    network = vit_tiny(16).eval()
+    state = network.state_dict()
+    assert sorted(state) == sorted(data["meta"]["state_dict_names"])
+    for i, name in enumerate(sorted(state)):
+        values = 0.05 * np.sin(0.7 * np.arange(state[name].numel()) + 1.3 * i)
+        values += "norm" in name and name.endswith("weight")
+        state[name] = torch.tensor(values, dtype=torch.float32).view_as(state[name])
+    network.load_state_dict(state)
+    return network, data
+
+
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (96, 96), (176, 240)])
+def test_golden_tokens_and_attention(made_up_tiny, height, width):
+    network, data = made_up_tiny
+    y, x = np.mgrid[:height, :width]
+    image = torch.tensor(np.stack([np.sin(0.05 * (3 * y + 5 * x) + c) for c in range(3)])[None], dtype=torch.float32)
+    with torch.no_grad():
+        tokens = network(image)[0]
+        last4 = torch.stack([layer[0, 0] for layer in network.get_intermediate_layers(image, 4)])
+        attention = network.get_last_selfattention(image)[0, :, 0, 1:]
+    own = {"cls": tokens[0], "tokens": tokens[[1, 2, 7, -2, -1]], "cls_last4": last4, "attn": attention}
+    for name, value in own.items():
+        torch.testing.assert_close(value, torch.tensor(data[f"{name}_{height}x{width}"]), rtol=0, atol=1e-4)
+
+
+def test_remainder_is_dropped():
+    network = vit_micro(16).eval()
+    image = torch.randn(1, 3, 224, 149)
+    tokens = network(image)
+    assert tokens.shape == (1, 1 + 14 * 9, 96)
+    assert torch.equal(tokens, network(image[..., :144]))
+    assert network.get_intermediate_layers(image)[0].shape == tokens.shape
+    assert network.get_last_selfattention(image).shape == (1, 3, 127, 127)
+    with pytest.raises(ValueError, match="8x149 pixels is smaller than a patch of 16x16"):
+        network(image[:, :, :8])
+
+
+@pytest.mark.parametrize(
+    ("build", "dim", "heads", "millions"),
+    [(vit_tiny, 192, 3, 5.5), (vit_small, 384, 6, 21.7), (vit_base, 768, 12, 85.8)],
+)
+def test_sizes_are_the_papers(build, dim, heads, millions):
+    with torch.device("meta"):
+        network = build(16)
+    assert (network.embed_dim, len(network.blocks), network.blocks[0].attn.num_heads) == (dim, 12, heads)
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_initialisation_is_dinos():
+    network = vit_small(16)
+    for parameter in (network.cls_token, network.pos_embed, network.blocks[3].mlp.fc1.weight):
+        assert parameter.std().item() == pytest.approx(0.02, rel=0.15)
+    assert network.norm.eps == 1e-6
+    assert all(
+        p.abs().max() == 0 for name, p in network.named_parameters() if name.endswith(".bias") and "patch" not in name
+    )
+
+
+def test_stochastic_depth_rises_to_the_last_block():
+    network = vit_tiny(16, drop_path_rate=0.1)
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in network.blocks]
+    np.testing.assert_allclose(rates, np.linspace(0, 0.1, 12))
+    image = torch.randn(2, 3, 32, 32)
+    assert not torch.equal(network.train()(image), network(image))
+    assert torch.equal(network.eval()(image), network(image))
+
+
+def test_head_is_dinos():
+    head = DINOHead(24, 50, hidden_dim=32, bottleneck_dim=16)
+    names = [f"mlp.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")]
+    assert sorted(head.state_dict()) == sorted([*names, "last_layer.weight_g", "last_layer.weight_v"])
+    assert not head.last_layer.weight_g.requires_grad
+    assert DINOHead(24, 50, norm_last_layer=False).last_layer.weight_g.requires_grad
+    tokens = torch.randn(7, 24)
+    bottleneck = head(tokens)
+    torch.testing.assert_close(bottleneck.norm(dim=-1), torch.ones(7))
+    # PyTorch's own weight norm as the oracle of the logits.
+    linear = torch.nn.Linear(16, 50, bias=False)
+    linear.weight.data.copy_(head.last_layer.weight_v)
+    linear = torch.nn.utils.parametrizations.weight_norm(linear)
+    linear.parametrizations.weight.original0.data.fill_(1)
+    torch.testing.assert_close(bottleneck @ head.prototypes().T, linear(bottleneck))
+    normed = DINOHead(24, 50, use_bn=True)
+    assert [type(layer).__name__ for layer in normed.mlp] == ["Linear", "BatchNorm1d", "GELU"] * 2 + ["Linear"]
+
+
+def test_rows_pick_tokens_of_all_crops():
+    network = BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 20, hidden_dim=32)).eval()
+    crops = [torch.randn(4, 3, 32, 32), torch.randn(2, 3, 16, 16)]
+    everything, prototypes = network(crops)
+    assert everything.shape == (4 * 17 + 2 * 5, 256)
+    assert prototypes.shape == (20, 256)
+    rows = torch.tensor([0, 20, 70, 77])
+    torch.testing.assert_close(network(crops, rows)[0], everything[rows])
+    torch.testing.assert_close(everything[70], network([crops[1]])[0][2])
+
+
+# --- loading
+
+
+def assert_same(backbone, network):
+    for (name, own), (other, expected) in zip(backbone.state_dict().items(), network.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(own, expected)
+
+
+def test_dinos_full_checkpoint_is_read(tmp_path):
+    """As DINO saves it: wrapped networks, Namespace, and NumPy scalars in the optimizer's state."""
+    teacher, student = vit_micro(8), vit_micro(8)
+    head = DINOHead(96, 20, hidden_dim=32).state_dict()
+    contents = {
+        "student": {f"module.backbone.{k}": v for k, v in student.state_dict().items()}
+        | {f"module.head.{k}": v for k, v in head.items()},
+        "teacher": {f"backbone.{k}": v for k, v in teacher.state_dict().items()}
+        | {f"head.{k}": v for k, v in head.items()},
+        "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(0.1), "weight_decay": np.float64(0.4)}]},
+        "epoch": 3,
+        "args": argparse.Namespace(arch="vit_micro", patch_size=8, data_path="/data"),
+    }
+    torch.save(contents, tmp_path / "checkpoint.pth")
+    backbone, args = load_backbone(tmp_path / "checkpoint.pth")
+    assert_same(backbone, teacher)
+    assert not backbone.training
+    assert args["data_path"] == "/data"
+    assert_same(load_backbone(tmp_path / "checkpoint.pth", checkpoint_key="student")[0], student)
+
+
+def test_backbone_alone_is_read(tmp_path):
+    network = vit_small(16)
+    torch.save(network.state_dict(), tmp_path / "dino_deitsmall16_pretrain.pth")
+    assert_same(load_backbone(tmp_path / "dino_deitsmall16_pretrain.pth")[0], network)
+
+
+def test_timms_safetensors_are_read_and_agree(tmp_path):
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    backbone, _ = load_backbone(tmp_path / "model.safetensors", "vit_tiny")
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(image), theirs.forward_features(image), rtol=0, atol=1e-5)
+
+
+def test_grid_of_the_position_embedding_is_read_from_the_weights(tmp_path):
+    network = vit_micro(8, img_size=32)
+    torch.save({"teacher": network.state_dict(), "args": {"arch": "vit_micro", "patch_size": 8}}, tmp_path / "c.pth")
+    backbone, _ = load_backbone(tmp_path / "c.pth")
+    assert backbone.patch_embed.grid_size == (4, 4)
+    assert_same(backbone, network)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    state = vit_micro(16).state_dict()
+
+    def message(state, **options):
+        torch.save(state, tmp_path / "c.pth")
+        with pytest.raises(UserError) as error:
+            load_backbone(tmp_path / "c.pth", **{"arch": "vit_micro", **options})
+        return str(error.value)
+
+    assert "patch_embed.proj.weight is [96, 3, 16, 16], expected [96, 3, 8, 8]" in message(state, patch_size=8)
+    assert "blocks.4.norm1.weight is missing" in message(state, arch="vit_tiny")
+    assert "mask_token is not part of the network" in message({**state, "mask_token": torch.zeros(1)})
+    assert "norm.weight is missing" in message({k: v for k, v in state.items() if k != "norm.weight"})
+    assert "was made with --arch vit_tiny, found --arch vit_micro" in message(
+        {"teacher": state, "args": {"arch": "vit_tiny"}}
+    )
+    assert "has no 'teacher', found student" in message({"student": state})
+    assert "no checkpoint at" in str(pytest.raises(UserError, load_backbone, tmp_path / "absent.pth").value)
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    assert "cannot be read" in str(pytest.raises(UserError, load_backbone, tmp_path / "text.pth").value)
+
+
+class Hostile:
+    def __reduce__(self):
+        return (pytest.fail, ("a checkpoint was executed",))
+
+
+def test_a_checkpoint_that_would_execute_code_is_refused(tmp_path):
+    torch.save({"teacher": vit_micro(16).state_dict(), "args": Hostile()}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="cannot be read as a checkpoint of tensors and plain values"):
+        load_backbone(tmp_path / "c.pth")
+    (tmp_path / "d.pth").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(UserError, match="cannot be read"):
+        load_backbone(tmp_path / "d.pth")
+
+
+def test_architectures_without_patch_tokens_are_refused_by_name():
+    assert vision_transformer.architecture("deit_small") == "vit_small"
+    for name in ("resnet50", "xcit_small_12_p16"):
+        with pytest.raises(
+            UserError, match=f"no architecture {name}: convolutional and XCiT networks have no patch tokens"
+        ):
+            vision_transformer.architecture(name)

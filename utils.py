@@ -1,0 +1,219 @@
+"""Small helpers with no home elsewhere: processes, schedules, arguments, logging."""
+
+import argparse
+import contextlib
+import datetime
+import difflib
+import json
+import math
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something that the user can put right. Its text is one line: what is wrong, what was found, what is expected."""
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turn a UserError, also one that a data-loading worker raised, into one line on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        # A worker's error arrives with the worker's traceback in its text; the message is the last line.
+        message = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            # Another rank may be inside a collective, and a tidy shutdown would wait for it.
+            os._exit(2)
+        sys.exit(2)
+
+
+# --- processes
+
+
+def init_distributed(dist_url="env://"):
+    """Join the process group that torchrun describes in the environment, or run alone.
+
+    Returns:
+        (rank, world_size, device): the device is this process's GPU, or the CPU where there is none.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} on this machine has no GPU, found {torch.cuda.device_count()}: start no more"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=world_size)
+    return rank, world_size, device
+
+
+def all_reduce_mean(tensor):
+    """Replace the tensor by its mean over all processes, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+# --- schedules
+
+
+def cosine_schedule(step, total_steps, base, final, warmup_steps=0):
+    """Return the value at a step: linear from 0 to `base` during the warm-up, then half a cosine down to `final`.
+
+    As DINO's. A warm-up longer than the run is cut at the run's end.
+    """
+    if step < warmup_steps:
+        return base * step / max(warmup_steps - 1, 1)
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
+
+
+# --- arguments
+
+
+def bool_flag(text):
+    """Parse true/false, on/off, 1/0, as DINO's options do."""
+    if text.lower() in ("true", "on", "1"):
+        return True
+    if text.lower() in ("false", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is not a switch, expected true or false")
+
+
+def number(kind, low=-math.inf, high=math.inf):
+    """Return an argparse type: an int or a float in [low, high]."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            article = "a whole number" if kind is int else "a number"
+            bounds = f"of at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected {article} {bounds}")
+        return value
+
+    return parse
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default of every option that has one, unless its help does."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with argument files and one-line errors.
+
+    `@FILE` stands for the words in FILE, where `#` starts a comment. A file may include another one with `@OTHER`,
+    which is looked for beside the including file. What comes later on the command line wins.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        self.origin = {}
+
+    def parse_args(self, args=None, namespace=None):
+        words = self._expand(sys.argv[1:] if args is None else args, Path(), ())
+        namespace, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            word = unknown[0].split("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            close = difflib.get_close_matches(word, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "--help lists the options"
+            where = f" in {self.origin[unknown[0]]}" if unknown[0] in self.origin else ""
+            self.error(f"unknown option {word}{where}; {hint}")
+        return namespace
+
+    def _expand(self, words, folder, including):
+        expanded = []
+        for word in words:
+            if not word.startswith("@"):
+                expanded.append(word)
+                continue
+            path = folder / word[1:]
+            if path.resolve() in including:
+                self.error(f"argument file {path} includes itself")
+            try:
+                inner = shlex.split(path.read_text(encoding="utf-8"), comments=True)
+            except (OSError, ValueError) as error:  # ValueError: an open quotation mark, or not text
+                self.error(f"cannot read argument file {path}: {getattr(error, 'strerror', None) or error}")
+            self.origin.update((w, path) for w in inner)
+            expanded += self._expand(inner, path.parent, (*including, path.resolve()))
+        return expanded
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+# --- logging
+
+
+class Report:
+    """What a run says: a progress bar or plain lines, `log.txt`, `steps.jsonl` and TensorBoard.
+
+    `log.txt` has one line of JSON per epoch, as DINO's, `steps.jsonl` one per logging interval. The files of an earlier
+    run are cut back to where this one goes on.
+    """
+
+    def __init__(self, output_dir, start_epoch, epochs, steps_per_epoch):
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, and one process needs it
+
+        self.epochs, self.total_steps = epochs, epochs * steps_per_epoch
+        start_step = start_epoch * steps_per_epoch
+        self.epoch_log = _continue_log(output_dir / "log.txt", start_epoch)
+        self.step_log = _continue_log(output_dir / "steps.jsonl", start_epoch)
+        self.board = SummaryWriter(output_dir / "tb", purge_step=start_step)
+        self.bar = tqdm(total=self.total_steps, initial=start_step, unit="step", disable=not sys.stderr.isatty())
+
+    def interval(self, epoch, step, seconds_per_step, values):
+        """Report the mean values since the last interval, `step` being its last step."""
+        _append(self.step_log, {"epoch": epoch, "step": step, **values})
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        loss, rate = f"{values['loss']:.3f}", f"{values['images_per_s']:.0f}"
+        if self.bar.disable:
+            left = datetime.timedelta(seconds=round((self.total_steps - step - 1) * seconds_per_step))
+            place = f"epoch {epoch + 1}/{self.epochs}  step {step + 1}/{self.total_steps}"
+            print(f"{place}  loss {loss}  lr {values['lr']:.2e}  {rate} images/s  left {left}", flush=True)
+        else:
+            self.bar.set_description(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
+            self.bar.set_postfix({"loss": loss, "images/s": rate}, refresh=False)
+            self.bar.update(step + 1 - self.bar.n)
+
+    def epoch(self, epoch, values):
+        """Report the means of an epoch."""
+        _append(self.epoch_log, {**{f"train_{name}": value for name, value in values.items()}, "epoch": epoch})
+
+    def close(self):
+        self.bar.close()
+        self.board.close()
+
+
+def _continue_log(path, start_epoch):
+    """Drop the lines of a log from `start_epoch` on, and return its path."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["epoch"] < start_epoch]
+    path.write_text("".join(line + "\n" for line in kept))
+    return path
+
+
+def _append(path, entry):
+    with path.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
