@@ -146,6 +146,8 @@ class MultiCrop:
     ):
         if geometry not in ("batch", "image"):
             raise ValueError(f"unknown geometry {geometry!r}, expected batch or image")
+        # A data-loading process has one core, and OpenCV's pool of threads does not survive the fork into one.
+        cv2.setNumThreads(0)
         self.flip_prob, self.geometry, self.seed = flip_prob, geometry, seed
         # (size, scale, blur probability, solarisation probability) of each view
         self.recipes = [(global_size, global_scale, 1.0, 0.0), (global_size, global_scale, 0.1, 0.2)]

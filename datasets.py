@@ -4,6 +4,7 @@ Every data set gives (image, label): the image as PIL RGB, or what `transform` m
 where there is none.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -62,13 +63,17 @@ class ImageFolder(Dataset):
         if (root / "train").is_dir() and (root / "val").is_dir():
             root = root / split
         self.transform = transform
-        folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         if classes_file is not None:
-            folders = _listed_folders(root, classes_file)
-        files = [] if classes_file is not None else sorted(root.iterdir())
-        found = [(path, -1) for path in files if _is_image(path)]
+            folders, loose = _listed_folders(root, classes_file), []
+        else:
+            entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
+            folders = [entry for entry in entries if entry.is_dir()]
+            loose = [str(entry) for entry in entries if _has_image_name(entry.name)]
+        found = [(path, -1) for path in loose]
         for label, folder in enumerate(folders):
-            found += [(path, label) for path in sorted(folder.rglob("*")) if _is_image(path)]
+            # Walking does not ask for the status of each file, of which there may be a million.
+            below = [os.path.join(top, name) for top, _, names in os.walk(folder, followlinks=True) for name in names]
+            found += [(path, label) for path in sorted(below) if _has_image_name(os.path.basename(path))]
         if not found:
             raise UserError(f"no images below {root}, expected files that end in {' '.join(IMAGE_SUFFIXES)}")
         self.paths, self.labels = [path for path, _ in found], [label for _, label in found]
@@ -131,8 +136,8 @@ def _listed_folders(root, classes_file):
     return [root / name for name in names]
 
 
-def _is_image(path):
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+def _has_image_name(name):
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 def read_image(path):

@@ -93,8 +93,9 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    torch.manual_seed(0)  # of a random network, the same in all processes
-    backbone, made_with = load_backbone(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
+    torch.manual_seed(0)  # a random network is the one that main_lgssl.py starts from, in all processes
+    model = (args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
+    backbone, made_with = load_backbone(*model, img_size=args.crop_size or 224)
     crop_size = args.crop_size or made_with.get("global_crops_size", 224)
     patch_size = backbone.patch_embed.patch_size[0]
     if crop_size < patch_size:
@@ -104,7 +105,7 @@ def main(argv=None):
         parts[split] = build_dataset(
             args.dataset, args.data_path, split, eval_transform(crop_size), args.classes, args.download
         )
-    refuse_unlabelled(parts, args.dataset, args.data_path)
+    check_parts(parts, args.data_path)
     if max(args.nb_knn) > len(parts["train"]):
         raise UserError(f"--nb_knn {max(args.nb_knn)} is more than the {len(parts['train'])} training images")
     output = args.output
@@ -141,8 +142,12 @@ def main(argv=None):
         dist.destroy_process_group()
 
 
-def refuse_unlabelled(parts, name, data_path):
-    """Check that both parts have labels, and mean the same classes by them."""
+def check_parts(parts, data_path):
+    """Check that the two parts are two, have labels, and mean the same classes by them."""
+    if getattr(parts["train"], "paths", None) == getattr(parts["val"], "paths", ()):
+        raise UserError(
+            f"{data_path} has no subfolders train and val, expected {data_path}/train/CLASS/IMAGE and .../val/..."
+        )
     for split, part in parts.items():
         if min(part.labels) < 0:
             raise UserError(

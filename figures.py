@@ -92,7 +92,7 @@ def draw_matches(image, crops, boxes, flips, patch_size, idx_a, idx_b):
             row, column = divmod(token - 1, columns)
             x, y = column * patch_size - 0.5, row * patch_size - 0.5
             fill = colormaps["plasma"](number / (matched + 1))
-            axis.add_patch(Rectangle((x, y), patch_size, patch_size, facecolor=fill, alpha=0.35, edgecolor="none"))
+            axis.add_patch(Rectangle((x, y), patch_size, patch_size, facecolor=fill, alpha=0.28, edgecolor="none"))
             centre = (x + patch_size / 2, y + patch_size / 2)
             outline = [withStroke(linewidth=1.2, foreground="black")]
             axis.annotate(

@@ -32,16 +32,7 @@ from utils import UserError, bool_flag, cosine_schedule, number
 from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead, architecture
 
 # Arguments that may differ when a run goes on; any other would make it another run.
-MAY_CHANGE = {
-    "data_path",
-    "download",
-    "output_dir",
-    "num_workers",
-    "log_every",
-    "saveckp_freq",
-    "dist_url",
-    "local_rank",
-}
+MAY_CHANGE = "data_path download output_dir num_workers log_every saveckp_freq dist_url local_rank".split()
 
 
 def parse_arguments(argv=None):
@@ -101,7 +92,7 @@ def parse_arguments(argv=None):
     add("--classes", help="file with the class folders to use, one a line")
     add("--download", action="store_true", help="fetch CIFAR-10 where it is missing")
     add("--output_dir", default=".", help="folder of checkpoints and logs")
-    add("--saveckp_freq", type=whole, default=20, help="keep a checkpoint every so many epochs; 0 keeps only the last")
+    add("--saveckp_freq", type=whole, default=20, help="epochs between two checkpoints that are kept; 0 keeps the last")
     add("--log_every", type=natural, default=10, help="steps between two lines of the log")
     add("--seed", type=whole, default=0, help="of all random numbers")
     add("--num_workers", type=whole, default=min(10, os.cpu_count()), help="data-loading processes per process")
@@ -249,8 +240,8 @@ def main(argv=None):
             contents = {name: part.state_dict() for name, part in saved.items()}
             contents |= {"epoch": epoch + 1, "step": step, "args": vars(args)}
             checkpoints.save(contents, output_dir / "checkpoint.pth")
-            if args.saveckp_freq and (epoch + 1) % args.saveckp_freq == 0:
-                checkpoints.save(contents, output_dir / f"checkpoint{epoch + 1:04}.pth")
+            if args.saveckp_freq and epoch % args.saveckp_freq == 0:
+                checkpoints.save(contents, output_dir / f"checkpoint{epoch:04}.pth")
     if rank == 0:
         report.close()
         print(f"done: {output_dir / 'checkpoint.pth'}, {output_dir / 'log.txt'}", flush=True)
@@ -454,7 +445,9 @@ def open_output(output_dir, args):
     checkpoint = checkpoints.load_file(path) if path.exists() else None
     earlier = output_dir / "args.json"
     if checkpoint:
-        checkpoints.refuse_other_run(checkpoint.get("args", {}), args, MAY_CHANGE, path)
+        if not {"student", "teacher", "optimizer", "loss", "scaler", "epoch", "args"} <= set(checkpoint):
+            raise UserError(f"{path} was not written by main_lgssl.py: give another --output_dir")
+        checkpoints.refuse_other_run(checkpoint["args"], args, MAY_CHANGE, path)
     elif earlier.exists():
         checkpoints.refuse_other_run(json.loads(earlier.read_text()), args, MAY_CHANGE, earlier)
     return checkpoint

@@ -186,7 +186,7 @@ class BackboneWithHead(nn.Module):
         return self.head(tokens), self.head.prototypes()
 
 
-def load_backbone(path, arch=None, patch_size=None, checkpoint_key="teacher"):
+def load_backbone(path, arch=None, patch_size=None, checkpoint_key="teacher", img_size=224):
     """Build a backbone with the weights of a file.
 
     Reads checkpoints of this repository and of DINO (whole or backbone alone), and timm's `.safetensors`. The grid of
@@ -196,6 +196,7 @@ def load_backbone(path, arch=None, patch_size=None, checkpoint_key="teacher"):
         path: the file, or "none" for a randomly initialised network.
         arch, patch_size: what the file holds; None takes them from the file where it says so, otherwise ViT-S/16.
         checkpoint_key: which network of a checkpoint that has several, "teacher" or "student".
+        img_size: side in pixels that a random network's position embedding is made for.
 
     Returns:
         (backbone, args): in evaluation mode, with the arguments of the pretraining where the file has them, else {}.
@@ -204,7 +205,7 @@ def load_backbone(path, arch=None, patch_size=None, checkpoint_key="teacher"):
         UserError: the file is no checkpoint, has no such network, or its keys or shapes do not fit.
     """
     if str(path) == "none":
-        return ARCHITECTURES[arch or "vit_small"](patch_size or 16).eval(), {}
+        return ARCHITECTURES[arch or "vit_small"](patch_size or 16, img_size=img_size).eval(), {}
     contents = load_file(path)
     args = contents.get("args", {})
     args = args if isinstance(args, dict) else vars(args)

@@ -1,4 +1,5 @@
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,10 +85,10 @@ def test_folders_flat_nested_and_split(tmp_path, gradient):
         save(tmp_path / name, gradient)
     (tmp_path / "flat" / "notes.txt").write_text("no image")
     flat = build_dataset("folder", tmp_path / "flat")
-    assert [path.name for path in flat.paths] == ["a.jpg", "b.png"]
+    assert [Path(path).name for path in flat.paths] == ["a.jpg", "b.png"]
     assert flat.labels == [-1, -1]
     classes = build_dataset("folder", tmp_path / "classes")
-    assert [(path.name, label) for path, label in zip(classes.paths, classes.labels, strict=True)] == [
+    assert [(Path(path).name, label) for path, label in zip(classes.paths, classes.labels, strict=True)] == [
         ("top.png", -1),
         ("1.png", 0),
         ("2.PNG", 1),
@@ -95,8 +96,8 @@ def test_folders_flat_nested_and_split(tmp_path, gradient):
     assert classes.classes == ["x", "y"]
     for name in ("split/train/x/1.png", "split/val/x/2.png", "train/1.png", "other/2.png"):
         save(tmp_path / name, gradient)
-    assert [p.name for p in build_dataset("folder", tmp_path / "split", "train").paths] == ["1.png"]
-    assert [p.name for p in build_dataset("folder", tmp_path / "split", "val").paths] == ["2.png"]
+    assert [Path(p).name for p in build_dataset("folder", tmp_path / "split", "train").paths] == ["1.png"]
+    assert [Path(p).name for p in build_dataset("folder", tmp_path / "split", "val").paths] == ["2.png"]
 
 
 def test_images_are_resized_to_a_square_or_kept(tmp_path, gradient):
@@ -125,7 +126,7 @@ def test_subset_by_a_list_of_classes(tmp_path, gradient):
         save(tmp_path / "val" / name / "1.png", gradient)
     (tmp_path / "list.txt").write_text("n03\nn01\n")
     subset = build_dataset("folder", tmp_path, "val", classes=tmp_path / "list.txt")
-    assert [path.parent.name for path in subset.paths] == ["n03", "n01"]
+    assert [Path(path).parent.name for path in subset.paths] == ["n03", "n01"]
     assert subset.classes == ["n03", "n01"]
     with pytest.raises(UserError, match="lacks 100 of the 100 class folders .* the first is n01558993"):
         build_dataset("imagenet100", tmp_path)

@@ -96,9 +96,10 @@ def test_bad_input_is_named(photo_folder, tmp_path):
         return str(error.value)
 
     assert "more than the 12 training images" in message("--data_path", photo_folder, "--nb_knn", 20)
-    assert "have no labels, expected" in message("--data_path", photo_folder / "train" / "china")
-    for name in ("train/a", "val/a", "val/b"):
+    assert "has no subfolders train and val" in message("--data_path", photo_folder / "train")
+    for name in ("flat/train", "flat/val", "train/a", "val/a", "val/b"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(tmp_path / name / "i.png")
+    assert "have no labels, expected" in message("--data_path", tmp_path / "flat")
     assert "class b is in only one of" in message("--data_path", tmp_path)
     assert "smaller than a patch of 16" in message("--data_path", photo_folder, "--crop_size", 8)

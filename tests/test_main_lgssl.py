@@ -218,7 +218,7 @@ def test_a_run_writes_what_others_read(photo_folder, tmp_path, capsys):
     checkpoint = train(photo_folder, tmp_path, "--epochs", 2, "--saveckp_freq", 1)
     assert set(checkpoint) == {"student", "teacher", "optimizer", "loss", "scaler", "epoch", "step", "args"}
     assert (checkpoint["epoch"], checkpoint["step"]) == (2, 6)
-    assert {p.name for p in tmp_path.glob("*.pth")} == {"checkpoint.pth", "checkpoint0001.pth", "checkpoint0002.pth"}
+    assert {p.name for p in tmp_path.glob("*.pth")} == {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth"}
     # As DINO's evaluation scripts strip the names.
     teacher = {k.replace("module.", "").replace("backbone.", ""): v for k, v in checkpoint["teacher"].items()}
     assert set(vit_micro(8).state_dict()) <= set(teacher)
@@ -258,11 +258,11 @@ def assert_same_state(a, b):
 def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(photo_folder, tmp_path):
     whole = train(photo_folder, tmp_path / "whole", "--epochs", 3, "--saveckp_freq", 2)
     part = tmp_path / "part"
-    train(photo_folder, part, "--epochs", 3, "--saveckp_freq", 2)
-    (part / "checkpoint0002.pth").replace(part / "checkpoint.pth")  # stopped after epoch 2; logs go further
+    train(photo_folder, part, "--epochs", 3, "--saveckp_freq", 1)
+    (part / "checkpoint0001.pth").replace(part / "checkpoint.pth")  # stopped after epoch 2; logs go further
     with (part / "log.txt").open("a") as log:
         log.write('{"train_loss": 1.0, "ep')
-    resumed = train(photo_folder, part, "--epochs", 3, "--saveckp_freq", 1, "--num_workers", 2)
+    resumed = train(photo_folder, part, "--epochs", 3, "--saveckp_freq", 0, "--num_workers", 2)
     assert_same_state(whole, resumed)
     assert read(part / "log.txt") == read(tmp_path / "whole" / "log.txt")
     timeless = [[{**e, "images_per_s": 0} for e in read(p / "steps.jsonl")] for p in (part, tmp_path / "whole")]
@@ -280,6 +280,20 @@ def test_other_arguments_never_overwrite_a_run(photo_folder, tmp_path):
     (tmp_path / "checkpoint.pth").unlink()  # stopped in its first epoch
     with pytest.raises(UserError, match="args.json is of another run"):
         train(photo_folder, tmp_path, "--epochs", 1, "--seed", 5)
+
+
+def test_a_checkpoint_of_another_program_is_not_overwritten(photo_folder, tmp_path):
+    torch.save({"student": {}, "args": {}}, tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match="was not written by main_lgssl.py"):
+        train(photo_folder, tmp_path, "--epochs", 1)
+
+
+def test_a_random_network_in_the_evaluation_is_the_untrained_teacher():
+    torch.manual_seed(0)
+    untrained = BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24)).backbone
+    torch.manual_seed(0)
+    evaluated, _ = load_backbone("none", "vit_micro", 8, img_size=32)
+    assert all(torch.equal(a, b) for a, b in zip(untrained.parameters(), evaluated.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

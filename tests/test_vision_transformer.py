@@ -197,7 +197,7 @@ def test_a_checkpoint_that_would_execute_code_is_refused(tmp_path):
     torch.save({"teacher": vit_micro(16).state_dict(), "args": Hostile()}, tmp_path / "c.pth")
     with pytest.raises(UserError, match="cannot be read as a checkpoint of tensors and plain values"):
         load_backbone(tmp_path / "c.pth")
-    (tmp_path / "d.pth").write_bytes(pickle.dumps(Hostile()))
+    (tmp_path / "d.pth").write_bytes(pickle.dumps(Hostile(), protocol=2))
     with pytest.raises(UserError, match="cannot be read"):
         load_backbone(tmp_path / "d.pth")
 
