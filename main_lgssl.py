@@ -419,7 +419,7 @@ def build_optimizer(name, network):
         return torch.optim.AdamW(groups)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=0, momentum=0.9)
-    return Lars(groups)
+    return Lars(groups, momentum=0.9)
 
 
 def clip_each_gradient(parameters, max_norm):

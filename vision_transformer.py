@@ -78,7 +78,7 @@ class VisionTransformer(TimmVisionTransformer):
 
 
 def vit_micro(patch_size=16, **kwargs):
-    """A ViT for quick studies, not in the paper: 4 blocks of width 96, 0.45 million parameters."""
+    """A ViT for quick studies, not in the paper: 4 blocks of width 96, about half a million parameters."""
     return VisionTransformer(patch_size=patch_size, embed_dim=96, depth=4, num_heads=3, **kwargs)
 
 
