@@ -68,7 +68,7 @@ class ImageFolder(Dataset):
         else:
             entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
             folders = [entry for entry in entries if entry.is_dir()]
-            loose = [str(entry) for entry in entries if _has_image_name(entry.name)]
+            loose = [str(entry) for entry in entries if _has_image_name(entry.name) and not entry.is_dir()]
         found = [(path, -1) for path in loose]
         for label, folder in enumerate(folders):
             # Walking does not ask for the status of each file, of which there may be a million.
@@ -114,7 +114,7 @@ def _cifar10(data_path, split, transform, download):
 
     try:
         dataset = CIFAR10(data_path, train=split == "train", transform=transform, download=download)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise UserError(
             f"no CIFAR-10 in {data_path}, expected {data_path}/cifar-10-batches-py; --download fetches it"
         ) from error
@@ -125,8 +125,8 @@ def _cifar10(data_path, split, transform, download):
 def _listed_folders(root, classes_file):
     try:
         names = Path(classes_file).read_text().split()
-    except OSError as error:
-        raise UserError(f"cannot read the list of classes {classes_file}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the list of classes {classes_file}: {error}") from error
     missing = [name for name in names if not (root / name).is_dir()]
     if not names:
         raise UserError(f"the list of classes {classes_file} is empty, expected one class folder a line")

@@ -6,6 +6,7 @@ Runs in one process or under torchrun, on GPUs or CPUs, and writes a JSON result
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -111,6 +112,8 @@ def main(argv=None):
     output = args.output
     if output is None and args.pretrained_weights != "none":
         output = Path(args.pretrained_weights).parent / f"knn_{args.dataset}.json"
+    if output is not None and not os.access(Path(output).parent, os.W_OK):
+        raise UserError(f"cannot write the result to {output}: give a file in a folder that can be written as --output")
 
     rank, world_size, device = utils.init_distributed(args.dist_url)
     backbone.to(device)

@@ -94,7 +94,7 @@ def parse_arguments(argv=None):
     add("--output_dir", default=".", help="folder of checkpoints and logs")
     add("--saveckp_freq", type=whole, default=20, help="epochs between two checkpoints that are kept; 0 keeps the last")
     add("--log_every", type=natural, default=10, help="steps between two lines of the log")
-    add("--seed", type=whole, default=0, help="of all random numbers")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all random numbers")
     add("--num_workers", type=whole, default=min(10, os.cpu_count()), help="data-loading processes per process")
     add("--dist_url", default="env://", help="where the processes meet")
     add("--local_rank", "--local-rank", type=int, help="ignored, as the environment says it")
@@ -185,6 +185,7 @@ def main(argv=None):
         for name, part in saved.items():
             part.load_state_dict(checkpoint[name])
         start_epoch = checkpoint["epoch"]
+    del checkpoint  # as large as networks and optimizer together
     ddp_student = student
     if world_size > 1:
         if args.use_bn_in_head:
@@ -211,7 +212,7 @@ def main(argv=None):
         print(
             f"{args.arch}/{args.patch_size} ({millions:.1f} M parameters), loss {args.loss}, {len(dataset)} images, "
             f"batch {batch_size} on {world_size} x {device.type} in {args.precision}, {len(order)} steps an epoch"
-            + (f"; going on after epoch {start_epoch}" if checkpoint else ""),
+            + (f"; going on after epoch {start_epoch}" if start_epoch else ""),
             flush=True,
         )
     for epoch in range(start_epoch, args.epochs):
@@ -299,14 +300,16 @@ def train_one_epoch(
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
             loss = batch_loss(student, teacher, loss_function, views, table, temperature, device)
         if not math.isfinite(loss.item()):
-            sys.exit(f"error: the loss is {loss.item()} at step {step} on rank {rank}; the last checkpoint is kept")
+            sys.exit(f"error: the loss is {loss.item()} at step {step} on rank {rank}; the weights were not saved")
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         if freeze_last_layer:
             for parameter in getattr(student, "module", student).head.last_layer.parameters():
                 parameter.grad = None
-        if clip_grad:
-            clip_each_gradient(student_parameters, clip_grad)
+        norms = clip_each_gradient(student_parameters, clip_grad)
+        # With fp16 the scaler itself leaves out such a step and lowers its scale.
+        if not scaler.is_enabled() and not torch.stack(norms).isfinite().all():
+            sys.exit(f"error: a gradient is not finite at step {step} on rank {rank}; the weights were not saved")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -423,10 +426,16 @@ def build_optimizer(name, network):
 
 
 def clip_each_gradient(parameters, max_norm):
-    """Scale the gradient of each parameter by itself down to `max_norm`, as DINO does."""
+    """Scale the gradient of each parameter by itself down to `max_norm`, as DINO does; 0 leaves them.
+
+    Returns:
+        the norms before, a list of scalars.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch._foreach_norm(gradients)
-    torch._foreach_mul_(gradients, [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
+    if max_norm:
+        torch._foreach_mul_(gradients, [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
+    return norms
 
 
 def open_output(output_dir, args):
@@ -449,7 +458,13 @@ def open_output(output_dir, args):
             raise UserError(f"{path} was not written by main_lgssl.py: give another --output_dir")
         checkpoints.refuse_other_run(checkpoint["args"], args, MAY_CHANGE, path)
     elif earlier.exists():
-        checkpoints.refuse_other_run(json.loads(earlier.read_text()), args, MAY_CHANGE, earlier)
+        try:
+            earlier_args = dict(json.loads(earlier.read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"cannot read {earlier}: remove it, or give another --output_dir") from error
+        checkpoints.refuse_other_run(earlier_args, args, MAY_CHANGE, earlier)
+    elif (output_dir / "log.txt").exists() or (output_dir / "steps.jsonl").exists():
+        raise UserError(f"{output_dir} holds logs but no run: move them, or give another --output_dir")
     return checkpoint
 
 

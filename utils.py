@@ -102,7 +102,7 @@ def number(kind, low=-math.inf, high=math.inf):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:
+        if not (low <= value <= high and math.isfinite(value)):
             article = "a whole number" if kind is int else "a number"
             bounds = f"of at least {low}" if high == math.inf else f"in [{low}, {high}]"
             raise argparse.ArgumentTypeError(f"found {text!r}, expected {article} {bounds}")

@@ -1,5 +1,6 @@
 """ViT-Tiny/Small/Base on timm's VisionTransformer, the DINO head, and loading of backbones."""
 
+import argparse
 import math
 
 import torch
@@ -208,7 +209,7 @@ def load_backbone(path, arch=None, patch_size=None, checkpoint_key="teacher", im
         return ARCHITECTURES[arch or "vit_small"](patch_size or 16, img_size=img_size).eval(), {}
     contents = load_file(path)
     args = contents.get("args", {})
-    args = args if isinstance(args, dict) else vars(args)
+    args = args if isinstance(args, dict) else vars(args) if isinstance(args, argparse.Namespace) else {}
     state = contents
     if any(isinstance(value, dict) and value for value in contents.values()) or checkpoint_key in contents:
         if checkpoint_key not in contents:
@@ -217,6 +218,8 @@ def load_backbone(path, arch=None, patch_size=None, checkpoint_key="teacher", im
                 f"{path} has no {checkpoint_key!r}, found {', '.join(networks) or 'none'}: see --checkpoint_key"
             )
         state = contents[checkpoint_key]
+    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
+        raise UserError(f"{path} holds no weights under {checkpoint_key!r}, expected names and tensors")
     state = {name.removeprefix("module.").removeprefix("backbone."): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if not name.startswith(("head.", "fc_norm."))}
     made_with = {"arch": str(args.get("arch", "")).replace("deit", "vit") or None, "patch_size": args.get("patch_size")}
@@ -225,7 +228,11 @@ def load_backbone(path, arch=None, patch_size=None, checkpoint_key="teacher", im
             raise UserError(f"{path} was made with --{name} {made_with[name]}, found --{name} {wanted}")
     arch, patch_size = arch or made_with["arch"] or "vit_small", patch_size or made_with["patch_size"] or 16
 
-    side = math.isqrt(max(state["pos_embed"].shape[1] - 1, 1)) if "pos_embed" in state else 14
+    side = (
+        math.isqrt(max(state["pos_embed"].shape[1] - 1, 1))
+        if "pos_embed" in state and state["pos_embed"].ndim == 3
+        else 14
+    )
     backbone = ARCHITECTURES[architecture(arch)](patch_size, img_size=side * patch_size)
     own = backbone.state_dict()
     problems = [f"{name} is missing" for name in own if name not in state]

@@ -282,6 +282,16 @@ def test_other_arguments_never_overwrite_a_run(photo_folder, tmp_path):
         train(photo_folder, tmp_path, "--epochs", 1, "--seed", 5)
 
 
+def test_files_of_others_in_the_output_folder_are_kept(photo_folder, tmp_path):
+    (tmp_path / "log.txt").write_text("my notes")
+    with pytest.raises(UserError, match="holds logs but no run"):
+        train(photo_folder, tmp_path, "--epochs", 1)
+    assert (tmp_path / "log.txt").read_text() == "my notes"
+    (tmp_path / "args.json").write_text('{"lr": 0.')
+    with pytest.raises(UserError, match="cannot read .*args.json"):
+        train(photo_folder, tmp_path, "--epochs", 1)
+
+
 def test_a_checkpoint_of_another_program_is_not_overwritten(photo_folder, tmp_path):
     torch.save({"student": {}, "args": {}}, tmp_path / "checkpoint.pth")
     with pytest.raises(UserError, match="was not written by main_lgssl.py"):
@@ -316,6 +326,24 @@ def test_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(photo_fold
     with pytest.raises(SystemExit, match="the loss is nan at step 4 on rank 0"):
         train(photo_folder, tmp_path, "--epochs", 3)
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
+
+
+def test_non_finite_gradient_never_reaches_a_checkpoint(photo_folder, tmp_path, monkeypatch):
+    original, calls = main_lgssl.batch_loss, []
+
+    def poisoned(*arguments):
+        loss = original(*arguments)
+        calls.append(1)
+        if len(calls) == 6:  # the last step of epoch 2
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    monkeypatch.setattr(main_lgssl, "batch_loss", poisoned)
+    with pytest.raises(SystemExit, match="a gradient is not finite at step 5 on rank 0"):
+        train(photo_folder, tmp_path, "--epochs", 3)
+    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert checkpoint["epoch"] == 1
+    assert all(value.isfinite().all() for value in checkpoint["student"].values())
 
 
 @pytest.mark.parametrize("loss", ["cls", "mean"])

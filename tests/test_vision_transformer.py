@@ -182,6 +182,9 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     assert "was made with --arch vit_tiny, found --arch vit_micro" in message(
         {"teacher": state, "args": {"arch": "vit_tiny"}}
     )
+    for foreign in ({"teacher": 3}, {"teacher": {1: torch.zeros(1)}}, {"teacher": {"pos_embed": 1}, "args": [1]}):
+        assert "holds no weights under 'teacher'" in message(foreign)
+    assert "pos_embed is [5], expected" in message({**state, "pos_embed": torch.zeros(5)})
     assert "has no 'teacher', found student" in message({"student": state})
     assert "no checkpoint at" in str(pytest.raises(UserError, load_backbone, tmp_path / "absent.pth").value)
     (tmp_path / "text.pth").write_text("not a checkpoint")
