@@ -182,6 +182,11 @@ def main(argv=None):
     saved = {"student": student, "teacher": teacher, "optimizer": optimizer, "loss": loss_function, "scaler": scaler}
     start_epoch = 0
     if checkpoint:
+        if checkpoint["batch_size"] != batch_size:
+            raise UserError(
+                f"{output_dir / 'checkpoint.pth'} was trained with {checkpoint['batch_size']} images a step, found "
+                f"{args.batch_size_per_gpu} on each of {world_size} processes: start as many processes as before"
+            )
         for name, part in saved.items():
             part.load_state_dict(checkpoint[name])
         start_epoch = checkpoint["epoch"]
@@ -237,9 +242,11 @@ def main(argv=None):
         )
         if rank == 0:
             step = (epoch + 1) * len(order)
-            report.epoch(epoch, {**means, "lr": schedules["lr"](step - 1), "wd": schedules["wd"](step - 1)})
+            for name in ("lr", "wd"):
+                means[name] = sum(map(schedules[name], range(step - len(order), step))) / len(order)
+            report.epoch(epoch, means)
             contents = {name: part.state_dict() for name, part in saved.items()}
-            contents |= {"epoch": epoch + 1, "step": step, "args": vars(args)}
+            contents |= {"epoch": epoch + 1, "step": step, "batch_size": batch_size, "args": vars(args)}
             checkpoints.save(contents, output_dir / "checkpoint.pth")
             if args.saveckp_freq and epoch % args.saveckp_freq == 0:
                 checkpoints.save(contents, output_dir / f"checkpoint{epoch:04}.pth")
@@ -272,7 +279,7 @@ def train_one_epoch(
     """Train for one epoch.
 
     Args:
-        loader: gives (step, views, table) from BatchesOfViews.
+        loader: gives (step, crops, table) from BatchesOfViews.
         student: BackboneWithHead, bare or wrapped for several processes.
         schedules: functions of the step: "lr", "wd" and the EMA's "momentum".
         temperature: τ_t.
@@ -290,7 +297,7 @@ def train_one_epoch(
     # [summed loss, summed matched patches per pair of views, steps] of the epoch and since the last report
     epoch_sums, interval_sums = torch.zeros(2, 3, device=device)
     interval_start = time.perf_counter()
-    for step, views, table in loader:
+    for step, crops, table in loader:
         scheduled = {name: schedule(step) for name, schedule in schedules.items()}
         for group in optimizer.param_groups:
             group["lr"] = scheduled["lr"]
@@ -298,7 +305,7 @@ def train_one_epoch(
 
         seed_networks(seed, step, rank)
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
-            loss = batch_loss(student, teacher, loss_function, views, table, temperature, device)
+            loss = batch_loss(student, teacher, loss_function, crops, table, temperature, device)
         if not math.isfinite(loss.item()):
             sys.exit(f"error: the loss is {loss.item()} at step {step} on rank {rank}; the weights were not saved")
         scaler.scale(loss).backward()
@@ -316,7 +323,7 @@ def train_one_epoch(
         with torch.no_grad():
             torch._foreach_lerp_(teacher_parameters, student_parameters, 1 - scheduled["momentum"])
 
-        images, view_pairs = len(views[0].pixels), 2 * (len(views) - 1)
+        images, view_pairs = count_pairs(crops)
         matched = len(table.image) / (images * view_pairs) - 1
         interval_sums += torch.stack([loss.detach(), loss.new_tensor(matched), loss.new_tensor(1)])
         if (step + 1) % log_every == 0 or (step + 1) % len(loader) == 0:
@@ -344,14 +351,18 @@ def train_one_epoch(
     return {"loss": loss / steps, "matched_patches": matched / steps}
 
 
-def batch_loss(student, teacher, loss_function, views, table, temperature, device):
-    """Return the loss of a batch; its views and table come from BatchesOfViews."""
-    pixels = [view.pixels.to(device, non_blocking=True) for view in views]
-    crops = [normalize(torch.cat(pixels[:2]))]  # [2B, 3, S, S]
-    if len(pixels) > 2:
-        crops.append(normalize(torch.cat(pixels[2:])))  # [LB, 3, s, s]
+def count_pairs(crops):
+    """Return the number of images and, for each, of pairs (teacher view, student view) in a batch of BatchesOfViews."""
+    images = len(crops[0]) // 2
+    views = sum(map(len, crops)) // images
+    return images, 2 * (views - 1)
+
+
+def batch_loss(student, teacher, loss_function, crops, table, temperature, device):
+    """Return the loss of a batch; its crops and table come from BatchesOfViews."""
+    images, view_pairs = count_pairs(crops)
+    crops = [normalize(crop.to(device, non_blocking=True)) for crop in crops]
     table = MatchTable(*(column.to(device, non_blocking=True) for column in table))
-    images, view_pairs = len(pixels[0]), 2 * (len(views) - 1)
 
     with torch.no_grad():
         if loss_function.loss == "cls":
@@ -380,7 +391,9 @@ def batch_loss(student, teacher, loss_function, views, table, temperature, devic
 class BatchesOfViews(Dataset):
     """Whole batches by their key (epoch, step, sample indices): the work of the data-loading processes.
 
-    An item is (step, views, table): the views of MultiCrop and the MatchTable of their tokens.
+    An item is (step, crops, table): the pixels of the views, uint8, as one tensor [2B, 3, S, S] of the global and one
+    [LB, 3, s, s] of the local ones, view after view, and the MatchTable of their tokens. Tensors are few, since each one
+    that a process hands over holds a file descriptor.
 
     Args:
         dataset: gives (image uint8 [3, H, W], label).
@@ -397,13 +410,20 @@ class BatchesOfViews(Dataset):
         )
 
     def __getitem__(self, key):
-        epoch, step, indices = key
-        images = [self.dataset[i][0] for i in indices]
-        views = self.multi_crop(images, indices, epoch, step, self.rank)
+        views = self.views(key)
         grids = [(view.pixels.shape[-2] // self.patch_size, view.pixels.shape[-1] // self.patch_size) for view in views]
         boxes, flips = torch.stack([view.boxes for view in views]), torch.stack([view.flips for view in views])
         matches = match_views(boxes, flips, grids, rule=self.rule)
-        return step, views, batch_table(matches, len(images), [1 + rows * columns for rows, columns in grids])
+        _, step, indices = key
+        table = batch_table(matches, len(indices), [1 + rows * columns for rows, columns in grids])
+        crops = [torch.cat([view.pixels for view in part]) for part in (views[:2], views[2:]) if part]
+        return step, crops, table
+
+    def views(self, key):
+        """Return the views of MultiCrop of a batch."""
+        epoch, step, indices = key
+        images = [self.dataset[i][0] for i in indices]
+        return self.multi_crop(images, indices, epoch, step, self.rank)
 
 
 def seed_networks(seed, step, rank):
@@ -454,7 +474,7 @@ def open_output(output_dir, args):
     checkpoint = checkpoints.load_file(path) if path.exists() else None
     earlier = output_dir / "args.json"
     if checkpoint:
-        if not {"student", "teacher", "optimizer", "loss", "scaler", "epoch", "args"} <= set(checkpoint):
+        if not {"student", "teacher", "optimizer", "loss", "scaler", "epoch", "batch_size", "args"} <= set(checkpoint):
             raise UserError(f"{path} was not written by main_lgssl.py: give another --output_dir")
         checkpoints.refuse_other_run(checkpoint["args"], args, MAY_CHANGE, path)
     elif earlier.exists():

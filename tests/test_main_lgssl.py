@@ -98,13 +98,14 @@ def test_batch_loss_gradient_and_center_equal_algorithm_1(photo_folder, loss, ge
     dataset = build_dataset("folder", photo_folder, "train", ResizeToTensor(64))
     crop = MultiCrop(32, 16, local_scale=(0.05, 0.3), local_number=3, geometry=geometry)
     rule = None if loss[0] == "cls" else "paper"
-    _, views, table = BatchesOfViews(dataset, crop, 8, rule, 0)[0, 5, [3, 1, 8]]
+    batches = BatchesOfViews(dataset, crop, 8, rule, 0)
+    views, (_, crops, table) = batches.views((0, 5, [3, 1, 8])), batches[0, 5, [3, 1, 8]]
     student, teacher = (BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24, hidden_dim=32)) for _ in range(2))
     function = LocalGlobalLoss(24, 16, *loss)
     function.center.normal_(std=0.1)
     center = function.center.double()
     center = center if loss[0] != "cls" else center.expand(17, -1)
-    value = batch_loss(student, teacher, function, views, table, 0.05, torch.device("cpu"))
+    value = batch_loss(student, teacher, function, crops, table, 0.05, torch.device("cpu"))
     gradient = torch.autograd.grad(value, student.head.last_layer.weight_v)[0]
     expected, mean_logits = naive_loss(student, teacher, views, rule or "paper", 0.05, loss, center)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -121,10 +122,9 @@ def test_views_do_not_depend_on_the_workers(photo_folder, geometry):
     keys = [(0, step, [step, 3, 7]) for step in range(4)]
     alone = [batches[key] for key in keys]
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=keys, num_workers=2)
-    for (step, views, table), (other_step, other_views, other_table) in zip(alone, loader, strict=True):
+    for (step, crops, table), (other_step, other_crops, other_table) in zip(alone, loader, strict=True):
         assert step == other_step
-        for a, b in zip((*views, table), (*other_views, other_table), strict=True):
-            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip((*crops, *table), (*other_crops, *other_table), strict=True))
 
 
 # --- one update
@@ -192,7 +192,7 @@ def test_three_steps_are_dinos(photo_folder, tmp_path):
     lr = 1e-6 + (0.05 * 4 / 256 - 1e-6) * half_cosine
     decay, momentum = 0.4 + (0.04 - 0.4) * half_cosine, 1 + (0.9 - 1) * half_cosine
     for i, key in enumerate(order):
-        _, views, _ = batches[key]
+        views = batches.views(key)
         loss, mean_logits = naive_loss(student, teacher, views, "paper", 0.04, ("mean", 0), center)
         center = 0.9 * center + 0.1 * mean_logits.detach()
         optimizer.zero_grad()
@@ -209,6 +209,12 @@ def test_three_steps_are_dinos(photo_folder, tmp_path):
         for key, value in network.state_dict().items():
             torch.testing.assert_close(trained[name][key], value, rtol=1e-2, atol=2e-4, msg=f"{name} {key}")
     torch.testing.assert_close(trained["loss"]["center"].double(), center, rtol=0, atol=1e-4)
+    # What moves the weights too little to be seen in them is compared as it was applied.
+    decayed, plain = trained["optimizer"]["param_groups"]
+    assert (decayed["lr"], plain["lr"]) == pytest.approx((lr[2], lr[2]))
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (pytest.approx(decay[2]), 0)
+    (logged,) = read(tmp_path / "log.txt")
+    assert (logged["train_lr"], logged["train_wd"]) == pytest.approx((lr.mean(), decay.mean()))
 
 
 # --- whole runs
@@ -216,7 +222,10 @@ def test_three_steps_are_dinos(photo_folder, tmp_path):
 
 def test_a_run_writes_what_others_read(photo_folder, tmp_path, capsys):
     checkpoint = train(photo_folder, tmp_path, "--epochs", 2, "--saveckp_freq", 1)
-    assert set(checkpoint) == {"student", "teacher", "optimizer", "loss", "scaler", "epoch", "step", "args"}
+    assert set(checkpoint) == {
+        *("student", "teacher", "optimizer", "loss", "scaler"),
+        *("epoch", "step", "batch_size", "args"),
+    }
     assert (checkpoint["epoch"], checkpoint["step"]) == (2, 6)
     assert {p.name for p in tmp_path.glob("*.pth")} == {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth"}
     # As DINO's evaluation scripts strip the names.
@@ -267,6 +276,14 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(photo_folder
     assert read(part / "log.txt") == read(tmp_path / "whole" / "log.txt")
     timeless = [[{**e, "images_per_s": 0} for e in read(p / "steps.jsonl")] for p in (part, tmp_path / "whole")]
     assert timeless[0] == timeless[1]
+
+
+def test_another_total_batch_is_not_resumed(photo_folder, tmp_path):
+    train(photo_folder, tmp_path, "--epochs", 1)
+    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    torch.save({**checkpoint, "batch_size": 8}, tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match="trained with 8 images a step, found 4 on each of 1 processes"):
+        train(photo_folder, tmp_path, "--epochs", 1)
 
 
 def test_other_arguments_never_overwrite_a_run(photo_folder, tmp_path):
@@ -365,6 +382,72 @@ def test_no_local_views(photo_folder, tmp_path):
 
 
 # --- arguments
+
+
+class Stop(Exception):
+    pass
+
+
+def test_every_option_reaches_what_it_is_for(tmp_path, monkeypatch):
+    """Run with all options off their defaults and look at what the parts of the training were given."""
+    given = {"networks": []}
+
+    def record(name, attribute):
+        original = getattr(main_lgssl, attribute)
+
+        def call(*arguments, **named):
+            given[name] = (*arguments, *named.values())
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(main_lgssl, attribute, call)
+
+    def build(patch_size, img_size, drop_path_rate):
+        given["networks"].append((patch_size, img_size, drop_path_rate))
+        return vit_micro(patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
+
+    monkeypatch.setitem(main_lgssl.ARCHITECTURES, "vit_micro", build)
+    for attribute in (
+        "MultiCrop",
+        "LocalGlobalLoss",
+        "DINOHead",
+        "BatchesOfViews",
+        "BatchOrder",
+        "teacher_temperature",
+    ):
+        record(attribute, attribute)
+
+    def epoch(*arguments, **named):
+        given["epoch"], given["schedules"] = named, arguments[7]
+        raise Stop
+
+    monkeypatch.setattr(main_lgssl, "train_one_epoch", epoch)
+    words = (
+        "--dataset digits --loss lambda --lambda_cls 0.3 --matching nearest --geometry image --center shared --seed 7 "
+        "--arch vit_micro --patch_size 4 --out_dim 30 --norm_last_layer false --use_bn_in_head true "
+        "--head_hidden_dim 20 --drop_path_rate 0.25 --momentum_teacher 0.9 --warmup_teacher_temp 0.05 "
+        "--teacher_temp 0.06 --warmup_teacher_temp_epochs 3 --epochs 9 --batch_size_per_gpu 128 --lr 0.1 --min_lr 0.01 "
+        "--warmup_epochs 2 --weight_decay 0.1 --weight_decay_end 0.2 --clip_grad 1.5 --freeze_last_layer 2 "
+        "--precision bf16 --image_size 40 --global_crops_size 24 --local_crops_size 12 --global_crops_scale 0.5 0.9 "
+        "--local_crops_scale 0.1 0.2 --local_crops_number 3 --flip_prob 0.2 --num_workers 0 --log_every 5"
+    )
+    with pytest.raises(Stop):
+        main_lgssl.main([*words.split(), "--output_dir", str(tmp_path)])
+    assert given["MultiCrop"] == (24, 12, [0.5, 0.9], [0.1, 0.2], 3, 0.2, "image", 7)
+    assert given["LocalGlobalLoss"] == (30, 36, "lambda", 0.3, "shared")
+    assert given["DINOHead"] == (96, 30, True, False, 20)
+    assert given["networks"] == [(4, 24, 0.25), (4, 24, 0.0)]  # the teacher has no stochastic depth
+    assert given["BatchesOfViews"][2:] == (4, "nearest", 0)
+    assert given["BatchesOfViews"][0][0][0].shape == (3, 40, 40)
+    assert given["BatchOrder"] == (1400, 128, 0, 1, 7)
+    assert given["teacher_temperature"] == (0, 0.05, 0.06, 3)
+    options = ("seed", "clip_grad", "freeze_last_layer", "precision", "log_every")
+    assert [given["epoch"][name] for name in options] == [7, 1.5, True, "bf16", 5]
+    steps, expected = 90, {"lr": (0.05, 0.01), "wd": (0.1, 0.2), "momentum": (0.9, 1.0)}
+    for name, (start, end) in expected.items():
+        schedule = given["schedules"][name]
+        assert schedule(steps) == pytest.approx(end)
+        assert schedule(20 if name == "lr" else 0) == pytest.approx(start)  # 2 epochs of warm-up
+    assert given["schedules"]["lr"](0) == 0
 
 
 def test_defaults_are_the_papers():
