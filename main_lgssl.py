@@ -392,7 +392,7 @@ class BatchesOfViews(Dataset):
     """Whole batches by their key (epoch, step, sample indices): the work of the data-loading processes.
 
     An item is (step, crops, table): the pixels of the views, uint8, as one tensor [2B, 3, S, S] of the global and one
-    [LB, 3, s, s] of the local ones, view after view, and the MatchTable of their tokens. Tensors are few, since each one
+    [LB, 3, s, s] of the local ones, view after view, and the MatchTable of their tokens. They are few, since each one
     that a process hands over holds a file descriptor.
 
     Args:
