@@ -94,7 +94,7 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    torch.manual_seed(0)  # a random network is the one that main_lgssl.py starts from, in all processes
+    torch.manual_seed(0)  # a random network is the one that main_lgssl.py --seed 0 starts from, in all processes
     model = (args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
     backbone, made_with = load_backbone(*model, img_size=args.crop_size or 224)
     crop_size = args.crop_size or made_with.get("global_crops_size", 224)

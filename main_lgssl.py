@@ -108,17 +108,7 @@ def parse_arguments(argv=None):
         args.precision = "fp16" if args.use_fp16 or (args.use_fp16 is None and torch.cuda.is_available()) else "fp32"
     del args.use_fp16
 
-    for name in ("global_crops_size", "local_crops_size"):
-        size = getattr(args, name)
-        if size % args.patch_size:
-            nearest = max(round(size / args.patch_size), 1) * args.patch_size
-            parser.error(
-                f"--{name} {size} is not a multiple of --patch_size {args.patch_size}; the nearest is {nearest}"
-            )
-    for name in ("global_crops_scale", "local_crops_scale"):
-        low, high = getattr(args, name)
-        if not 0 < low <= high:
-            parser.error(f"--{name} {low} {high}: expected two shares above 0, the smaller first")
+    parser.check_crops(args)
     if args.geometry == "batch" and args.image_size == 0:
         parser.error("--image_size 0 needs --geometry image: crops shared by a batch need images of one size")
     return args
@@ -392,7 +382,7 @@ class BatchesOfViews(Dataset):
     """Whole batches by their key (epoch, step, sample indices): the work of the data-loading processes.
 
     An item is (step, crops, table): the pixels of the views, uint8, as one tensor [2B, 3, S, S] of the global and one
-    [LB, 3, s, s] of the local ones, view after view, and the MatchTable of their tokens. They are few, since each one
+    [LB, 3, s, s] of the local ones, view after view, and the MatchTable of their tokens. Few tensors, since each one
     that a process hands over holds a file descriptor.
 
     Args:

@@ -275,15 +275,9 @@ def main(argv=None):
     )
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of boxes and flips")
     args = parser.parse_args(argv)
+    parser.check_crops(args)
+
     sizes = (args.global_crops_size, args.local_crops_size)
-    for size in sizes:
-        if size % args.patch_size:
-            parser.error(f"a crop of {size} pixels is not a multiple of --patch_size {args.patch_size}")
-
-    for low, high in (args.global_crops_scale, args.local_crops_scale):
-        if low > high:
-            parser.error(f"a scale of {low} {high}: expected the smaller share first")
-
     path = args.image or figures.example_photograph()
     scales = (args.global_crops_scale, args.local_crops_scale)
     image, crops, boxes, flips = figures.draw_two_crops(path, sizes, scales, args.seed)

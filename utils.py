@@ -158,6 +158,18 @@ class ArgumentParser(argparse.ArgumentParser):
             expanded += self._expand(inner, path.parent, (*including, path.resolve()))
         return expanded
 
+    def check_crops(self, args):
+        """Refuse crop sizes that the patch does not divide, and crop scales that are no range above 0."""
+        for name in ("global_crops_size", "local_crops_size"):
+            size, patch = getattr(args, name), args.patch_size
+            if size % patch:
+                nearest = max(round(size / patch), 1) * patch
+                self.error(f"--{name} {size} is not a multiple of --patch_size {patch}; the nearest is {nearest}")
+        for name in ("global_crops_scale", "local_crops_scale"):
+            low, high = getattr(args, name)
+            if not 0 < low <= high:
+                self.error(f"--{name} {low} {high}: expected two shares above 0, the smaller first")
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 

@@ -228,11 +228,8 @@ def load_backbone(path, arch=None, patch_size=None, checkpoint_key="teacher", im
             raise UserError(f"{path} was made with --{name} {made_with[name]}, found --{name} {wanted}")
     arch, patch_size = arch or made_with["arch"] or "vit_small", patch_size or made_with["patch_size"] or 16
 
-    side = (
-        math.isqrt(max(state["pos_embed"].shape[1] - 1, 1))
-        if "pos_embed" in state and state["pos_embed"].ndim == 3
-        else 14
-    )
+    shape = state["pos_embed"].shape if "pos_embed" in state else ()
+    side = math.isqrt(max(shape[1] - 1, 1)) if len(shape) == 3 else 14  # else: refused below
     backbone = ARCHITECTURES[architecture(arch)](patch_size, img_size=side * patch_size)
     own = backbone.state_dict()
     problems = [f"{name} is missing" for name in own if name not in state]

@@ -10,7 +10,7 @@ from PIL import Image
 import eval_knn
 from datasets import build_dataset
 from eval_knn import knn_accuracy
-from features import eval_transform, extract_features
+from features import eval_transform
 from utils import UserError
 from vision_transformer import vit_micro
 
@@ -46,24 +46,6 @@ def test_agrees_with_the_naive_protocol_in_chunks_and_for_few_images(monkeypatch
     assert knn_accuracy(*arrays, 20) == pytest.approx(expected)
     with pytest.raises(ValueError, match="k is 61, expected 1 to 60"):
         knn_accuracy(*arrays, 61)
-
-
-def test_eval_transform_is_dinos(photographs):
-    image = photographs[0]  # 640x427
-    pixels = eval_transform(224)(image)
-    resized = image.resize((256 * 640 // 427, 256), Image.Resampling.BICUBIC)
-    left = round((resized.width - 224) / 2)
-    expected = np.asarray(resized.crop((left, 16, left + 224, 240))) / 255
-    expected = (expected - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    assert pixels.shape == (3, 224, 224)
-    np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), expected, atol=1e-5)
-
-
-def test_features_keep_the_order_of_the_data_set(photo_folder):
-    dataset = build_dataset("folder", photo_folder, "train", eval_transform(32))
-    features = extract_features(lambda x: x.mean((2, 3)), dataset, torch.device("cpu"), batch_size=5, num_workers=0)
-    expected = torch.stack([image.mean((1, 2)) for image, _ in dataset])
-    torch.testing.assert_close(features, expected)
 
 
 def test_result_beside_the_checkpoint(photo_folder, tmp_path, capsys):
