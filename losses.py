@@ -4,6 +4,9 @@ With H the cross-entropy between the teacher's and the student's distribution ov
 are `sum of w * H` over the matched token pairs; `pair_weights` gives w.
 """
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -58,6 +61,8 @@ class LocalGlobalLoss(nn.Module):
             for all tokens, [1, K], as Algorithm 1 says. The loss "cls" always has one.
         student_temp: τ_s.
         center_momentum: share of the old center in the new one.
+        chunk_memory: bytes for the logits of student tokens that are worked on at a time, beside the targets of one
+            image; default 48 MiB on a CPU, 512 MiB on a GPU.
 
     Raises:
         ValueError: an unknown loss or center, or λ outside [0, 1].
@@ -74,6 +79,7 @@ class LocalGlobalLoss(nn.Module):
         center="position",
         student_temp=0.1,
         center_momentum=0.9,
+        chunk_memory=None,
     ):
         super().__init__()
         if loss not in LOSSES:
@@ -84,6 +90,7 @@ class LocalGlobalLoss(nn.Module):
             raise ValueError(f"lambda_cls is {lambda_cls}, expected a number in [0, 1]")
         self.loss, self.lambda_cls = loss, lambda_cls
         self.student_temp, self.center_momentum = student_temp, center_momentum
+        self.chunk_memory = chunk_memory
         positions = 1 + grid_tokens if center == "position" and loss != "cls" else 1
         self.register_buffer("center", torch.zeros(positions, out_dim))
 
@@ -106,6 +113,8 @@ class LocalGlobalLoss(nn.Module):
         teacher_position,
         teacher_mean_z,
         teacher_temp,
+        student_scale=None,
+        teacher_scale=None,
     ):
         """Return the loss of a batch; in training mode also update the center, for the next batch.
 
@@ -114,40 +123,208 @@ class LocalGlobalLoss(nn.Module):
             teacher_z: [Nt, D] of the teacher's; no gradient flows into them.
             student_prototypes, teacher_prototypes: [K, D].
             pairs: (teacher_idx [n], student_idx [n], weight [n], image [n]): rows of teacher_z and student_z that are
-                matched, the weight of each match, and the image that it belongs to.
-            teacher_position: [Nt] token position of each teacher row, 0 is CLS.
+                matched, the weight of each match, and the image that it belongs to. They shape the work: keep them in
+                the CPU's memory, on any device.
+            teacher_position: [Nt] token position of each teacher row, 0 is CLS; kept like `pairs`.
             teacher_mean_z: [1+P, D] mean over batch and global views of the teacher's bottleneck vectors at each
-                position, matched or not. The loss "cls" uses row 0 alone.
+                position, matched or not. The loss "cls" uses row 0 alone. None leaves the center as it is.
             teacher_temp: τ_t.
+            student_scale, teacher_scale: [K] factors of the prototypes, which need not be multiplied out; None is 1.
 
-        With prototypes = identity (D = K) the vectors are the logits.
+        The logits are `z @ (scale * prototypes).T`: with prototypes = identity (D = K) the vectors are the logits. The
+        matrix products run in the precision of the surrounding autocast, all else in fp32. The gradients are computed
+        together with the loss, so that a backward pass costs next to nothing.
         """
-        teacher_idx, student_idx, weight, _ = pairs
-        teacher_logits = F.linear(teacher_z.detach(), teacher_prototypes.detach())
-        student_logits = F.linear(student_z, student_prototypes)
-        # Distributions in full precision: the targets of a token have to sum to its weight.
-        with torch.autocast(student_z.device.type, enabled=False):
-            dtype = torch.promote_types(student_logits.dtype, torch.float32)
-            center = self.center[teacher_position] if len(self.center) > 1 else self.center
-            targets = ((teacher_logits.to(dtype) - center) / teacher_temp).softmax(-1)  # [Nt, K]
-            logits = student_logits.to(dtype) / self.student_temp  # [Ns, K]
-            # Σ w·H(t, s) = Σ w·logsumexp(s) - Σ_k (Σ w·t)_k s_k: a student token's targets add up to one mixture.
-            weight = weight.to(dtype)
-            mix = torch.sparse_coo_tensor(
-                torch.stack([student_idx, teacher_idx]), weight, (len(logits), len(targets)), check_invariants=False
-            )
-            mixture = torch.sparse.mm(mix, targets)  # [Ns, K]
-            token_weight = logits.new_zeros(len(logits)).index_add(0, student_idx, weight)
-            loss = token_weight @ logits.logsumexp(-1) - (mixture * logits).sum()
-            if self.training:
-                self.update_center(teacher_mean_z, teacher_prototypes)
+        ones = self.center.new_ones(self.center.shape[1])
+        student_scale = ones if student_scale is None else student_scale
+        teacher_scale = ones if teacher_scale is None else teacher_scale
+        chunk_memory = self.chunk_memory or (48 << 20 if student_z.device.type == "cpu" else 512 << 20)
+        plan = _plan(*pairs, teacher_position, len(teacher_z), len(student_z), student_z.device)
+        loss = _CrossEntropy.apply(
+            *(student_z, student_prototypes, student_scale),
+            *(teacher_z, teacher_prototypes, teacher_scale, self.center),
+            *(plan, (self.student_temp, teacher_temp), chunk_memory),
+        )
+        if self.training and teacher_mean_z is not None:
+            self.update_center(teacher_mean_z, teacher_prototypes, teacher_scale)
         return loss
 
     @torch.no_grad()
-    def update_center(self, teacher_mean_z, teacher_prototypes):
+    def update_center(self, teacher_mean_z, teacher_prototypes, teacher_scale):
         """Move the center towards the mean of the teacher's logits, over all processes."""
         mean_z = all_reduce_mean(teacher_mean_z.detach().to(self.center.dtype, copy=True))
         if len(self.center) == 1:
             mean_z = mean_z[:1] if self.loss == "cls" else mean_z.mean(0, keepdim=True)
-        mean_logits = F.linear(mean_z, teacher_prototypes.to(mean_z.dtype))
+        with torch.autocast(mean_z.device.type, enabled=False):
+            mean_logits = torch.empty_like(self.center)
+            _logits(mean_z, teacher_prototypes.to(mean_z.dtype), teacher_scale, out=mean_logits)
         self.center.lerp_(mean_logits, 1 - self.center_momentum)
+
+
+class _Plan(NamedTuple):
+    """The matched pairs of a batch, laid out image by image: tensors on the loss's device, bounds in the CPU's memory.
+
+    T and S count the teacher and student tokens of each image that have a pair, one image after the other; within an
+    image the student tokens with most pairs come first. M is the largest number of pairs of a student token.
+    """
+
+    teacher_rows: torch.Tensor  # [T] rows of teacher_z
+    positions: torch.Tensor  # [T] token positions
+    student_rows: torch.Tensor  # [S] rows of student_z
+    weight: torch.Tensor  # [S, 1] summed weight of a student token's pairs, in units of max_weight
+    mixed: torch.Tensor  # [M, S] teacher tokens of a student token's pairs, counted within their image
+    share: torch.Tensor  # [M, S, 1] share of each pair in the student token's weight
+    bounds: list  # per image (t0, t1, s0, s1): its teacher tokens are t0 to t1 - 1, its student tokens s0 to s1 - 1
+    pair_counts: np.ndarray  # [S] pairs of each student token
+    max_weight: float
+
+
+def _plan(teacher_idx, student_idx, weight, image, teacher_position, teacher_count, student_count, device):
+    teacher_idx, student_idx, weight, image, teacher_position = (
+        x.numpy(force=True) for x in (teacher_idx, student_idx, weight, image, teacher_position)
+    )
+    weighty = weight != 0
+    teacher_idx, student_idx, weight, image = (x[weighty] for x in (teacher_idx, student_idx, weight, image))
+    # A token that two images name counts once in each of them.
+    student_key, student, pair_counts = np.unique(
+        image * student_count + student_idx, return_inverse=True, return_counts=True
+    )
+    teacher_key, teacher = np.unique(image * teacher_count + teacher_idx, return_inverse=True)
+    images = np.unique(image)
+    t, s = np.searchsorted(teacher_key, images * teacher_count), np.searchsorted(student_key, images * student_count)
+    bounds = list(zip(t, [*t[1:], len(teacher_key)], s, [*s[1:], len(student_key)], strict=True))
+
+    # Put the student tokens with most pairs first, and the pairs in the order of their student tokens.
+    order = np.lexsort((-pair_counts, student_key // student_count))
+    student_key, pair_counts, place = student_key[order], pair_counts[order], np.argsort(order)
+    pairs = np.argsort(place[student], kind="stable")
+    teacher, weight, student = teacher[pairs], weight[pairs], place[student][pairs]
+    nth = np.arange(len(pairs)) - np.repeat(np.cumsum(pair_counts) - pair_counts, pair_counts)  # pair of its token
+    token_weight = np.bincount(student, weight, len(student_key))
+    max_weight = token_weight.max(initial=0)
+    mixed = np.zeros((pair_counts.max(initial=0), len(student_key)), np.int64)
+    share = np.zeros(mixed.shape)
+    mixed[nth, student] = teacher - np.repeat(t, [t1 - t0 for t0, t1, _, _ in bounds])[teacher]
+    share[nth, student] = weight / token_weight[student]
+
+    teacher_rows = teacher_key % teacher_count
+    columns = (teacher_rows, teacher_position[teacher_rows], student_key % student_count)
+    columns += ((token_weight / max_weight)[:, None].astype(weight.dtype), mixed, share[..., None].astype(weight.dtype))
+    columns = (torch.from_numpy(column).to(device, non_blocking=True) for column in columns)
+    return _Plan(*columns, bounds, pair_counts, float(max_weight))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Σ w·H(t, s) over matched pairs, with its gradients, image by image.
+
+    Two facts make it cheap. The targets of a student token with several teacher tokens add up to one mixture: with
+    w = Σ_t w_t and m = Σ_t (w_t / w)·t its part of the loss is w·(logsumexp(s) - m·s), and the gradient for its logits
+    is w·(softmax(s) - m). And all pairs lie inside one image, so that nothing K wide has to outlive it: the targets of
+    its teacher tokens, and one piece of its student tokens after the other on the way from logits to gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        student_z,
+        student_prototypes,
+        student_scale,
+        teacher_z,
+        teacher_prototypes,
+        teacher_scale,
+        center,
+        plan,
+        temps,
+        chunk_memory,
+    ):
+        device, K = student_z.device, len(student_prototypes)
+        student_temp, teacher_temp = temps
+        wide = torch.promote_types(student_z.dtype, torch.float32)  # of all that is computed from logits
+        narrow = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else wide
+        needs_z, needs_prototypes, needs_scale = ctx.needs_input_grad[:3]
+        d_z = torch.zeros_like(student_z, dtype=wide) if needs_z else None
+        d_prototypes = torch.zeros_like(student_prototypes, dtype=wide) if needs_prototypes or needs_scale else None
+        loss = torch.zeros((), dtype=wide, device=device)
+        # Small differences of probabilities, and small weights, would be lost in fp16.
+        gain = 256 if narrow == torch.float16 else 1
+        unit = -plan.max_weight / (student_temp * gain)
+
+        with torch.autocast(device.type, enabled=False):
+            student_narrow, teacher_narrow = student_prototypes.to(narrow), teacher_prototypes.to(narrow)
+            sharpening = student_scale / student_temp
+            most_t = max((t1 - t0 for t0, t1, _, _ in plan.bounds), default=0)
+            most_s = max((s1 - s0 for _, _, s0, s1 in plan.bounds), default=0)
+            rows = min(max(chunk_memory // (3 * K * wide.itemsize), 16), max(most_t, most_s))
+            targets = torch.empty(most_t, K, dtype=wide, device=device)
+            buffers = torch.empty(3, rows, K, dtype=wide, device=device)
+            for t0, t1, s0, s1 in plan.bounds:
+                for a, b in _pieces(t0, t1, rows):
+                    logits, center_rows, _ = buffers[:, : b - a]
+                    _logits(teacher_z[plan.teacher_rows[a:b]].to(narrow), teacher_narrow, teacher_scale, out=logits)
+                    if len(center) > 1:
+                        torch.index_select(center, 0, plan.positions[a:b], out=center_rows)
+                    else:
+                        center_rows = center
+                    logits.sub_(center_rows).div_(teacher_temp)
+                    torch.softmax(logits, -1, out=targets[a - t0 : b - t0])
+
+                for a, b in _pieces(s0, s1, rows):
+                    logits, mixture, probabilities = buffers[:, : b - a]
+                    z, weight = student_z[plan.student_rows[a:b]], plan.weight[a:b]
+                    _logits(z.to(narrow), student_narrow, sharpening, out=logits)
+                    torch.index_select(targets, 0, plan.mixed[0, a:b], out=mixture).mul_(plan.share[0, a:b])
+                    for i in range(1, plan.pair_counts[a]):
+                        count = np.count_nonzero(plan.pair_counts[a:b] > i)
+                        more = torch.index_select(targets, 0, plan.mixed[i, a : a + count], out=probabilities[:count])
+                        mixture[:count].addcmul_(more, plan.share[i, a : a + count])
+                    torch.softmax(logits, -1, out=probabilities)
+                    # The largest probability is exp(largest logit - logsumexp).
+                    logsumexp = logits.amax(-1) - probabilities.amax(-1).log()
+                    loss += weight[:, 0].to(wide) @ (logsumexp - logits.mul_(mixture).sum(-1))
+
+                    difference = mixture.sub_(probabilities)
+                    if d_prototypes is not None:
+                        weighted_z = (z * weight).to(narrow)
+                        if narrow == wide:
+                            d_prototypes.addmm_(difference.T, weighted_z, alpha=unit)
+                        else:
+                            d_prototypes.add_((difference * gain).to(narrow).T @ weighted_z, alpha=unit)
+                    if d_z is not None:
+                        product = difference.mul_(student_scale * gain).to(narrow) @ student_narrow
+                        d_z.index_add_(0, plan.student_rows[a:b], product * (unit * weight))
+            del targets, buffers
+            d_scale = torch.einsum("kd,kd->k", d_prototypes, student_prototypes.to(wide)) if needs_scale else None
+            if needs_prototypes:
+                d_prototypes.mul_(student_scale[:, None])
+        gradients = (d_z, d_prototypes if needs_prototypes else None, d_scale)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = (student_z.dtype, student_prototypes.dtype, student_scale.dtype)
+        return loss * plan.max_weight
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_loss):
+        gradients = (
+            None if gradient is None else (gradient * d_loss).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *gradients, *[None] * 7
+
+
+def _logits(z, prototypes, scale, out):
+    """Write the logits z @ (scale * prototypes).T into `out`; on a CPU in blocks of columns that stay in its cache."""
+    step = 2048 if z.device.type == "cpu" else len(prototypes)
+    for start in range(0, len(prototypes), step):
+        k = slice(start, start + step)
+        if z.dtype == out.dtype:
+            torch.mm(z, prototypes[k].T, out=out[:, k])
+        else:
+            out[:, k] = z @ prototypes[k].T
+        out[:, k] *= scale[k]
+
+
+def _pieces(start, stop, most):
+    """Cut a range into as few pieces of at most `most` as there can be, about equally long."""
+    count = -(-(stop - start) // most)
+    edges = [start + i * (stop - start) // count for i in range(count + 1)]
+    return zip(edges, edges[1:], strict=False)
