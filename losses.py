@@ -62,7 +62,7 @@ class LocalGlobalLoss(nn.Module):
         student_temp: τ_s.
         center_momentum: share of the old center in the new one.
         chunk_memory: bytes for the logits of student tokens that are worked on at a time, beside the targets of one
-            image; default 48 MiB on a CPU, 512 MiB on a GPU.
+            image; default 80 MiB on a CPU, 512 MiB on a GPU.
 
     Raises:
         ValueError: an unknown loss or center, or λ outside [0, 1].
@@ -138,8 +138,8 @@ class LocalGlobalLoss(nn.Module):
         ones = self.center.new_ones(self.center.shape[1])
         student_scale = ones if student_scale is None else student_scale
         teacher_scale = ones if teacher_scale is None else teacher_scale
-        chunk_memory = self.chunk_memory or (48 << 20 if student_z.device.type == "cpu" else 512 << 20)
-        plan = _plan(*pairs, teacher_position, len(teacher_z), len(student_z), student_z.device)
+        chunk_memory = self.chunk_memory or (80 << 20 if student_z.device.type == "cpu" else 512 << 20)
+        plan = _plan(*pairs, teacher_position, len(teacher_z), student_z)
         loss = _CrossEntropy.apply(
             *(student_z, student_prototypes, student_scale),
             *(teacher_z, teacher_prototypes, teacher_scale, self.center),
@@ -179,7 +179,8 @@ class _Plan(NamedTuple):
     max_weight: float
 
 
-def _plan(teacher_idx, student_idx, weight, image, teacher_position, teacher_count, student_count, device):
+def _plan(teacher_idx, student_idx, weight, image, teacher_position, teacher_count, student_z):
+    student_count = len(student_z)
     teacher_idx, student_idx, weight, image, teacher_position = (
         x.numpy(force=True) for x in (teacher_idx, student_idx, weight, image, teacher_position)
     )
@@ -209,8 +210,9 @@ def _plan(teacher_idx, student_idx, weight, image, teacher_position, teacher_cou
 
     teacher_rows = teacher_key % teacher_count
     columns = (teacher_rows, teacher_position[teacher_rows], student_key % student_count)
-    columns += ((token_weight / max_weight)[:, None].astype(weight.dtype), mixed, share[..., None].astype(weight.dtype))
-    columns = (torch.from_numpy(column).to(device, non_blocking=True) for column in columns)
+    columns += ((token_weight / max_weight)[:, None], mixed, share[..., None])
+    dtype = {"f": torch.promote_types(student_z.dtype, torch.float32), "i": torch.int64}
+    columns = (torch.from_numpy(x).to(student_z.device, dtype[x.dtype.kind], non_blocking=True) for x in columns)
     return _Plan(*columns, bounds, pair_counts, float(max_weight))
 
 
@@ -252,37 +254,47 @@ class _CrossEntropy(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False):
             student_narrow, teacher_narrow = student_prototypes.to(narrow), teacher_prototypes.to(narrow)
             sharpening = student_scale / student_temp
+            # The products want many rows at a time, all else few enough to stay in a cache: strips of a chunk.
             most_t = max((t1 - t0 for t0, t1, _, _ in plan.bounds), default=0)
             most_s = max((s1 - s0 for _, _, s0, s1 in plan.bounds), default=0)
-            rows = min(max(chunk_memory // (3 * K * wide.itemsize), 16), max(most_t, most_s))
-            targets = torch.empty(most_t, K, dtype=wide, device=device)
-            buffers = torch.empty(3, rows, K, dtype=wide, device=device)
+            chunk = min(max(chunk_memory * 4 // 5 // (K * wide.itemsize), 16), most_s)
+            strip = -(-chunk // 8)
+            targets_buffer = torch.empty(most_t, K, dtype=wide, device=device)
+            logits_buffer = torch.empty(chunk, K, dtype=wide, device=device)
+            strips = torch.empty(2, strip, K, dtype=wide, device=device)
             for t0, t1, s0, s1 in plan.bounds:
-                for a, b in _pieces(t0, t1, rows):
-                    logits, center_rows, _ = buffers[:, : b - a]
-                    _logits(teacher_z[plan.teacher_rows[a:b]].to(narrow), teacher_narrow, teacher_scale, out=logits)
+                targets = targets_buffer[: t1 - t0]
+                z = teacher_z[plan.teacher_rows[t0:t1]].to(narrow)
+                _logits(z, teacher_narrow, teacher_scale, out=targets)
+                for a, b in _pieces(0, t1 - t0, strip):
+                    centered, center_rows = strips[:, : b - a]
                     if len(center) > 1:
-                        torch.index_select(center, 0, plan.positions[a:b], out=center_rows)
+                        torch.index_select(center, 0, plan.positions[t0 + a : t0 + b], out=center_rows)
                     else:
                         center_rows = center
-                    logits.sub_(center_rows).div_(teacher_temp)
-                    torch.softmax(logits, -1, out=targets[a - t0 : b - t0])
+                    torch.sub(targets[a:b], center_rows, out=centered).div_(teacher_temp)
+                    torch.softmax(centered, -1, out=targets[a:b])
 
-                for a, b in _pieces(s0, s1, rows):
-                    logits, mixture, probabilities = buffers[:, : b - a]
-                    z, weight = student_z[plan.student_rows[a:b]], plan.weight[a:b]
+                for s2, s3 in _pieces(s0, s1, chunk):
+                    rows, weight = plan.student_rows[s2:s3], plan.weight[s2:s3]
+                    z, logits = student_z[rows], logits_buffer[: s3 - s2]
                     _logits(z.to(narrow), student_narrow, sharpening, out=logits)
-                    torch.index_select(targets, 0, plan.mixed[0, a:b], out=mixture).mul_(plan.share[0, a:b])
-                    for i in range(1, plan.pair_counts[a]):
-                        count = np.count_nonzero(plan.pair_counts[a:b] > i)
-                        more = torch.index_select(targets, 0, plan.mixed[i, a : a + count], out=probabilities[:count])
-                        mixture[:count].addcmul_(more, plan.share[i, a : a + count])
-                    torch.softmax(logits, -1, out=probabilities)
-                    # The largest probability is exp(largest logit - logsumexp).
-                    logsumexp = logits.amax(-1) - probabilities.amax(-1).log()
-                    loss += weight[:, 0].to(wide) @ (logsumexp - logits.mul_(mixture).sum(-1))
+                    for a, b in _pieces(s2, s3, strip):
+                        mixture, probabilities = strips[:, : b - a]
+                        torch.index_select(targets, 0, plan.mixed[0, a:b], out=mixture).mul_(plan.share[0, a:b])
+                        for i in range(1, plan.pair_counts[a]):
+                            end = a + np.count_nonzero(plan.pair_counts[a:b] > i)
+                            more = torch.index_select(targets, 0, plan.mixed[i, a:end], out=probabilities[: end - a])
+                            mixture[: end - a].addcmul_(more, plan.share[i, a:end])
+                        token_logits = logits[a - s2 : b - s2]
+                        torch.softmax(token_logits, -1, out=probabilities)
+                        # The largest probability is exp(largest logit - logsumexp).
+                        logsumexp = token_logits.amax(-1) - probabilities.amax(-1).log()
+                        entropy = logsumexp - token_logits.mul_(mixture).sum(-1)
+                        loss += plan.weight[a:b, 0] @ entropy
+                        torch.sub(mixture, probabilities, out=token_logits)
 
-                    difference = mixture.sub_(probabilities)
+                    difference = logits
                     if d_prototypes is not None:
                         weighted_z = (z * weight).to(narrow)
                         if narrow == wide:
@@ -291,8 +303,8 @@ class _CrossEntropy(torch.autograd.Function):
                             d_prototypes.add_((difference * gain).to(narrow).T @ weighted_z, alpha=unit)
                     if d_z is not None:
                         product = difference.mul_(student_scale * gain).to(narrow) @ student_narrow
-                        d_z.index_add_(0, plan.student_rows[a:b], product * (unit * weight))
-            del targets, buffers
+                        d_z.index_add_(0, rows, product * (unit * weight))
+            del targets, targets_buffer, logits, logits_buffer, difference, strips
             d_scale = torch.einsum("kd,kd->k", d_prototypes, student_prototypes.to(wide)) if needs_scale else None
             if needs_prototypes:
                 d_prototypes.mul_(student_scale[:, None])
