@@ -115,9 +115,8 @@ def _to_levels(values):
 
 def normalize(pixels):
     """Turn uint8 pixels [..., 3, H, W] into float32 with ImageNet's mean and standard deviation."""
-    mean = torch.tensor(MEAN, device=pixels.device)[:, None, None]
-    std = torch.tensor(STD, device=pixels.device)[:, None, None]
-    return (pixels / 255 - mean) / std
+    mean, std = (255 * torch.tensor(x)[:, None, None].to(pixels.device, non_blocking=True) for x in (MEAN, STD))
+    return pixels.contiguous().float().sub_(mean).div_(std)
 
 
 class MultiCrop:

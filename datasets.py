@@ -186,22 +186,26 @@ class ResizeToTensor:
 class BatchOrder(Sampler):
     """The keys (epoch, step, sample indices) of one process's batches, shuffled by (seed, epoch).
 
-    The batches that all processes take in one step are a run of the shuffled samples, so that they are the same samples
-    for any number of processes and the same total batch size. An incomplete last batch is left out.
+    A step has `accum_steps` keys. What all processes take in one step is a run of the shuffled samples, the same samples
+    for any number of processes and of accumulated batches. An incomplete last step is left out.
 
     Attributes:
         epoch: of the next iteration.
+        steps: in an epoch.
     """
 
-    def __init__(self, length, batch_size, rank=0, world_size=1, seed=0):
-        self.length, self.batch_size, self.rank, self.world_size, self.seed = length, batch_size, rank, world_size, seed
+    def __init__(self, length, batch_size, accum_steps=1, rank=0, world_size=1, seed=0):
+        self.length, self.batch_size, self.accum_steps = length, batch_size, accum_steps
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.steps = length // (batch_size * accum_steps * world_size)
         self.epoch = 0
 
     def __len__(self):
-        return self.length // (self.batch_size * self.world_size)
+        return self.steps * self.accum_steps
 
     def __iter__(self):
         samples = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        for i in range(len(self)):
-            start = (i * self.world_size + self.rank) * self.batch_size
-            yield self.epoch, self.epoch * len(self) + i, samples[start : start + self.batch_size].tolist()
+        for i in range(self.steps):
+            for part in range(self.accum_steps):
+                start = ((i * self.world_size + self.rank) * self.accum_steps + part) * self.batch_size
+                yield self.epoch, self.epoch * self.steps + i, samples[start : start + self.batch_size].tolist()

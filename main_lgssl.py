@@ -64,7 +64,9 @@ def parse_arguments(argv=None):
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=natural, default=200, help="passes over the data")
-    add("--batch_size_per_gpu", type=natural, default=40, help="images per process and step")
+    add("--batch_size_per_gpu", type=natural, default=40, help="images that a process works on at a time")
+    add("--accum_steps", type=natural, default=1, help="such batches per process in a step; N of them equal one batch "
+        "N times as large")
     add("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="lars is timm's")
     add("--lr", type=amount, default=5e-4, help="highest learning rate at a total batch of 256; scaled with the batch")
     add("--min_lr", type=amount, default=1e-6, help="learning rate at the end, not scaled")
@@ -75,6 +77,8 @@ def parse_arguments(argv=None):
     add("--freeze_last_layer", type=whole, default=1, help="epochs during which the prototypes stay as they are")
     add("--precision", choices=("fp32", "bf16", "fp16"), help="default: what --use_fp16 says")
     add("--use_fp16", type=bool_flag, help="true is fp16, false is fp32; default: true on a GPU")
+    add("--grad_checkpointing", action="store_true", help="keep few activations and compute the others twice")
+    add("--compile", action="store_true", help="compile the backbone")
 
     add = parser.add_argument_group("views").add_argument
     add("--image_size", type=whole, help="resize images to this side first; 0 crops them as they are "
@@ -121,11 +125,12 @@ def main(argv=None):
     output_dir = Path(args.output_dir)
     checkpoint = open_output(output_dir, vars(args))
     rank, world_size, device = utils.init_distributed(args.dist_url)
-    batch_size = args.batch_size_per_gpu * world_size
+    batch_size = args.batch_size_per_gpu * args.accum_steps * world_size
     if len(dataset) < batch_size:
+        accumulated = f", {args.accum_steps} times accumulated" if args.accum_steps > 1 else ""
         raise UserError(
             f"found {len(dataset)} images, fewer than one batch of {args.batch_size_per_gpu} in each of {world_size} "
-            "processes: give a smaller --batch_size_per_gpu"
+            f"processes{accumulated}: give a smaller --batch_size_per_gpu"
         )
     if args.use_bn_in_head and world_size > 1 and device.type == "cpu":
         raise UserError("--use_bn_in_head true needs a GPU for each of several processes: CPUs do not share batch norm")
@@ -142,7 +147,7 @@ def main(argv=None):
         args.seed,
     )
     rule = None if args.loss == "cls" else args.matching
-    order = BatchOrder(len(dataset), args.batch_size_per_gpu, rank, world_size, args.seed)
+    order = BatchOrder(len(dataset), args.batch_size_per_gpu, args.accum_steps, rank, world_size, args.seed)
     loader = DataLoader(
         BatchesOfViews(dataset, multi_crop, args.patch_size, rule, rank),
         sampler=order,
@@ -167,7 +172,9 @@ def main(argv=None):
     patches = (args.global_crops_size // args.patch_size) ** 2
     loss_function = LocalGlobalLoss(args.out_dim, patches, args.loss, args.lambda_cls, args.center).to(device)
     optimizer = build_optimizer(args.optimizer, student)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    # A step with a gradient that is not finite is left out on the device. But for fp16 nothing is scaled.
+    scaling = {} if args.precision == "fp16" else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
+    scaler = torch.amp.GradScaler(device.type, **scaling)
 
     saved = {"student": student, "teacher": teacher, "optimizer": optimizer, "loss": loss_function, "scaler": scaler}
     start_epoch = 0
@@ -175,12 +182,15 @@ def main(argv=None):
         if checkpoint["batch_size"] != batch_size:
             raise UserError(
                 f"{output_dir / 'checkpoint.pth'} was trained with {checkpoint['batch_size']} images a step, found "
-                f"{args.batch_size_per_gpu} on each of {world_size} processes: start as many processes as before"
+                f"{batch_size} on {world_size} processes: start as many processes as before"
             )
         for name, part in saved.items():
             part.load_state_dict(checkpoint[name])
         start_epoch = checkpoint["epoch"]
     del checkpoint  # as large as networks and optimizer together
+    student.backbone.set_grad_checkpointing(args.grad_checkpointing)
+    if args.compile:
+        compile_backbones(student, teacher, device)
     ddp_student = student
     if world_size > 1:
         if args.use_bn_in_head:
@@ -190,7 +200,7 @@ def main(argv=None):
         ddp_student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
 
     # Schedules, as functions of the step
-    total_steps, warmup_steps = args.epochs * len(order), args.warmup_epochs * len(order)
+    total_steps, warmup_steps = args.epochs * order.steps, args.warmup_epochs * order.steps
     lr = args.lr * batch_size / 256
     schedules = {
         "lr": lambda step: cosine_schedule(step, total_steps, lr, args.min_lr, warmup_steps),
@@ -202,11 +212,11 @@ def main(argv=None):
     report = None
     if rank == 0:
         (output_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-        report = utils.Report(output_dir, start_epoch, args.epochs, len(order))
+        report = utils.Report(output_dir, start_epoch, args.epochs, order.steps)
         millions = sum(p.numel() for p in student.backbone.parameters()) / 1e6
         print(
             f"{args.arch}/{args.patch_size} ({millions:.1f} M parameters), loss {args.loss}, {len(dataset)} images, "
-            f"batch {batch_size} on {world_size} x {device.type} in {args.precision}, {len(order)} steps an epoch"
+            f"batch {batch_size} on {world_size} x {device.type} in {args.precision}, {order.steps} steps an epoch"
             + (f"; going on after epoch {start_epoch}" if start_epoch else ""),
             flush=True,
         )
@@ -222,6 +232,7 @@ def main(argv=None):
             scaler,
             schedules,
             teacher_temperature(epoch, *temperature_schedule),
+            accum_steps=args.accum_steps,
             seed=args.seed,
             clip_grad=args.clip_grad,
             freeze_last_layer=epoch < args.freeze_last_layer,
@@ -231,9 +242,9 @@ def main(argv=None):
             report=report,
         )
         if rank == 0:
-            step = (epoch + 1) * len(order)
+            step = (epoch + 1) * order.steps
             for name in ("lr", "wd"):
-                means[name] = sum(map(schedules[name], range(step - len(order), step))) / len(order)
+                means[name] = sum(map(schedules[name], range(step - order.steps, step))) / order.steps
             report.epoch(epoch, means)
             contents = {name: part.state_dict() for name, part in saved.items()}
             contents |= {"epoch": epoch + 1, "step": step, "batch_size": batch_size, "args": vars(args)}
@@ -258,6 +269,7 @@ def train_one_epoch(
     schedules,
     temperature,
     *,
+    accum_steps,
     seed,
     clip_grad,
     freeze_last_layer,
@@ -269,60 +281,74 @@ def train_one_epoch(
     """Train for one epoch.
 
     Args:
-        loader: gives (step, crops, table) from BatchesOfViews.
+        loader: gives (step, crops, table) from BatchesOfViews, `accum_steps` of them with the same step.
         student: BackboneWithHead, bare or wrapped for several processes.
         schedules: functions of the step: "lr", "wd" and the EMA's "momentum".
         temperature: τ_t.
-        seed: the key of stochastic depth beside step and rank.
+        seed: the key of stochastic depth beside step, rank and the part of the step.
         freeze_last_layer: leave the prototypes as they are.
-        log_every: steps between two reports; the last step of an epoch always reports.
+        log_every: steps between two reports; the last step of an epoch always reports. Between them the CPU never waits
+            for the device.
         report: utils.Report on rank 0, otherwise None.
 
     Returns:
         means of the epoch over steps and processes: {"loss", "matched_patches"}
+
+    Exits where the loss was not finite, or a gradient without fp16's scaling. The weights are then those before that
+    step, and nothing has been saved since.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     teacher_parameters, student_parameters = list(teacher.parameters()), list(student.parameters())
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    # [summed loss, summed matched patches per pair of views, steps] of the epoch and since the last report
-    epoch_sums, interval_sums = torch.zeros(2, 3, device=device)
+    steps = len(loader) // accum_steps
+    epoch_sums = torch.zeros(2)  # loss, matched patches per pair of views
+    interval_loss, interval_matched, interval_steps = torch.zeros((), device=device), 0.0, 0
+    first_bad = torch.full((2,), math.inf, device=device)  # first step whose loss, or a gradient, is not finite
     interval_start = time.perf_counter()
-    for step, crops, table in loader:
+    batches = iter(loader)
+    for _ in range(steps):
+        earlier_mean_z = []
+        for part in range(accum_steps):
+            step, crops, table = next(batches)
+            seed_networks(seed, step, rank, part)
+            last = part == accum_steps - 1
+            with nullcontext() if last or world_size == 1 else student.no_sync():
+                with torch.autocast(device.type, dtype) if dtype else nullcontext():
+                    loss = batch_loss(
+                        student, teacher, loss_function, crops, table, temperature, device, accum_steps, earlier_mean_z
+                    )
+                scaler.scale(loss).backward()
+            interval_loss += loss.detach()
+            images, view_pairs = count_pairs(crops)
+            interval_matched += (len(table.image) / (images * view_pairs) - 1) / accum_steps
+        interval_steps += 1
+
         scheduled = {name: schedule(step) for name, schedule in schedules.items()}
         for group in optimizer.param_groups:
             group["lr"] = scheduled["lr"]
             group["weight_decay"] = scheduled["wd"] if group["decay"] else 0.0
-
-        seed_networks(seed, step, rank)
-        with torch.autocast(device.type, dtype) if dtype else nullcontext():
-            loss = batch_loss(student, teacher, loss_function, crops, table, temperature, device)
-        if not math.isfinite(loss.item()):
-            sys.exit(f"error: the loss is {loss.item()} at step {step} on rank {rank}; the weights were not saved")
-        scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         if freeze_last_layer:
             for parameter in getattr(student, "module", student).head.last_layer.parameters():
                 parameter.grad = None
         norms = clip_each_gradient(student_parameters, clip_grad)
-        # With fp16 the scaler itself leaves out such a step and lowers its scale.
-        if not scaler.is_enabled() and not torch.stack(norms).isfinite().all():
-            sys.exit(f"error: a gradient is not finite at step {step} on rank {rank}; the weights were not saved")
+        bad_gradient = ~norms.isfinite().all() & (precision != "fp16")  # fp16's scaler lowers its scale instead
+        bad = torch.stack([~interval_loss.isfinite(), bad_gradient])
+        first_bad = torch.minimum(first_bad, torch.where(bad, float(step), math.inf))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_(teacher_parameters, student_parameters, 1 - scheduled["momentum"])
 
-        images, view_pairs = count_pairs(crops)
-        matched = len(table.image) / (images * view_pairs) - 1
-        interval_sums += torch.stack([loss.detach(), loss.new_tensor(matched), loss.new_tensor(1)])
-        if (step + 1) % log_every == 0 or (step + 1) % len(loader) == 0:
-            steps = int(interval_sums[2])
-            epoch_sums += utils.all_reduce_mean(interval_sums)
-            seconds = (time.perf_counter() - interval_start) / steps
+        if (step + 1) % log_every == 0 or (step + 1) % steps == 0:
+            stop_at_bad_step(first_bad)
+            sums = utils.all_reduce_mean(torch.stack([interval_loss, interval_loss.new_tensor(interval_matched)])).cpu()
+            epoch_sums += sums
+            seconds = (time.perf_counter() - interval_start) / interval_steps
             if report:
-                loss, matched = (interval_sums[:2] / steps).tolist()
-                rate = images * world_size / seconds
+                loss, matched = (sums / interval_steps).tolist()
+                rate = images * accum_steps * world_size / seconds
                 report.interval(
                     epoch,
                     step,
@@ -335,10 +361,21 @@ def train_one_epoch(
                         "images_per_s": rate,
                     },
                 )
-            interval_sums.zero_()
+            interval_loss.zero_()
+            interval_matched, interval_steps = 0.0, 0
             interval_start = time.perf_counter()
-    loss, matched, steps = epoch_sums.tolist()
-    return {"loss": loss / steps, "matched_patches": matched / steps}
+    loss, matched = (epoch_sums / steps).tolist()
+    return {"loss": loss, "matched_patches": matched}
+
+
+def stop_at_bad_step(first_bad):
+    """Exit on all processes where one of them has seen a step with a loss or a gradient that is not finite."""
+    if dist.is_initialized():
+        dist.all_reduce(first_bad, dist.ReduceOp.MIN)
+    loss, gradient = first_bad.tolist()
+    if min(loss, gradient) < math.inf:
+        what = "the loss" if loss <= gradient else "a gradient"
+        sys.exit(f"error: {what} is not finite at step {min(loss, gradient):.0f}; the weights were not saved")
 
 
 def count_pairs(crops):
@@ -348,33 +385,45 @@ def count_pairs(crops):
     return images, 2 * (views - 1)
 
 
-def batch_loss(student, teacher, loss_function, crops, table, temperature, device):
-    """Return the loss of a batch; its crops and table come from BatchesOfViews."""
+def batch_loss(
+    student, teacher, loss_function, crops, table, temperature, device, accum_steps=1, earlier_mean_z=None
+):
+    """Return the loss of a batch, or of one of the `accum_steps` parts of a larger one, whose losses add up to its.
+
+    Args:
+        crops, table: from BatchesOfViews.
+        earlier_mean_z: list with the teacher's mean bottleneck vectors of the parts before, to which this part's are
+            added. The last part moves the center.
+    """
     images, view_pairs = count_pairs(crops)
     crops = [normalize(crop.to(device, non_blocking=True)) for crop in crops]
-    table = MatchTable(*(column.to(device, non_blocking=True) for column in table))
+    teacher_row, student_row = (rows.to(device, non_blocking=True) for rows in (table.teacher_row, table.student_row))
 
     with torch.no_grad():
         if loss_function.loss == "cls":
-            teacher_z, teacher_prototypes = teacher(crops[:1], table.teacher_row)
-            teacher_mean_z = teacher_z.float().mean(0, keepdim=True)  # [1, D]
+            teacher_z, *teacher_prototypes = teacher(crops[:1], teacher_row)
+            mean_z = teacher_z.float().mean(0, keepdim=True)  # [1, D]
         else:
-            all_z, teacher_prototypes = teacher(crops[:1])  # [2B(1+P), D]
-            teacher_mean_z = all_z.float().unflatten(0, (2 * images, -1)).mean(0)  # [1+P, D]
-            teacher_z = all_z[table.teacher_row]
-    student_z, student_prototypes = student(crops, table.student_row)
+            all_z, *teacher_prototypes = teacher(crops[:1])  # [2B(1+P), D]
+            mean_z = all_z.float().unflatten(0, (2 * images, -1)).mean(0)  # [1+P, D]
+            teacher_z = all_z[teacher_row]
+    mean_zs = [] if earlier_mean_z is None else earlier_mean_z
+    mean_zs.append(mean_z)
+    student_z, *student_prototypes = student(crops, student_row)
 
     is_cls = table.teacher_position[table.teacher_idx] == 0
-    weight = loss_function.weights(is_cls, table.run_length, images * view_pairs)
+    weight = loss_function.weights(is_cls, table.run_length, images * accum_steps * view_pairs)
     return loss_function(
         student_z,
         teacher_z,
-        student_prototypes,
-        teacher_prototypes,
+        student_prototypes[0],
+        teacher_prototypes[0],
         (table.teacher_idx, table.student_idx, weight, table.image),
         table.teacher_position,
-        teacher_mean_z,
+        torch.stack(mean_zs).mean(0) if len(mean_zs) == accum_steps else None,
         temperature,
+        student_scale=student_prototypes[1],
+        teacher_scale=teacher_prototypes[1],
     )
 
 
@@ -416,9 +465,20 @@ class BatchesOfViews(Dataset):
         return self.multi_crop(images, indices, epoch, step, self.rank)
 
 
-def seed_networks(seed, step, rank):
-    """Make stochastic depth, the one random part of the networks, a function of (seed, step, rank)."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
+def compile_backbones(student, teacher, device):
+    """Compile both backbones; each size of crops becomes a program of its own."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # of many kinds: a missing compiler, or one that fails
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--compile needs a compiler that works with torch.compile, found: {reason}") from error
+    for network in (student, teacher):
+        network.backbone.compile(dynamic=False)
+
+
+def seed_networks(seed, step, rank, part):
+    """Make stochastic depth, the one random part of the networks, a function of (seed, step, rank, part)."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank, part)).generate_state(1, np.uint64)[0]))
 
 
 def build_optimizer(name, network):
@@ -429,7 +489,8 @@ def build_optimizer(name, network):
             (plain if parameter_name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
     groups = [{"params": decayed, "decay": True}, {"params": plain, "decay": False, "weight_decay": 0.0}]
     if name == "adamw":
-        return torch.optim.AdamW(groups)
+        return torch.optim.AdamW(groups, fused=True)
+    # Without a fused form that can leave out a step on the device, GradScaler waits for the device in every step.
     if name == "sgd":
         return torch.optim.SGD(groups, lr=0, momentum=0.9)
     return Lars(groups, momentum=0.9)
@@ -439,12 +500,12 @@ def clip_each_gradient(parameters, max_norm):
     """Scale the gradient of each parameter by itself down to `max_norm`, as DINO does; 0 leaves them.
 
     Returns:
-        the norms before, a list of scalars.
+        the norms before, [number of gradients]
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(gradients)
+    norms = torch.stack(torch._foreach_norm(gradients))
     if max_norm:
-        torch._foreach_mul_(gradients, [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
+        torch._foreach_mul_(gradients, list((max_norm / (norms + 1e-6)).clamp(max=1.0)))
     return norms
 
 

@@ -116,7 +116,7 @@ class DINOHead(nn.Module):
     """DINO's projection head: an MLP to an L2-normalised bottleneck, and weight-normalised prototypes.
 
     The two parts are called one by one, since logits are needed for few of the tokens: `forward` returns the bottleneck
-    vectors and `prototypes` the weights [K, bottleneck_dim]; logits are `bottleneck @ prototypes.T`.
+    vectors and `prototypes` the last layer's weights.
 
     Args:
         norm_last_layer: keep the prototypes' length at 1 instead of learning it.
@@ -146,12 +146,16 @@ class DINOHead(nn.Module):
         return F.normalize(self.mlp(tokens), dim=-1)
 
     def prototypes(self):
-        """Return the weights [K, bottleneck_dim] of the last layer."""
+        """Return the last layer's weights [K, bottleneck_dim] and scale [K], see Prototypes."""
         return self.last_layer()
 
 
 class Prototypes(nn.Module):
-    """Weight-normalised weights [K, D] as plain parameters under DINO's names, without hooks."""
+    """Weight-normalised weights as plain parameters under DINO's names, without hooks.
+
+    `forward` returns weights [K, D] and their scale [K]; logits are `z @ (scale * weights.T)`. Multiplied out they would
+    be a copy of the largest layer, for student and teacher each.
+    """
 
     def __init__(self, dim, count, learn_norm):
         super().__init__()
@@ -160,7 +164,7 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(count, 1), requires_grad=learn_norm)
 
     def forward(self):
-        return self.weight_g * F.normalize(self.weight_v, dim=-1)
+        return self.weight_v, self.weight_g[:, 0] / self.weight_v.norm(dim=1)
 
 
 class BackboneWithHead(nn.Module):
@@ -179,12 +183,12 @@ class BackboneWithHead(nn.Module):
                 one after the other; None sends all of them.
 
         Returns:
-            bottleneck [N, bottleneck_dim], prototypes [K, bottleneck_dim]
+            bottleneck [N, bottleneck_dim], the prototypes' weights [K, bottleneck_dim] and scale [K]
         """
         tokens = torch.cat([self.backbone(crop).flatten(0, 1) for crop in crops])
         if rows is not None:
             tokens = tokens[rows]
-        return self.head(tokens), self.head.prototypes()
+        return self.head(tokens), *self.head.prototypes()
 
 
 def load_backbone(path, arch=None, patch_size=None, checkpoint_key="teacher", img_size=224):

@@ -174,7 +174,7 @@ def test_digits_are_a_fixed_split_of_all_images():
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_batch_order_shares_the_same_samples_among_any_number_of_processes(world_size):
     total = 6
-    orders = [BatchOrder(20, total // world_size, rank, world_size, seed=3) for rank in range(world_size)]
+    orders = [BatchOrder(20, total // world_size, 1, rank, world_size, seed=3) for rank in range(world_size)]
     reference = BatchOrder(20, total, seed=3)
     seen = []
     for epoch in (0, 1):

@@ -96,7 +96,8 @@ def test_head_is_dinos():
     linear.weight.data.copy_(head.last_layer.weight_v)
     linear = torch.nn.utils.parametrizations.weight_norm(linear)
     linear.parametrizations.weight.original0.data.fill_(1)
-    torch.testing.assert_close(bottleneck @ head.prototypes().T, linear(bottleneck))
+    weights, scale = head.prototypes()
+    torch.testing.assert_close(bottleneck @ (scale * weights.T), linear(bottleneck))
     normed = DINOHead(24, 50, use_bn=True)
     assert [type(layer).__name__ for layer in normed.mlp] == ["Linear", "BatchNorm1d", "GELU"] * 2 + ["Linear"]
 
@@ -104,9 +105,9 @@ def test_head_is_dinos():
 def test_rows_pick_tokens_of_all_crops():
     network = BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 20, hidden_dim=32)).eval()
     crops = [torch.randn(4, 3, 32, 32), torch.randn(2, 3, 16, 16)]
-    everything, prototypes = network(crops)
+    everything, weights, scale = network(crops)
     assert everything.shape == (4 * 17 + 2 * 5, 256)
-    assert prototypes.shape == (20, 256)
+    assert (weights.shape, scale.shape) == ((20, 256), (20,))
     rows = torch.tensor([0, 20, 70, 77])
     torch.testing.assert_close(network(crops, rows)[0], everything[rows])
     torch.testing.assert_close(everything[70], network([crops[1]])[0][2])
