@@ -6,6 +6,7 @@ patch that is covered by exactly one half falls on the same side on every machin
 `python patch_matching.py IMAGE` draws two crops of an image and their matched patches.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -92,44 +93,39 @@ def match_views(boxes, flips, grids, teacher_views=2, rule="paper"):
     if boxes[..., 2:].min() < 1 or grids.min() < 1:
         raise ValueError("boxes and grids must be at least one pixel and one patch high and wide")
     views, images = flips.shape
-    pair_t, pair_s = np.array([(i, j) for i in range(teacher_views) for j in range(views) if i != j]).T
-    # One entry per (image, pair of views), image-major.
-    image = np.repeat(np.arange(images), len(pair_t))
-    t, s = np.tile(pair_t, images), np.tile(pair_s, images)
+    pairs = _view_pairs(teacher_views, views)  # [2, M]: teacher views, student views
+    M = pairs.shape[1]
 
     if rule is None:
-        n_rows = n_cols = np.zeros(len(image), np.int64)
+        counts, index = np.zeros((images, M, 2), np.int64), np.zeros((images, 2, M, 2, 1), np.int64)
     else:
-        box_t, box_s, flip_t, flip_s = boxes[t, image], boxes[s, image], flips[t, image], flips[s, image]
-        grid_t, grid_s = grids[t], grids[s]
-        # A box is an interval of rows and an interval of columns, and so is everything that follows from it.
-        match_axis = _AXIS_RULES[rule]
-        n_rows, row_t, row_s = match_axis(box_t[:, 0::2], grid_t[:, 0], box_s[:, 0::2], grid_s[:, 0])
-        n_cols, col_t, col_s = match_axis(box_t[:, 1::2], grid_t[:, 1], box_s[:, 1::2], grid_s[:, 1])
+        # A box is an interval of rows and an interval of columns, and so is all that follows from it.
+        sides = boxes.swapaxes(0, 1)[:, pairs]  # [G, 2, M, 4]
+        counts, index = _AXIS_RULES[rule](sides[..., :2], sides[..., 2:], grids[pairs])
+        flipped = flips.T[:, pairs, None]  # [G, 2, M, 1]
+        columns = index[..., 1, :]
         if rule == "nearest":  # ordered by the student's tokens: a mirrored student view is walked from its right edge
-            backwards = np.where(
-                flip_s[:, None], n_cols[:, None] - 1 - np.arange(col_s.shape[1]), np.arange(col_s.shape[1])
-            )
-            backwards = np.maximum(backwards, 0)
-            col_t, col_s = np.take_along_axis(col_t, backwards, 1), np.take_along_axis(col_s, backwards, 1)
-        col_t = np.where(flip_t[:, None], grid_t[:, 1:] - 1 - col_t, col_t)
-        col_s = np.where(flip_s[:, None], grid_s[:, 1:] - 1 - col_s, col_s)
+            i = np.arange(columns.shape[-1])
+            i = np.where(flipped[:, 1], np.maximum(counts[..., 1:] - 1 - i, 0), i)
+            columns = np.take_along_axis(columns, i[:, None], -1)
+        index[..., 1, :] = np.where(flipped, grids[pairs, 1:] - 1 - columns, columns)
 
     # Lay the runs out one behind the other: CLS, then the kept rows times the kept columns.
-    length = 1 + n_rows * n_cols
-    run = np.repeat(np.arange(len(length)), length)
+    length = 1 + (counts[..., 0] * counts[..., 1]).ravel()
     start = np.cumsum(length) - length
-    teacher_token = np.zeros(len(run), np.int64)
-    student_token = np.zeros(len(run), np.int64)
-    if rule is not None:
-        is_patch = np.ones(len(run), bool)
-        is_patch[start] = False
-        p = run[is_patch]  # the run of each matched patch
-        within = np.flatnonzero(is_patch) - start[p] - 1
-        r, c = np.divmod(within, n_cols[p])
-        teacher_token[is_patch] = 1 + row_t[p, r] * grid_t[p, 1] + col_t[p, c]
-        student_token[is_patch] = 1 + row_s[p, r] * grid_s[p, 1] + col_s[p, c]
-    return Matches(image[run], t[run], teacher_token, s[run], student_token, length[run])
+    run = np.repeat(np.arange(len(length)), length)
+    row, column = np.divmod(np.arange(len(run)) - start[run] - 1, np.maximum(counts[..., 1].ravel(), 1)[run])
+    index[..., 0, :] *= grids[pairs, 1:]
+    rows, columns = index.transpose(3, 1, 0, 2, 4).reshape(2, 2, len(length), -1)
+    tokens = 1 + rows[:, run, row] + columns[:, run, column]  # [2, n]
+    tokens[:, start] = 0
+    image, pair = np.divmod(run, M)
+    return Matches(image, pairs[0, pair], tokens[0], pairs[1, pair], tokens[1], length[run])
+
+
+@functools.lru_cache
+def _view_pairs(teacher_views, views):
+    return np.array([(i, j) for i in range(teacher_views) for j in range(views) if i != j]).T
 
 
 def batch_table(matches, batch_size, tokens_per_view, teacher_views=2):
@@ -176,72 +172,58 @@ def batch_table(matches, batch_size, tokens_per_view, teacher_views=2):
     return MatchTable(*(torch.from_numpy(column) for column in columns))
 
 
-# One axis of the rules. Arguments are, for M pairs of crops, interval [M, 2] = (start, length) in pixels and the number
-# of patches [M] along it. The result is n [M], how many patches are matched, and two arrays [M, at least n] of patch
-# numbers in the order of the image; what stands behind the first n of a row is meaningless.
+# The rules, for G images, two sides (teacher view, student view), M pairs of views and two axes (rows, columns). Arguments
+# are start and length [G, 2, M, 2] of the intervals in pixels, and the patches [2, M, 2] along them. The result is n
+# [G, M, 2], how many patches are matched, and numbers of patches [G, 2, M, 2, at least n] in the order of the image; what
+# stands behind the first n of them is meaningless.
 
 
-def _match_axis_paper(interval_a, patches_a, interval_b, patches_b):
-    overlap = _intersect(interval_a, interval_b)
-    return _spread(*_half_covered(interval_a, patches_a, *overlap), *_half_covered(interval_b, patches_b, *overlap))
-
-
-def _match_axis_released(interval_a, patches_a, interval_b, patches_b):
-    overlap = _intersect(interval_a, interval_b)
-    return _spread(*_rounded(interval_a, patches_a, *overlap), *_rounded(interval_b, patches_b, *overlap))
-
-
-def _match_axis_nearest(interval_a, patches_a, interval_b, patches_b):
-    (start_a, length_a), (start_b, length_b) = interval_a.T[..., None], interval_b.T[..., None]
-    patches_a, patches_b = patches_a[:, None], patches_b[:, None]
-    b = np.arange(patches_b.max())
-    # Centre of patch b from the start of interval a, in units of 1 / (2 patches_b) pixel.
-    centre = 2 * patches_b * (start_b - start_a) + (2 * b + 1) * length_b
-    inside = (centre >= 0) & (centre < 2 * patches_b * length_a) & (b < patches_b)
-    n, first = inside.sum(1), inside.argmax(1)
-    index_b = np.minimum(first[:, None] + b, patches_b - 1)  # the patches inside are neighbours
-    centre = np.take_along_axis(centre, index_b, 1)
-    return n, centre * patches_a // (2 * patches_b * length_a), index_b
-
-
-_AXIS_RULES = {"paper": _match_axis_paper, "released": _match_axis_released, "nearest": _match_axis_nearest}
-
-
-def _intersect(interval_a, interval_b):
-    """Return the first pixel and the one after the last that both intervals hold; empty where low >= high."""
-    low = np.maximum(interval_a[:, 0], interval_b[:, 0])
-    high = np.minimum(interval_a.sum(1), interval_b.sum(1))
-    return low, high
-
-
-def _half_covered(interval, patches, low, high):
-    """Return (first, count) of the patches of which [low, high) covers more than one half."""
-    start, length = interval.T
+def _match_paper(start, length, patches):
+    low, high = _intersect(start, length)
     # In units of 1 / patches of a pixel a patch is `length` long and patch p begins at p * length.
     low, high = (low - start) * patches, (high - start) * patches
     # Patch p reaches half of itself beyond low where 2 * low < (2p + 1) * length, and before high likewise.
-    first = (2 * low - length) // (2 * length) + 1
-    last = -((length - 2 * high) // (2 * length)) - 1
+    first = (2 * low + length) // (2 * length)
+    count = -((length - 2 * high) // (2 * length)) - first
     # Both may hold for one patch that sticks out of the intersection on both sides.
     covered = np.minimum(high, (first + 1) * length) - np.maximum(low, first * length)
-    count = np.where((first == last) & (2 * covered <= length), 0, last - first + 1)
-    return first, np.where(low < high, np.maximum(count, 0), 0)
+    return _spread(first, count * ((count > 1) | (count == 1) & (2 * covered > length)) * (low < high))
 
 
-def _rounded(interval, patches, low, high):
-    """Return (first, count) of the intersection's patches as the authors' code rounds them (half to even)."""
-    start, length = interval.T
+def _match_released(start, length, patches):
+    low, high = _intersect(start, length)
     first = np.rint(patches * (low - start) / length).astype(np.int64)
     count = np.rint(patches * (high - low) / length).astype(np.int64)
-    return first, np.where(low < high, np.minimum(count, patches - first), 0)
+    return _spread(first, np.where(low < high, np.minimum(count, patches - first), 0))
 
 
-def _spread(first_a, count_a, first_b, count_b):
-    """Keep min(count_a, count_b) patches of each side, evenly spread: floor(linspace(0, count - 1, n))."""
-    n = np.minimum(count_a, count_b)
-    i, gaps = np.arange(max(n.max(), 1)), np.maximum(n - 1, 1)[:, None]
-    spread_a, spread_b = i * (count_a[:, None] - 1) // gaps, i * (count_b[:, None] - 1) // gaps
-    return n, first_a[:, None] + spread_a, first_b[:, None] + spread_b
+def _match_nearest(start, length, patches):
+    (start_t, start_s), (length_t, length_s), (patches_t, patches_s) = (
+        np.moveaxis(x, -3, 0)[..., None] for x in (start, length, patches)
+    )
+    p = np.arange(patches_s.max())
+    # Centre of the student's patch p from the start of the teacher's box, in units of 1 / (2 patches_s) pixel.
+    centre = 2 * patches_s * (start_s - start_t) + (2 * p + 1) * length_s
+    inside = (centre >= 0) & (centre < 2 * patches_s * length_t) & (p < patches_s)
+    index_s = np.minimum(inside.argmax(-1)[..., None] + p, patches_s - 1)  # the patches inside are neighbours
+    centre = np.take_along_axis(centre, index_s, -1)
+    return inside.sum(-1), np.stack([centre * patches_t // (2 * patches_s * length_t), index_s], 1)
+
+
+_AXIS_RULES = {"paper": _match_paper, "released": _match_released, "nearest": _match_nearest}
+
+
+def _intersect(start, length):
+    """Return the first pixel and the one after the last that both sides hold, [G, 1, M, 2]; empty where low >= high."""
+    end = start + length
+    return np.maximum(start[:, :1], start[:, 1:]), np.minimum(end[:, :1], end[:, 1:])
+
+
+def _spread(first, count):
+    """Keep as many patches on both sides as the one with fewer has, evenly spread: floor(linspace(0, count - 1, n))."""
+    n = np.minimum(count[:, 0], count[:, 1])
+    i, gaps = np.arange(max(n.max(), 1)), np.maximum(n - 1, 1)
+    return n, first[..., None] + i * (count - 1)[..., None] // gaps[:, None, ..., None]
 
 
 def main(argv=None):
