@@ -65,11 +65,11 @@ def crop_and_resize(images, box, size, flip):
 def distort(rng, image, blur_prob, solarize_prob):
     """Apply DINO's photometric distortion to one image, a uint8 array [height, width, 3].
 
-    Colour jitter (brightness, contrast and saturation 0.4, hue 0.1, in random order) with probability 0.8, grayscale
-    with 0.2, Gaussian blur of 0.1 to 2 pixels, solarisation of values from 128 on.
+    Colour jitter (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1, in random order) with probability 0.8,
+    grayscale with 0.2, Gaussian blur of 0.1 to 2 pixels, solarisation of values from 128 on.
     """
     if rng.random() < 0.8:
-        brightness, contrast, saturation = rng.uniform(0.6, 1.4, 3)
+        brightness, contrast, saturation = rng.uniform((0.6, 0.6, 0.8), (1.4, 1.4, 1.2))
         hue = rng.uniform(-0.1, 0.1)
         image = color_jitter(image, brightness, contrast, saturation, hue, rng.permutation(4))
     if rng.random() < 0.2:

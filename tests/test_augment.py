@@ -65,8 +65,8 @@ class Dice:
     def random(self):
         return 0.0 if self.answers.pop(0) else 1.0
 
-    def uniform(self, low, high, size=None):
-        return 1.5 if size is None else np.full(size, 1.0)
+    def uniform(self, low, high):
+        return 1.5 if np.isscalar(low) else np.ones(len(low))
 
     def permutation(self, n):
         return np.arange(n)
@@ -113,6 +113,16 @@ def test_probabilities_are_dinos(monkeypatch):
             augment.distort(rng, image, blur_prob, solarize_prob)
         for key, p in (("jitter", 0.8), ("gray", 0.4), ("blur", p_blur), ("solarize", p_solarize)):
             assert counts.get(key, 0) / n == pytest.approx(p, abs=0.05), key
+
+
+def test_jitter_has_dinos_strength(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(augment, "color_jitter", lambda image, *values: drawn.append(values[:4]) or image)
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        augment.distort(rng, np.zeros((1, 1, 3), np.uint8), 0, 0)
+    np.testing.assert_allclose(np.min(drawn, 0), (0.6, 0.6, 0.8, -0.1), atol=0.01)
+    np.testing.assert_allclose(np.max(drawn, 0), (1.4, 1.4, 1.2, 0.1), atol=0.01)
 
 
 def test_normalize_is_torchvisions(photographs):

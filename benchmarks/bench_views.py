@@ -1,0 +1,99 @@
+"""Images per second that one core turns into 2 + 8 views, against a multi-crop of torchvision and PIL as DINO's.
+
+    python -m benchmarks.bench_views
+
+From decoded photographs of 500×375 pixels to what a training loop takes; the decoding of JPEG files apart.
+"""
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from sklearn.datasets import load_sample_image
+from torchvision import transforms
+
+from augment import MEAN, STD, MultiCrop
+from benchmarks.machine import machine, print_table
+from datasets import ResizeToTensor, read_image
+from utils import number
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=number(int, 1), default=40)
+    parser.add_argument("--rounds", type=number(int, 1), default=5, help="the median of which counts")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{machine()}; one core, batch {args.batch_size}")
+
+    photographs = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+    images = [photo.resize((500, 375), Image.Resampling.LANCZOS) for photo in photographs]
+    images = [images[i % 2] for i in range(args.batch_size)]
+    indices = list(range(args.batch_size))
+    resize, plain = ResizeToTensor(256), plain_multi_crop()
+    multi_crops = {geometry: MultiCrop(geometry=geometry) for geometry in ("batch", "image")}
+    sides = {
+        "torchvision and PIL": lambda step: [plain(image) for image in images],
+        "lgssl, --geometry batch": lambda step: multi_crops["batch"](list(map(resize, images)), indices, 0, step),
+        "lgssl, --geometry image": lambda step: multi_crops["image"](list(map(resize, images)), indices, 0, step),
+    }
+    seconds = {name: [] for name in sides}
+    for step in range(1 + args.rounds):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side(step)
+            seconds[name].append((time.perf_counter() - start) / args.batch_size)
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    slowest = medians["torchvision and PIL"]
+    print_table(
+        ("views", "ms/image", "images/s per core", "faster"),
+        [(name, f"{t * 1e3:.2f}", f"{1 / t:.0f}", f"{slowest / t:.1f}×") for name, t in medians.items()],
+    )
+    batch, image = medians["lgssl, --geometry batch"], medians["lgssl, --geometry image"]
+    print(f"--geometry image takes {image / batch:.2f} times as long as batch\n")
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for size in ((500, 375), (2000, 1500)):
+            path = Path(folder) / f"{size[0]}.jpg"
+            photographs[0].resize(size, Image.Resampling.LANCZOS).save(path, quality=90)
+            whole, reduced = (least_seconds(lambda: resize(read_image(path, *size))) for size in ((), (256,)))
+            rows.append((f"{size[0]}×{size[1]}", f"{whole * 1e3:.1f}", f"{reduced * 1e3:.1f}"))
+    print_table(("JPEG to 256×256", "ms, all pixels", "ms, at reduced size"), rows)
+
+
+def plain_multi_crop():
+    """Return a function from a PIL image to 2 + 8 normalised views, with DINO's parameters."""
+    jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
+    flip_and_colour = [transforms.RandomHorizontalFlip(), jitter, transforms.RandomGrayscale(p=0.2)]
+    to_tensor = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+
+    def blur(image):
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+    def view(size, scale, blur_prob, solarize_prob):
+        crop = transforms.RandomResizedCrop(size, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC)
+        blurred = transforms.RandomApply([transforms.Lambda(blur)], p=blur_prob)
+        solarized = transforms.RandomApply([transforms.Lambda(ImageOps.solarize)], p=solarize_prob)
+        return transforms.Compose([crop, *flip_and_colour, blurred, solarized, *to_tensor])
+
+    views = [view(224, (0.4, 1.0), 1.0, 0.0), view(224, (0.4, 1.0), 0.1, 0.2)] + [view(96, (0.05, 0.4), 0.5, 0.0)] * 8
+    return lambda image: [view(image) for view in views]
+
+
+def least_seconds(call, repeats=10):
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+if __name__ == "__main__":
+    main()
