@@ -13,8 +13,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as TF
-from torchvision.transforms import InterpolationMode
+import torch.nn.functional as F
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
@@ -56,10 +55,14 @@ def random_box(rng, height, width, scale, ratio=(3 / 4, 4 / 3)):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def crop_and_resize(images, box, size, flip):
-    """Cut a box out of images [..., 3, H, W], resize it (bicubic, antialiased) to size × size, flip it or not."""
-    crop = TF.resized_crop(images, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
-    return TF.horizontal_flip(crop) if flip else crop
+def crop_and_resize(images, box, size):
+    """Cut a box out of uint8 images [B, 3, H, W] and resize it to size × size (bicubic, antialiased).
+
+    Several times faster where the colours of a pixel lie together in memory (torch.channels_last).
+    """
+    top, left, height, width = box
+    crops = images[..., top : top + height, left : left + width]
+    return F.interpolate(crops, (size, size), mode="bicubic", antialias=True)
 
 
 def distort(rng, image, blur_prob, solarize_prob):
@@ -76,9 +79,10 @@ def distort(rng, image, blur_prob, solarize_prob):
         image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     if rng.random() < blur_prob:
         sigma = rng.uniform(0.1, 2.0)
-        image = cv2.GaussianBlur(image, (2 * math.ceil(3 * sigma) + 1,) * 2, sigma)
+        kernel = cv2.getGaussianKernel(2 * math.ceil(3 * sigma) + 1, sigma, cv2.CV_32F)
+        image = cv2.sepFilter2D(image, -1, kernel, kernel)  # twice as fast as GaussianBlur
     if rng.random() < solarize_prob:
-        image = cv2.LUT(image, np.where(_LEVELS < 128, _LEVELS, 255 - _LEVELS).astype(np.uint8))
+        image = cv2.LUT(image, _SOLARIZED)
     return image
 
 
@@ -92,25 +96,28 @@ def color_jitter(image, brightness, contrast, saturation, hue, order):
     """
     for operation in order:
         if operation == 0:
-            image = cv2.LUT(image, _to_levels(brightness * _LEVELS))
+            image = _mix_channels(image, brightness * np.eye(3))
         elif operation == 1:  # away from or towards the mean gray of the image
             gray = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
-            image = cv2.LUT(image, _to_levels(contrast * _LEVELS + (1 - contrast) * gray))
+            image = _mix_channels(image, contrast * np.eye(3), (1 - contrast) * gray)
         elif operation == 2:  # away from or towards the gray of each pixel
-            mix = saturation * np.eye(3) + (1 - saturation) * np.array([0.299, 0.587, 0.114])
-            image = cv2.transform(image, mix)
+            image = _mix_channels(image, saturation * np.eye(3) + (1 - saturation) * _GRAY)
         else:
             hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-            hsv[..., 0] += np.uint8(round(hue * 256) % 256)  # wraps around, as the circle does
+            shift = np.array([round(hue * 256) % 256, 0, 0], np.uint8)
+            rows = hsv.reshape(len(hsv), -1)
+            rows += np.tile(shift, hsv.shape[1])  # wraps around, as the circle does
             image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
     return image
 
 
-_LEVELS = np.arange(256)
+_GRAY = np.array([0.299, 0.587, 0.114])  # shares of red, green and blue
+_SOLARIZED = np.array([level if level < 128 else 255 - level for level in range(256)], np.uint8)
 
 
-def _to_levels(values):
-    return values.clip(0, 255).astype(np.uint8)
+def _mix_channels(image, matrix, shift=0.0):
+    """Return `matrix @ pixel + shift` for all pixels, cut to [0, 255]; torchvision truncates where OpenCV rounds."""
+    return cv2.transform(image, np.column_stack([matrix, np.full(3, shift - 0.499)]))
 
 
 def normalize(pixels):
@@ -172,9 +179,9 @@ class MultiCrop:
                     f"geometry batch needs images of one size, found {len(sizes)}: resize them or use geometry image"
                 )
             geometry = [np.random.default_rng((_BATCH_GEOMETRY, self.seed, step, rank))]
-            # Channels last in memory: the photometric operations work on [height, width, 3].
-            images = torch.stack(list(images)).contiguous(memory_format=torch.channels_last)
+            images = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)  # channels last
         else:
+            images = [image.permute(1, 2, 0)[None].permute(0, 3, 1, 2) for image in images]
             geometry = [np.random.default_rng((_IMAGE_GEOMETRY, self.seed, epoch, i)) for i in indices]
         return [self._view(images, geometry, photometry, *recipe) for recipe in self.recipes]
 
@@ -184,12 +191,14 @@ class MultiCrop:
             boxes.append(random_box(rng, *image.shape[-2:], scale))
             flips.append(rng.random() < self.flip_prob)
         if self.geometry == "batch":
-            crops = crop_and_resize(images, boxes[0], size, flips[0])
+            crops = crop_and_resize(images, boxes[0], size)
+            flips_of_images = flips * len(images)
         else:
-            crops = [
-                crop_and_resize(image, box, size, flip) for image, box, flip in zip(images, boxes, flips, strict=True)
-            ]
+            crops = [crop_and_resize(image, box, size)[0] for image, box in zip(images, boxes, strict=True)]
+            flips_of_images = flips
         pixels = np.empty((len(photometry), size, size, 3), np.uint8)
-        for i, (rng, crop) in enumerate(zip(photometry, crops, strict=True)):
-            pixels[i] = distort(rng, np.ascontiguousarray(crop.permute(1, 2, 0).numpy()), blur_prob, solarize_prob)
+        for i, (rng, crop, flip) in enumerate(zip(photometry, crops, flips_of_images, strict=True)):
+            image = np.ascontiguousarray(crop.permute(1, 2, 0).numpy())
+            image = cv2.flip(image, 1) if flip else image
+            pixels[i] = distort(rng, image, blur_prob, solarize_prob)
         return View(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(boxes), torch.tensor(flips))

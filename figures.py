@@ -36,9 +36,8 @@ def draw_two_crops(path, sizes, scales, seed):
     rng = np.random.default_rng(seed)
     boxes = [augment.random_box(rng, *image.shape[-2:], scale) for scale in scales]
     flips = [bool(rng.random() < 0.5) for _ in scales]
-    crops = [
-        augment.crop_and_resize(image, box, size, flip) for box, size, flip in zip(boxes, sizes, flips, strict=True)
-    ]
+    crops = [augment.crop_and_resize(image[None], box, size)[0] for box, size in zip(boxes, sizes, strict=True)]
+    crops = [crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)]
     crops = [crop.permute(1, 2, 0).numpy() for crop in crops]
     return image.permute(1, 2, 0).numpy(), crops, boxes, flips
 

@@ -4,11 +4,11 @@ With H the cross-entropy between the teacher's and the student's distribution ov
 are `sum of w * H` over the matched token pairs; `pair_weights` gives w.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from utils import all_reduce_mean
@@ -138,12 +138,13 @@ class LocalGlobalLoss(nn.Module):
         ones = self.center.new_ones(self.center.shape[1])
         student_scale = ones if student_scale is None else student_scale
         teacher_scale = ones if teacher_scale is None else teacher_scale
-        chunk_memory = self.chunk_memory or (80 << 20 if student_z.device.type == "cpu" else 512 << 20)
-        plan = _plan(*pairs, teacher_position, len(teacher_z), student_z)
+        memory = self.chunk_memory or (80 << 20 if student_z.device.type == "cpu" else 512 << 20)
+        most_rows = max(memory * 4 // 5 // (4 * self.center.shape[1]), 16)
+        plan = _plan(*pairs, teacher_position, len(teacher_z), student_z, most_rows)
         loss = _CrossEntropy.apply(
             *(student_z, student_prototypes, student_scale),
             *(teacher_z, teacher_prototypes, teacher_scale, self.center),
-            *(plan, (self.student_temp, teacher_temp), chunk_memory),
+            *(plan, self.student_temp, teacher_temp),
         )
         if self.training and teacher_mean_z is not None:
             self.update_center(teacher_mean_z, teacher_prototypes, teacher_scale)
@@ -164,22 +165,24 @@ class LocalGlobalLoss(nn.Module):
 class _Plan(NamedTuple):
     """The matched pairs of a batch, laid out image by image: tensors on the loss's device, bounds in the CPU's memory.
 
-    T and S count the teacher and student tokens of each image that have a pair, one image after the other; within an
-    image the student tokens with most pairs come first. M is the largest number of pairs of a student token.
+    A part is an image, or several whose K-wide rows are few. T and S count the teacher and student tokens of each part
+    that have a pair, one part after the other; within a part the student tokens with most pairs come first. M is the
+    largest number of pairs of a student token.
     """
 
     teacher_rows: torch.Tensor  # [T] rows of teacher_z
     positions: torch.Tensor  # [T] token positions
     student_rows: torch.Tensor  # [S] rows of student_z
     weight: torch.Tensor  # [S, 1] summed weight of a student token's pairs, in units of max_weight
-    mixed: torch.Tensor  # [M, S] teacher tokens of a student token's pairs, counted within their image
+    mixed: torch.Tensor  # [M, S] teacher tokens of a student token's pairs, counted within their part
     share: torch.Tensor  # [M, S, 1] share of each pair in the student token's weight
-    bounds: list  # per image (t0, t1, s0, s1): its teacher tokens are t0 to t1 - 1, its student tokens s0 to s1 - 1
+    parts: list  # of (t0, t1, s0, s1): its teacher tokens are t0 to t1 - 1, its student tokens s0 to s1 - 1
     pair_counts: np.ndarray  # [S] pairs of each student token
     max_weight: float
+    chunk: int  # student tokens whose logits are held at a time
 
 
-def _plan(teacher_idx, student_idx, weight, image, teacher_position, teacher_count, student_z):
+def _plan(teacher_idx, student_idx, weight, image, teacher_position, teacher_count, student_z, most_rows):
     student_count = len(student_z)
     teacher_idx, student_idx, weight, image, teacher_position = (
         x.numpy(force=True) for x in (teacher_idx, student_idx, weight, image, teacher_position)
@@ -193,10 +196,15 @@ def _plan(teacher_idx, student_idx, weight, image, teacher_position, teacher_cou
     teacher_key, teacher = np.unique(image * teacher_count + teacher_idx, return_inverse=True)
     images = np.unique(image)
     t, s = np.searchsorted(teacher_key, images * teacher_count), np.searchsorted(student_key, images * student_count)
-    bounds = list(zip(t, [*t[1:], len(teacher_key)], s, [*s[1:], len(student_key)], strict=True))
+    parts = []
+    for t0, t1, s0, s1 in zip(t, [*t[1:], len(teacher_key)], s, [*s[1:], len(student_key)], strict=True):
+        if parts and max(t1 - parts[-1][0], s1 - parts[-1][2]) <= most_rows // 4:
+            t0, _, s0, _ = parts.pop()
+        parts.append((int(t0), int(t1), int(s0), int(s1)))
 
     # Put the student tokens with most pairs first, and the pairs in the order of their student tokens.
-    order = np.lexsort((-pair_counts, student_key // student_count))
+    part_of_student = np.repeat(np.arange(len(parts)), [s1 - s0 for _, _, s0, s1 in parts])
+    order = np.lexsort((-pair_counts, part_of_student))
     student_key, pair_counts, place = student_key[order], pair_counts[order], np.argsort(order)
     pairs = np.argsort(place[student], kind="stable")
     teacher, weight, student = teacher[pairs], weight[pairs], place[student][pairs]
@@ -205,7 +213,7 @@ def _plan(teacher_idx, student_idx, weight, image, teacher_position, teacher_cou
     max_weight = token_weight.max(initial=0)
     mixed = np.zeros((pair_counts.max(initial=0), len(student_key)), np.int64)
     share = np.zeros(mixed.shape)
-    mixed[nth, student] = teacher - np.repeat(t, [t1 - t0 for t0, t1, _, _ in bounds])[teacher]
+    mixed[nth, student] = teacher - np.array([t0 for t0, *_ in parts])[part_of_student[student]]
     share[nth, student] = weight / token_weight[student]
 
     teacher_rows = teacher_key % teacher_count
@@ -213,7 +221,8 @@ def _plan(teacher_idx, student_idx, weight, image, teacher_position, teacher_cou
     columns += ((token_weight / max_weight)[:, None], mixed, share[..., None])
     dtype = {"f": torch.promote_types(student_z.dtype, torch.float32), "i": torch.int64}
     columns = (torch.from_numpy(x).to(student_z.device, dtype[x.dtype.kind], non_blocking=True) for x in columns)
-    return _Plan(*columns, bounds, pair_counts, float(max_weight))
+    chunk = min(most_rows, max((s1 - s0 for _, _, s0, s1 in parts), default=0))
+    return _Plan(*columns, parts, pair_counts, float(max_weight), chunk)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -236,11 +245,10 @@ class _CrossEntropy(torch.autograd.Function):
         teacher_scale,
         center,
         plan,
-        temps,
-        chunk_memory,
+        student_temp,
+        teacher_temp,
     ):
         device, K = student_z.device, len(student_prototypes)
-        student_temp, teacher_temp = temps
         wide = torch.promote_types(student_z.dtype, torch.float32)  # of all that is computed from logits
         narrow = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else wide
         needs_z, needs_prototypes, needs_scale = ctx.needs_input_grad[:3]
@@ -255,14 +263,12 @@ class _CrossEntropy(torch.autograd.Function):
             student_narrow, teacher_narrow = student_prototypes.to(narrow), teacher_prototypes.to(narrow)
             sharpening = student_scale / student_temp
             # The products want many rows at a time, all else few enough to stay in a cache: strips of a chunk.
-            most_t = max((t1 - t0 for t0, t1, _, _ in plan.bounds), default=0)
-            most_s = max((s1 - s0 for _, _, s0, s1 in plan.bounds), default=0)
-            chunk = min(max(chunk_memory * 4 // 5 // (K * wide.itemsize), 16), most_s)
-            strip = -(-chunk // 8)
+            strip = -(-plan.chunk // 8)
+            most_t = max((t1 - t0 for t0, t1, _, _ in plan.parts), default=0)
             targets_buffer = torch.empty(most_t, K, dtype=wide, device=device)
-            logits_buffer = torch.empty(chunk, K, dtype=wide, device=device)
+            logits_buffer = torch.empty(plan.chunk, K, dtype=wide, device=device)
             strips = torch.empty(2, strip, K, dtype=wide, device=device)
-            for t0, t1, s0, s1 in plan.bounds:
+            for t0, t1, s0, s1 in plan.parts:
                 targets = targets_buffer[: t1 - t0]
                 z = teacher_z[plan.teacher_rows[t0:t1]].to(narrow)
                 _logits(z, teacher_narrow, teacher_scale, out=targets)
@@ -275,7 +281,7 @@ class _CrossEntropy(torch.autograd.Function):
                     torch.sub(targets[a:b], center_rows, out=centered).div_(teacher_temp)
                     torch.softmax(centered, -1, out=targets[a:b])
 
-                for s2, s3 in _pieces(s0, s1, chunk):
+                for s2, s3 in _pieces(s0, s1, plan.chunk):
                     rows, weight = plan.student_rows[s2:s3], plan.weight[s2:s3]
                     z, logits = student_z[rows], logits_buffer[: s3 - s2]
                     _logits(z.to(narrow), student_narrow, sharpening, out=logits)
@@ -290,8 +296,7 @@ class _CrossEntropy(torch.autograd.Function):
                         torch.softmax(token_logits, -1, out=probabilities)
                         # The largest probability is exp(largest logit - logsumexp).
                         logsumexp = token_logits.amax(-1) - probabilities.amax(-1).log()
-                        entropy = logsumexp - token_logits.mul_(mixture).sum(-1)
-                        loss += plan.weight[a:b, 0] @ entropy
+                        loss += plan.weight[a:b, 0] @ (logsumexp - token_logits.mul_(mixture).sum(-1))
                         torch.sub(mixture, probabilities, out=token_logits)
 
                     difference = logits
@@ -304,7 +309,7 @@ class _CrossEntropy(torch.autograd.Function):
                     if d_z is not None:
                         product = difference.mul_(student_scale * gain).to(narrow) @ student_narrow
                         d_z.index_add_(0, rows, product * (unit * weight))
-            del targets, targets_buffer, logits, logits_buffer, difference, strips
+            targets_buffer = logits_buffer = strips = targets = logits = difference = None  # frees them
             d_scale = torch.einsum("kd,kd->k", d_prototypes, student_prototypes.to(wide)) if needs_scale else None
             if needs_prototypes:
                 d_prototypes.mul_(student_scale[:, None])
@@ -339,4 +344,4 @@ def _pieces(start, stop, most):
     """Cut a range into as few pieces of at most `most` as there can be, about equally long."""
     count = -(-(stop - start) // most)
     edges = [start + i * (stop - start) // count for i in range(count + 1)]
-    return zip(edges, edges[1:], strict=False)
+    return itertools.pairwise(edges)

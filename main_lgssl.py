@@ -27,7 +27,7 @@ import utils
 from augment import MultiCrop, normalize
 from datasets import DATASETS, BatchOrder, ResizeToTensor, build_dataset
 from losses import LOSSES, LocalGlobalLoss, teacher_temperature
-from patch_matching import RULES, MatchTable, batch_table, match_views
+from patch_matching import RULES, batch_table, match_views
 from utils import UserError, bool_flag, cosine_schedule, number
 from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead, architecture
 
@@ -121,7 +121,8 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     transform = ResizeToTensor(args.image_size)
-    dataset = build_dataset(args.dataset, args.data_path, "train", transform, args.classes, args.download)
+    least_side = 2 * args.image_size or None  # twice what is needed: decoding still changes a pixel by a level or so
+    dataset = build_dataset(args.dataset, args.data_path, "train", transform, args.classes, args.download, least_side)
     output_dir = Path(args.output_dir)
     checkpoint = open_output(output_dir, vars(args))
     rank, world_size, device = utils.init_distributed(args.dist_url)
@@ -385,9 +386,7 @@ def count_pairs(crops):
     return images, 2 * (views - 1)
 
 
-def batch_loss(
-    student, teacher, loss_function, crops, table, temperature, device, accum_steps=1, earlier_mean_z=None
-):
+def batch_loss(student, teacher, loss_function, crops, table, temperature, device, accum_steps=1, earlier_mean_z=None):
     """Return the loss of a batch, or of one of the `accum_steps` parts of a larger one, whose losses add up to its.
 
     Args:

@@ -172,10 +172,10 @@ def batch_table(matches, batch_size, tokens_per_view, teacher_views=2):
     return MatchTable(*(torch.from_numpy(column) for column in columns))
 
 
-# The rules, for G images, two sides (teacher view, student view), M pairs of views and two axes (rows, columns). Arguments
-# are start and length [G, 2, M, 2] of the intervals in pixels, and the patches [2, M, 2] along them. The result is n
-# [G, M, 2], how many patches are matched, and numbers of patches [G, 2, M, 2, at least n] in the order of the image; what
-# stands behind the first n of them is meaningless.
+# The rules, for G images, two sides (teacher view, student view), M pairs of views and two axes (rows, columns).
+# Arguments are start and length [G, 2, M, 2] of the intervals in pixels, and the patches [2, M, 2] along them. Results
+# are n [G, M, 2], how many patches are matched, and numbers of patches [G, 2, M, 2, at least n] in the order of the
+# image; what stands behind the first n of them is meaningless.
 
 
 def _match_paper(start, length, patches):

@@ -153,8 +153,8 @@ class DINOHead(nn.Module):
 class Prototypes(nn.Module):
     """Weight-normalised weights as plain parameters under DINO's names, without hooks.
 
-    `forward` returns weights [K, D] and their scale [K]; logits are `z @ (scale * weights.T)`. Multiplied out they would
-    be a copy of the largest layer, for student and teacher each.
+    `forward` returns weights [K, D] and their scale [K]; logits are `z @ (scale * weights.T)`. Multiplied out they
+    would be a copy of the largest layer, for student and teacher each.
     """
 
     def __init__(self, dim, count, learn_norm):

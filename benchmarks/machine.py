@@ -13,8 +13,11 @@ def machine():
         processor = torch.cuda.get_device_name()
     else:
         cpuinfo = Path("/proc/cpuinfo")
-        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line[:10] == "model name"] \
-            if cpuinfo.exists() else []
+        names = (
+            [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line[:10] == "model name"]
+            if cpuinfo.exists()
+            else []
+        )
         processor = names[0] if names else platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return (

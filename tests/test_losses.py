@@ -64,7 +64,15 @@ def random_case(seed=0, dim=5, out_dim=7, teachers=6, students=9, pairs=20):
     position = torch.arange(teachers) % 3
     loss = LocalGlobalLoss(out_dim, 2).double().eval()
     loss.center.copy_(torch.randn(3, out_dim, **double))
-    return loss, student_z, teacher_z, student_w, teacher_w, (teacher_idx, student_idx, weight, torch.arange(pairs) % 3), position
+    return (
+        loss,
+        student_z,
+        teacher_z,
+        student_w,
+        teacher_w,
+        (teacher_idx, student_idx, weight, torch.arange(pairs) % 3),
+        position,
+    )
 
 
 def naive_loss(loss, student_z, teacher_z, student_w, teacher_w, pairs, position, temperature):

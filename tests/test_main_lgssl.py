@@ -184,7 +184,7 @@ def test_three_steps_are_dinos(photo_folder, tmp_path):
     named = [(n, p) for n, p in student.named_parameters() if p.requires_grad]
     groups = [{"params": [p for n, p in named if p.ndim > 1]}, {"params": [p for n, p in named if p.ndim == 1]}]
     optimizer = torch.optim.AdamW(groups, foreach=False)
-    dataset = build_dataset("folder", photo_folder, "train", ResizeToTensor(40))
+    dataset = build_dataset("folder", photo_folder, "train", ResizeToTensor(40), least_side=80)
     batches = BatchesOfViews(dataset, MultiCrop(32, 16, local_number=2), 8, "paper", 0)
     order = main_lgssl.BatchOrder(12, 4)
     center = torch.zeros(17, 24, dtype=torch.float64)
@@ -440,8 +440,9 @@ def test_every_option_reaches_what_it_is_for(tmp_path, monkeypatch):
         "--head_hidden_dim 20 --drop_path_rate 0.25 --momentum_teacher 0.9 --warmup_teacher_temp 0.05 "
         "--teacher_temp 0.06 --warmup_teacher_temp_epochs 3 --epochs 9 --batch_size_per_gpu 64 --lr 0.1 --min_lr 0.01 "
         "--warmup_epochs 2 --weight_decay 0.1 --weight_decay_end 0.2 --clip_grad 1.5 --freeze_last_layer 2 "
-        "--precision bf16 --accum_steps 2 --image_size 40 --global_crops_size 24 --local_crops_size 12 --global_crops_scale 0.5 0.9 "
-        "--local_crops_scale 0.1 0.2 --local_crops_number 3 --flip_prob 0.2 --num_workers 0 --log_every 5"
+        "--precision bf16 --accum_steps 2 --image_size 40 --global_crops_size 24 --local_crops_size 12 "
+        "--global_crops_scale 0.5 0.9 --local_crops_scale 0.1 0.2 --local_crops_number 3 --flip_prob 0.2 "
+        "--num_workers 0 --log_every 5"
     )
     with pytest.raises(Stop):
         main_lgssl.main([*words.split(), "--output_dir", str(tmp_path)])

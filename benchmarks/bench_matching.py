@@ -1,0 +1,74 @@
+"""Time of patch matching: all pairs of views of a batch that shares its crops, and of images with crops of their own.
+
+python -m benchmarks.bench_matching
+"""
+
+import argparse
+import time
+
+import numpy as np
+
+from augment import random_box
+from benchmarks.machine import machine, print_table
+from patch_matching import RULES, batch_table, match_patches, match_views
+from utils import number
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=number(int, 1), default=64, help="of a batch")
+    parser.add_argument("--local_crops_number", type=number(int, 0), default=8)
+    args = parser.parse_args()
+    print(machine())
+    grids = [(14, 14)] * 2 + [(6, 6)] * args.local_crops_number
+    tokens = [1 + rows * columns for rows, columns in grids]
+    pairs = 2 * (len(grids) - 1)
+    rows = []
+    for images, name in ((1, "shared by the batch"), (args.images, f"per image, {args.images} images")):
+        boxes, flips = draw_geometry(images, args.local_crops_number)
+        for rule in RULES:
+            together = median_us(lambda r=rule, b=boxes, f=flips: match_views(b, f, grids, rule=r))
+            single = median_us(lambda r=rule, b=boxes, f=flips: one_by_one(b, f, grids, r), repeats=200 // images + 1)
+            matches = match_views(boxes, flips, grids, rule=rule)
+            table = median_us(lambda m=matches: batch_table(m, args.images, tokens))
+            rows.append((name, rule, f"{together:.0f}", f"{single:.0f}", f"{single / together:.0f}×", f"{table:.0f}"))
+    header = (
+        "crops",
+        "rule",
+        f"all {pairs} pairs, µs",
+        "pair by pair, µs",
+        "faster",
+        f"table of {args.images} images, µs",
+    )
+    print_table(header, rows)
+
+
+def draw_geometry(images, local_crops_number):
+    """Return boxes [V, images, 4] and flips [V, images] of the paper's crops of 256×256 pixels."""
+    rng = np.random.default_rng(0)
+    scales = [(0.4, 1.0)] * 2 + [(0.05, 0.4)] * local_crops_number
+    boxes = [[random_box(rng, 256, 256, scale) for _ in range(images)] for scale in scales]
+    return np.array(boxes), rng.random((len(scales), images)) < 0.5
+
+
+def one_by_one(boxes, flips, grids, rule):
+    """Match with one call of match_patches per image and pair of views."""
+    for image in range(boxes.shape[1]):
+        sides = [(boxes[v, image], flips[v, image], grid) for v, grid in enumerate(grids)]
+        for i in range(2):
+            for j in range(len(grids)):
+                if i != j:
+                    match_patches(*sides[i], *sides[j], rule)
+
+
+def median_us(call, repeats=200):
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return np.median(seconds) * 1e6
+
+
+if __name__ == "__main__":
+    main()
