@@ -195,9 +195,10 @@ def _plan(teacher_idx, student_idx, weight, image, teacher_position, teacher_cou
     )
     teacher_key, teacher = np.unique(image * teacher_count + teacher_idx, return_inverse=True)
     images = np.unique(image)
-    t, s = np.searchsorted(teacher_key, images * teacher_count), np.searchsorted(student_key, images * student_count)
+    teacher_bounds = [np.searchsorted(teacher_key, i * teacher_count) for i in (images, images + 1)]
+    student_bounds = [np.searchsorted(student_key, i * student_count) for i in (images, images + 1)]
     parts = []
-    for t0, t1, s0, s1 in zip(t, [*t[1:], len(teacher_key)], s, [*s[1:], len(student_key)], strict=True):
+    for t0, t1, s0, s1 in zip(*teacher_bounds, *student_bounds, strict=True):
         if parts and max(t1 - parts[-1][0], s1 - parts[-1][2]) <= most_rows // 4:
             t0, _, s0, _ = parts.pop()
         parts.append((int(t0), int(t1), int(s0), int(s1)))

@@ -33,6 +33,7 @@ from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead, archit
 
 # Arguments that may differ when a run goes on; any other would make it another run.
 MAY_CHANGE = "data_path download output_dir num_workers log_every saveckp_freq dist_url local_rank".split()
+MAY_CHANGE += ["grad_checkpointing", "compile"]
 
 
 def parse_arguments(argv=None):

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from losses import LocalGlobalLoss, pair_weights, teacher_temperature
 
@@ -53,51 +55,165 @@ def test_golden_losses_and_centers(golden, name, center):
             torch.testing.assert_close(loss.center, torch.tensor(after).view_as(loss.center), rtol=0, atol=1e-6)
 
 
-def random_case(seed=0, dim=5, out_dim=7, teachers=6, students=9, pairs=20):
+def random_case(seed=0, dim=5, out_dim=7, teachers=6, students=9, pairs=20, images=3, center="position"):
+    """Random vectors, prototypes, scales and pairs in float64, some weights being 0 and some pairs there twice."""
     generator = torch.Generator().manual_seed(seed)
     double = {"generator": generator, "dtype": torch.float64}
     student_z, teacher_z = torch.randn(students, dim, **double), torch.randn(teachers, dim, **double)
     student_w, teacher_w = torch.randn(out_dim, dim, **double), torch.randn(out_dim, dim, **double)
     teacher_idx = torch.randint(teachers, (pairs,), generator=generator)
     student_idx = torch.randint(students, (pairs,), generator=generator)
+    image = torch.randint(images, (pairs,), generator=generator)
     weight = torch.rand(pairs, **double)
+    weight[::7] = 0
     position = torch.arange(teachers) % 3
-    loss = LocalGlobalLoss(out_dim, 2).double().eval()
-    loss.center.copy_(torch.randn(3, out_dim, **double))
-    return (
-        loss,
-        student_z,
-        teacher_z,
-        student_w,
-        teacher_w,
-        (teacher_idx, student_idx, weight, torch.arange(pairs) % 3),
-        position,
-    )
+    loss = LocalGlobalLoss(out_dim, 2, center=center).double().eval()
+    loss.center.copy_(torch.randn(loss.center.shape, **double))
+    return loss, student_z, teacher_z, student_w, teacher_w, (teacher_idx, student_idx, weight, image), position
 
 
 def naive_loss(loss, student_z, teacher_z, student_w, teacher_w, pairs, position, temperature):
     """Σ w·H as Algorithm 1 writes it, pair by pair."""
     total = 0
     for t, s, w in zip(*pairs[:3], strict=True):
-        target = torch.softmax((teacher_w @ teacher_z[t] - loss.center[position[t]]) / temperature, 0)
+        center = loss.center[position[t]] if len(loss.center) > 1 else loss.center[0]
+        target = torch.softmax((teacher_w @ teacher_z[t] - center) / temperature, 0)
         total = total - w * (target * torch.log_softmax(student_w @ student_z[s] / loss.student_temp, 0)).sum()
     return total
 
 
-def test_loss_and_gradients_equal_the_naive_formula():
-    loss, student_z, teacher_z, student_w, teacher_w, pairs, position = random_case()
-    inputs = [student_z.requires_grad_(), student_w.requires_grad_()]
-    value = loss(student_z, teacher_z, student_w, teacher_w, pairs, position, None, 0.5)
-    expected = naive_loss(loss, student_z, teacher_z, student_w, teacher_w, pairs, position, 0.5)
-    torch.testing.assert_close(value, expected)
-    for own, naive in zip(torch.autograd.grad(value, inputs), torch.autograd.grad(expected, inputs), strict=True):
-        torch.testing.assert_close(own, naive)
+@pytest.mark.parametrize("center", ["position", "shared"])
+@pytest.mark.parametrize("chunk_memory", [None, 1])  # of 1 byte: 16 rows at a time, each image alone
+@pytest.mark.parametrize(("sizes", "dtype", "tolerance"), [
+    ({}, torch.float64, 1e-12),
+    ({"teachers": 60, "students": 200, "pairs": 500, "images": 4, "out_dim": 300, "dim": 16}, torch.float64, 1e-12),
+    ({"teachers": 60, "students": 200, "pairs": 500, "images": 4, "out_dim": 300, "dim": 16}, torch.float32, 1e-6),
+])  # fmt: skip
+def test_loss_and_gradients_equal_the_naive_formula(sizes, dtype, tolerance, chunk_memory, center):
+    loss, student_z, teacher_z, student_w, teacher_w, pairs, position = random_case(**sizes, center=center)
+    generator = torch.Generator().manual_seed(1)
+    student_scale, teacher_scale = torch.rand(2, len(student_w), generator=generator, dtype=torch.float64)
+    exact = [x.requires_grad_() for x in (student_z, student_w, student_scale)]
+    scaled = (student_scale[:, None] * student_w, teacher_scale[:, None] * teacher_w)
+    expected = naive_loss(loss, student_z, teacher_z, *scaled, pairs, position, 0.5)
+    expected_gradients = torch.autograd.grad(3 * expected, exact)
+
+    loss.chunk_memory = chunk_memory
+    own = [x.detach().to(dtype).requires_grad_() for x in exact]
+    rounded = [x.to(dtype) for x in (teacher_z, teacher_w, teacher_scale)]
+    arguments = (own[0], rounded[0], own[1], rounded[1], pairs, position, None, 0.5)
+    value = loss.to(dtype)(*arguments, student_scale=own[2], teacher_scale=rounded[2])
+    assert value.item() == pytest.approx(expected.item(), rel=tolerance)
+    for gradient, reference in zip(torch.autograd.grad(3 * value, own), expected_gradients, strict=True):
+        error = (gradient.double() - reference).norm() / reference.norm()
+        assert error < 3 * tolerance
 
 
 def test_gradcheck():
     loss, student_z, teacher_z, student_w, teacher_w, pairs, position = random_case(students=4, pairs=6)
-    inputs = (student_z.requires_grad_(), student_w.requires_grad_())
-    assert torch.autograd.gradcheck(lambda z, w: loss(z, teacher_z, w, teacher_w, pairs, position, None, 0.5), inputs)
+    inputs = (student_z.requires_grad_(), student_w.requires_grad_(), torch.rand(7).double().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda z, w, scale: loss(z, teacher_z, w, teacher_w, pairs, position, None, 0.5, student_scale=scale), inputs
+    )
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
+def test_gradients_only_where_they_are_wanted(wanted):
+    loss, student_z, teacher_z, student_w, teacher_w, pairs, position = random_case()
+    expected = naive_loss(loss, student_z, teacher_z, student_w, teacher_w, pairs, position, 0.5)
+    student_z.requires_grad_(wanted[0])
+    student_w.requires_grad_(wanted[1])
+    value = loss(student_z, teacher_z, student_w, teacher_w, pairs, position, None, 0.5)
+    torch.testing.assert_close(value, expected)
+    if any(wanted):
+        value.backward()
+    assert (student_z.grad is not None, student_w.grad is not None) == wanted
+
+
+def test_no_pair_with_a_weight_is_a_loss_of_zero():
+    loss, student_z, teacher_z, student_w, teacher_w, pairs, position = random_case()
+    pairs = (pairs[0], pairs[1], torch.zeros_like(pairs[2]), pairs[3])
+    value = loss(student_z.requires_grad_(), teacher_z, student_w, teacher_w, pairs, position, None, 0.5)
+    value.backward()
+    assert value == 0
+    assert torch.equal(student_z.grad, torch.zeros_like(student_z))
+
+
+def test_large_logits_stay_finite():
+    loss, student_z, teacher_z, student_w, teacher_w, pairs, position = random_case()
+    expected = naive_loss(loss, 300 * student_z, 300 * teacher_z, student_w, teacher_w, pairs, position, 0.04)
+    student_z = (300 * student_z).float().requires_grad_()
+    rounded = [x.float() for x in (300 * teacher_z, student_w, teacher_w)]
+    value = loss.float()(student_z, *rounded, pairs, position, None, 0.04)
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert student_z.grad.isfinite().all()
+
+
+class WidestTensor(TorchDispatchMode):
+    """Keep the number of elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return result
+
+
+def batch_case(images, K, D=8, tokens=40):
+    """One geometry for all images: each has `tokens` teacher and 2 * `tokens` student tokens, with 2 pairs each."""
+    generator = torch.Generator().manual_seed(0)
+    z = [torch.randn(images * n, D, generator=generator) for n in (2 * tokens, tokens)]
+    w = [torch.randn(K, D, generator=generator) for _ in range(2)]
+    b = torch.arange(images).repeat_interleave(4 * tokens)
+    p = torch.arange(4 * tokens).repeat(images)
+    pairs = (b * tokens + p % tokens, b * 2 * tokens + p % (2 * tokens), torch.ones(len(b)), b)
+    arguments = (z[0].requires_grad_(), z[1], w[0].requires_grad_(), w[1], pairs, torch.arange(images * tokens) % 3)
+    return LocalGlobalLoss(K, 2, chunk_memory=K * 4 * 25).eval(), arguments
+
+
+def test_nothing_k_wide_grows_with_the_batch():
+    K, tokens = 3000, 40
+    for images in (2, 9):
+        loss, arguments = batch_case(images, K, tokens=tokens)
+        with WidestTensor() as widest:
+            loss(*arguments, None, 0.04).backward()
+        assert widest.elements == K * tokens  # the targets of one image
+    loss, arguments = batch_case(2, K, tokens=tokens)
+    with WidestTensor() as widest:
+        torch.nn.functional.linear(arguments[0], arguments[2])
+    assert widest.elements == 2 * 2 * tokens * K  # so would all logits be seen
+
+
+def test_no_matrix_product_is_done_twice():
+    images, K, D, tokens = 3, 500, 8, 40
+    loss, arguments = batch_case(images, K, D, tokens)
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}  # PyTorch does not count it
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        loss(*arguments, None, 0.04).backward()
+    teacher, student = images * tokens, images * 2 * tokens
+    assert counter.get_total_flops() == 2 * K * D * (teacher + 3 * student)  # student: logits and their two gradients
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_gradients_under_autocast(dtype, tolerance):
+    """With the paper's numbers: weights of 1e-6 and probabilities of 1e-4 would vanish in fp16 as they are."""
+    loss, arguments = batch_case(4, K=8000, D=32, tokens=10)
+    student_z, teacher_z = (torch.nn.functional.normalize(z.detach()) for z in arguments[:2])
+    student_w, teacher_w = (torch.nn.functional.normalize(w.detach()) for w in arguments[2:4])
+    pairs = (*arguments[4][:2], arguments[4][2] * 1e-6, arguments[4][3])
+    results = []
+    for precision in (None, dtype):
+        inputs = [student_z.clone().requires_grad_(), student_w.clone().requires_grad_()]
+        with torch.autocast("cpu", precision, enabled=precision is not None):
+            value = loss(inputs[0], teacher_z, inputs[1], teacher_w, pairs, arguments[5], None, 0.07)
+        assert value.dtype == torch.float32
+        results.append((value, *torch.autograd.grad(value, inputs)))
+    for exact, rounded in zip(*results, strict=True):
+        assert (rounded - exact).norm() < tolerance * exact.norm()
 
 
 def test_no_gradient_reaches_the_teacher():

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.models.vision_transformer import Block
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_lgssl
 from augment import MultiCrop, normalize
@@ -230,7 +232,77 @@ def test_accumulated_batches_equal_one_large_batch(photo_folder, tmp_path, geome
         torch.testing.assert_close(parts["student"][key], value, rtol=1e-2, atol=2e-4)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_report(photo_folder, tmp_path, monkeypatch, optimizer):
+    original, weights = main_lgssl.batch_loss, []  # the student's weights after each step
+
+    def poisoned(*arguments):
+        loss = original(*arguments)
+        if len(weights) == 1:  # the second step
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    def after_step(teacher_parameters, student_parameters, weight):
+        weights.append([p.detach().clone() for p in student_parameters])
+
+    monkeypatch.setattr(main_lgssl, "batch_loss", poisoned)
+    monkeypatch.setattr(torch, "_foreach_lerp_", after_step)
+    options = ("--epochs", 1, "--log_every", 100, "--optimizer", optimizer, "--warmup_epochs", 0, "--lr", 0.05)
+    with pytest.raises(SystemExit, match="a gradient is not finite at step 1;"):
+        train(photo_folder, tmp_path, *options)
+    first, second, third = weights
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(value.isfinite().all() for value in third)
+    assert not all(torch.equal(a, b) for a, b in zip(second, third, strict=True))
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+class Waits(TorchDispatchMode):
+    """Count how often the CPU asks for a value on the device, as .item(), .tolist() or an `if` do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device_between_reports(photo_folder, tmp_path):
+    counts = []
+    for batch_size in (6, 2):  # 2 and 6 steps, each with one report
+        with Waits() as waits:
+            options = ("--epochs", 1, "--log_every", 100, "--batch_size_per_gpu", batch_size)
+            train(photo_folder, tmp_path / str(batch_size), *options)
+        counts.append(waits.count)
+    assert counts[0] == counts[1]
+
+
 # --- whole runs
+
+
+def test_gradient_checkpointing_changes_nothing(photo_folder, tmp_path, monkeypatch):
+    original, calls = Block.forward, []
+
+    def forward(self, x):
+        calls.append(1)
+        return original(self, x)
+
+    monkeypatch.setattr(Block, "forward", forward)
+    plain = train(photo_folder, tmp_path / "plain", "--epochs", 1)
+    plain_calls = len(calls)
+    checkpointed = train(photo_folder, tmp_path / "checkpointed", "--epochs", 1, "--grad_checkpointing")
+    assert_same_state(plain, checkpointed)
+    # 3 steps, 4 blocks: the student's blocks run for two sizes of crops, and now once more for each.
+    assert len(calls) - 2 * plain_calls == 3 * 4 * 2
+
+
+def test_compile_without_a_compiler_is_named(photo_folder, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no C++ compiler\nand so on")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(UserError, match="--compile needs a compiler .* found: no C"):
+        train(photo_folder, tmp_path, "--epochs", 1, "--compile")
 
 
 def test_a_run_writes_what_others_read(photo_folder, tmp_path, capsys):

@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+import main_lgssl
+from augment import MultiCrop
+from benchmarks import bench_knn, bench_step
+from eval_knn import knn_accuracy
+from losses import LocalGlobalLoss
+from main_lgssl import BatchesOfViews
+from vision_transformer import BackboneWithHead, DINOHead, vit_micro
+
+
+def test_the_naive_side_computes_the_same_loss_and_gradients():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    batches = BatchesOfViews([(image, 0) for image in images], MultiCrop(32, 16), 8, "paper", 0)
+    key = (0, 0, [0, 1, 2])
+    _, crops, table = batches[key]
+    student, teacher = (BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24)) for _ in range(2))
+    naive = bench_step.naive_batch_loss(bench_step.correspondences(batches.views(key), 8), 3)
+    results = []
+    for batch_loss in (main_lgssl.batch_loss, naive):
+        function = LocalGlobalLoss(24, 16)
+        loss = batch_loss(student, teacher, function, crops, table, 0.05, torch.device("cpu"))
+        weights = [p for p in student.parameters() if p.requires_grad]
+        results.append((loss, function.center, *torch.autograd.grad(loss, weights)))
+    for own, reference in zip(*results, strict=True):
+        torch.testing.assert_close(own, reference, rtol=1e-3, atol=1e-6)
+
+
+def test_both_sides_of_knn_are_equally_accurate():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(500, 8, generator=generator), dim=1)
+    labels = torch.randint(6, (500,), generator=generator)
+    data = (features[:300], labels[:300], features[300:], labels[300:])
+    assert bench_knn.one_hot_knn(*data, 10) == pytest.approx(knn_accuracy(*data, 10))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("bench_step --arch vit_micro --patch_size 16 --batch_size 2 --out_dim 64 4096 --steps 1 --rounds 1", "naive"),
+        ("bench_views --batch_size 2 --rounds 1", "torchvision and PIL"),
+        ("bench_matching --images 2", "all 18 pairs"),
+        ("bench_knn --train 1000 --test 200 --rounds 1", "DINO"),
+    ],
+)
+def test_benchmarks_print_their_tables(run_script, words, expected):
+    name, *options = words.split()
+    output = run_script("-m", f"benchmarks.{name}", *options).stdout
+    assert expected in output
+    assert "PyTorch" in output.splitlines()[0]
+    assert "failed" not in output
