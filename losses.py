@@ -232,7 +232,7 @@ class _CrossEntropy(torch.autograd.Function):
     Two facts make it cheap. The targets of a student token with several teacher tokens add up to one mixture: with
     w = Σ_t w_t and m = Σ_t (w_t / w)·t its part of the loss is w·(logsumexp(s) - m·s), and the gradient for its logits
     is w·(softmax(s) - m). And all pairs lie inside one image, so that nothing K wide has to outlive it: the targets of
-    its teacher tokens, and one piece of its student tokens after the other on the way from logits to gradients.
+    its teacher tokens, and one chunk of its student tokens after the other on the way from logits to gradients.
     """
 
     @staticmethod
@@ -256,61 +256,37 @@ class _CrossEntropy(torch.autograd.Function):
         d_z = torch.zeros_like(student_z, dtype=wide) if needs_z else None
         d_prototypes = torch.zeros_like(student_prototypes, dtype=wide) if needs_prototypes or needs_scale else None
         loss = torch.zeros((), dtype=wide, device=device)
-        # Small differences of probabilities, and small weights, would be lost in fp16.
-        gain = 256 if narrow == torch.float16 else 1
-        unit = -plan.max_weight / (student_temp * gain)
+        unit = -plan.max_weight / student_temp  # of the gradients; weights as small as they are would be lost in fp16
 
         with torch.autocast(device.type, enabled=False):
             student_narrow, teacher_narrow = student_prototypes.to(narrow), teacher_prototypes.to(narrow)
             sharpening = student_scale / student_temp
             # The products want many rows at a time, all else few enough to stay in a cache: strips of a chunk.
-            strip = -(-plan.chunk // 8)
             most_t = max((t1 - t0 for t0, t1, _, _ in plan.parts), default=0)
             targets_buffer = torch.empty(most_t, K, dtype=wide, device=device)
             logits_buffer = torch.empty(plan.chunk, K, dtype=wide, device=device)
-            strips = torch.empty(2, strip, K, dtype=wide, device=device)
+            strips = torch.empty(2, -(-plan.chunk // 8), K, dtype=wide, device=device)
             for t0, t1, s0, s1 in plan.parts:
                 targets = targets_buffer[: t1 - t0]
                 z = teacher_z[plan.teacher_rows[t0:t1]].to(narrow)
                 _logits(z, teacher_narrow, teacher_scale, out=targets)
-                for a, b in _pieces(0, t1 - t0, strip):
-                    centered, center_rows = strips[:, : b - a]
-                    if len(center) > 1:
-                        torch.index_select(center, 0, plan.positions[t0 + a : t0 + b], out=center_rows)
-                    else:
-                        center_rows = center
-                    torch.sub(targets[a:b], center_rows, out=centered).div_(teacher_temp)
-                    torch.softmax(centered, -1, out=targets[a:b])
+                _sharpen_(targets, center, plan.positions[t0:t1], teacher_temp, strips)
 
-                for s2, s3 in _pieces(s0, s1, plan.chunk):
-                    rows, weight = plan.student_rows[s2:s3], plan.weight[s2:s3]
-                    z, logits = student_z[rows], logits_buffer[: s3 - s2]
+                for a, b in _pieces(s0, s1, plan.chunk):
+                    rows, weight = plan.student_rows[a:b], plan.weight[a:b]
+                    z, logits = student_z[rows], logits_buffer[: b - a]
                     _logits(z.to(narrow), student_narrow, sharpening, out=logits)
-                    for a, b in _pieces(s2, s3, strip):
-                        mixture, probabilities = strips[:, : b - a]
-                        torch.index_select(targets, 0, plan.mixed[0, a:b], out=mixture).mul_(plan.share[0, a:b])
-                        for i in range(1, plan.pair_counts[a]):
-                            end = a + np.count_nonzero(plan.pair_counts[a:b] > i)
-                            more = torch.index_select(targets, 0, plan.mixed[i, a:end], out=probabilities[: end - a])
-                            mixture[: end - a].addcmul_(more, plan.share[i, a:end])
-                        token_logits = logits[a - s2 : b - s2]
-                        torch.softmax(token_logits, -1, out=probabilities)
-                        # The largest probability is exp(largest logit - logsumexp).
-                        logsumexp = token_logits.amax(-1) - probabilities.amax(-1).log()
-                        loss += plan.weight[a:b, 0] @ (logsumexp - token_logits.mul_(mixture).sum(-1))
-                        torch.sub(mixture, probabilities, out=token_logits)
-
-                    difference = logits
+                    loss += weight[:, 0] @ _cross_entropy_(logits, targets, plan, a, strips)
+                    difference = logits  # mixture - softmax, from here on
                     if d_prototypes is not None:
                         weighted_z = (z * weight).to(narrow)
                         if narrow == wide:
                             d_prototypes.addmm_(difference.T, weighted_z, alpha=unit)
                         else:
-                            d_prototypes.add_((difference * gain).to(narrow).T @ weighted_z, alpha=unit)
+                            d_prototypes.add_(difference.to(narrow).T @ weighted_z, alpha=unit)
                     if d_z is not None:
-                        product = difference.mul_(student_scale * gain).to(narrow) @ student_narrow
+                        product = difference.mul_(student_scale).to(narrow) @ student_narrow
                         d_z.index_add_(0, rows, product * (unit * weight))
-            targets_buffer = logits_buffer = strips = targets = logits = difference = None  # frees them
             d_scale = torch.einsum("kd,kd->k", d_prototypes, student_prototypes.to(wide)) if needs_scale else None
             if needs_prototypes:
                 d_prototypes.mul_(student_scale[:, None])
@@ -339,6 +315,42 @@ def _logits(z, prototypes, scale, out):
         else:
             out[:, k] = z @ prototypes[k].T
         out[:, k] *= scale[k]
+
+
+def _sharpen_(logits, center, positions, temp, strips):
+    """Turn the teacher's logits [n, K] into its targets, softmax((logits - center) / temp), in place."""
+    for a, b in _pieces(0, len(logits), strips.shape[1]):
+        centered, centers = strips[:, : b - a]
+        if len(center) > 1:
+            torch.index_select(center, 0, positions[a:b], out=centers)
+        else:
+            centers = center
+        torch.sub(logits[a:b], centers, out=centered).div_(temp)
+        torch.softmax(centered, -1, out=logits[a:b])
+
+
+def _cross_entropy_(logits, targets, plan, start, strips):
+    """Return the cross-entropies [n] of student tokens with their mixtures of targets; logits become mixture - softmax.
+
+    Args:
+        logits: [n, K], divided by τ_s, of the student tokens that the plan counts from `start`.
+        targets: of the teacher tokens of their part.
+    """
+    losses = []
+    for a, b in _pieces(start, start + len(logits), strips.shape[1]):
+        strip = logits[a - start : b - start]
+        mixture, probabilities = strips[:, : b - a]
+        torch.index_select(targets, 0, plan.mixed[0, a:b], out=mixture).mul_(plan.share[0, a:b])
+        for i in range(1, plan.pair_counts[a]):
+            end = a + np.count_nonzero(plan.pair_counts[a:b] > i)
+            more = torch.index_select(targets, 0, plan.mixed[i, a:end], out=probabilities[: end - a])
+            mixture[: end - a].addcmul_(more, plan.share[i, a:end])
+        torch.softmax(strip, -1, out=probabilities)
+        # The largest probability is exp(largest logit - logsumexp).
+        logsumexp = strip.amax(-1) - probabilities.amax(-1).log()
+        losses.append(logsumexp - strip.mul_(mixture).sum(-1))
+        torch.sub(mixture, probabilities, out=strip)
+    return torch.cat(losses)
 
 
 def _pieces(start, stop, most):

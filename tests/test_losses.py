@@ -200,7 +200,7 @@ def test_no_matrix_product_is_done_twice():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
 def test_gradients_under_autocast(dtype, tolerance):
-    """With the paper's numbers: weights of 1e-6 and probabilities of 1e-4 would vanish in fp16 as they are."""
+    """With weights of 1e-6, as batches have them, which would vanish in fp16."""
     loss, arguments = batch_case(4, K=8000, D=32, tokens=10)
     student_z, teacher_z = (torch.nn.functional.normalize(z.detach()) for z in arguments[:2])
     student_w, teacher_w = (torch.nn.functional.normalize(w.detach()) for w in arguments[2:4])

@@ -277,6 +277,16 @@ def test_nothing_waits_for_the_device_between_reports(photo_folder, tmp_path):
     assert counts[0] == counts[1]
 
 
+def test_stochastic_depth_differs_between_steps_ranks_and_parts():
+    def draw(*key):
+        main_lgssl.seed_networks(*key)
+        return torch.rand(1).item()
+
+    keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]  # seed, step, rank, part
+    assert len({draw(*key) for key in keys}) == len(keys)
+    assert draw(*keys[1]) == draw(*keys[1])
+
+
 # --- whole runs
 
 
