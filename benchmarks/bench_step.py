@@ -192,15 +192,16 @@ def naive_batch_loss(pairs, views):
 
 
 def naive_bytes(arch, patch_size, batch_size, K):
-    """Return what the naive side needs at least: logits of all tokens, their gradients, and three tensors per pair.
+    """Return what the naive side needs at least, beside the backbone's activations.
 
-    A pair of views keeps its targets and log-probabilities until the backward pass, whose gradient is the third.
+    Those are the logits of all tokens, the gradients of the student's, and the targets and log-probabilities of each
+    pair of views; of a view's tokens 55 % (global) and 80 % (local) are taken to be matched.
     """
     tokens = [1 + (size // patch_size) ** 2 for size in (GLOBAL, LOCAL)]
     teacher, student = 2 * tokens[0], 2 * tokens[0] + (VIEWS - 2) * tokens[1]
     matched = 2 * (0.55 * tokens[0] + (VIEWS - 2) * 0.8 * tokens[1])
     networks = 10 * sum(p.numel() for p in ARCHITECTURES[arch](patch_size).parameters()) + 6 * K * BOTTLENECK
-    return 4 * (batch_size * K * (teacher + student + 2 * matched) + networks)
+    return 4 * (batch_size * K * (teacher + 2 * student + 2 * matched) + networks)
 
 
 # --- the loss alone
@@ -260,34 +261,32 @@ def timed(call, device, repeats=2):
 # --- the tables
 
 
+def above_bare(result):
+    return result["peak"] - result["before"]
+
+
 def print_results(cases, results):
-    rows, ratios = [], []
+    rows = []
     for arch, patch, batch, K, sides in cases:
-        for side in sides:
-            result = results[arch, patch, batch, K, side]
+        of_case = {side: results[arch, patch, batch, K, side] for side in sides}
+        naive, cls = of_case.get("naive", {}), of_case.get("cls", {})
+        for side, result in of_case.items():
             row = [f"{arch}/{patch}, batch {batch}", K, side]
-            if "need" in result:
-                row += [f"not run, needs {result['need'] / 1e9:.0f} GB", "", "", ""]
-            elif "failed" in result:
-                row += [f"failed with exit code {result['failed']}", "", "", ""]
-            else:
-                row += [f"{result['seconds']:.2f}"]
-                row += [f"{x / 1e9:.2f}" for x in (result["peak"], result["peak"] - result["before"])]
+            if "seconds" in result:
+                row += [f"{result['seconds']:.2f}", f"{result['peak'] / 1e9:.2f}", f"{above_bare(result) / 1e9:.2f}"]
                 row += [f"{result['loss_seconds']:.2f}" if "flop" in result else ""]
+                compared = "seconds" in naive and side != "naive"
+                row += [f"{naive['seconds'] / result['seconds']:.2f}×" if compared else ""]
+                row += [f"{above_bare(naive) / above_bare(result):.1f}×" if compared else ""]
+                row += [f"{result['seconds'] / cls['seconds']:.2f}×" if "seconds" in cls and side != "cls" else ""]
+            elif "need" in result:
+                row += [f"not run, needs {result['need'] / 1e9:.0f} GB", *[""] * 6]
+            else:
+                row += [f"failed with exit code {result['failed']}", *[""] * 6]
             rows.append(row)
-        lgssl = results[arch, patch, batch, K, sides[0]]
-        for side in sides[1:]:
-            other = results[arch, patch, batch, K, side]
-            if "seconds" in lgssl and "seconds" in other:
-                above = [r["peak"] - r["before"] for r in (lgssl, other)]
-                ratios.append(
-                    [f"{arch}/{patch}, batch {batch}", K, f"{side} / {sides[0]}"]
-                    + [f"{other['seconds'] / lgssl['seconds']:.2f}", f"{above[1] / above[0]:.2f}"]
-                )
-    print_table(("network", "K", "side", "s/step", "peak GB", "above bare GB", "of it loss, s"), rows)
-    print("\n'above bare': beyond the process with networks, gradients and optimizer.\n")
-    print_table(("network", "K", "ratio", "time", "memory above bare"), ratios)
-    print()
+    header = ("network", "K", "side", "s/step", "peak GB", "above bare GB", "loss s")
+    print_table((*header, "naive takes, time", "memory", "time of cls"), rows)
+    print("\n'above bare': beyond the process with networks, gradients and optimizer; 'memory' compares these.\n")
     for (arch, patch, batch, K, side), result in results.items():
         if "flop" in result and side == "lgssl":
             rate, best = result["flop"] / result["loss_seconds"] / 1e9, result["flop"] / result["product_seconds"] / 1e9
