@@ -61,8 +61,9 @@ class LocalGlobalLoss(nn.Module):
             for all tokens, [1, K], as Algorithm 1 says. The loss "cls" always has one.
         student_temp: τ_s.
         center_momentum: share of the old center in the new one.
-        chunk_memory: bytes for the logits of student tokens that are worked on at a time, beside the targets of one
-            image; default 80 MiB on a CPU, 512 MiB on a GPU.
+        chunk_memory: bytes for the K-wide rows of the student tokens that are worked on at a time; default 80 MiB on a
+            CPU, 512 MiB on a GPU. The targets of one image (or of several small ones) come on top, and under autocast
+            copies in its precision.
 
     Raises:
         ValueError: an unknown loss or center, or λ outside [0, 1].
@@ -138,13 +139,27 @@ class LocalGlobalLoss(nn.Module):
         ones = self.center.new_ones(self.center.shape[1])
         student_scale = ones if student_scale is None else student_scale
         teacher_scale = ones if teacher_scale is None else teacher_scale
-        memory = self.chunk_memory or (80 << 20 if student_z.device.type == "cpu" else 512 << 20)
-        most_rows = max(memory * 4 // 5 // (4 * self.center.shape[1]), 16)
-        plan = _plan(*pairs, teacher_position, len(teacher_z), student_z, most_rows)
+        # Rows of logits at a time, and into how many strips they are cut, two of which are held beside them. On a CPU a
+        # strip has to stay in its cache, on a GPU many small operations would keep it waiting.
+        memory, strips = (80 << 20, 8) if student_z.device.type == "cpu" else (512 << 20, 1)
+        rows = (self.chunk_memory or memory) // (4 * self.center.shape[1])
+        plan = _plan(*pairs, teacher_position, len(teacher_z), student_z, max(rows * strips // (strips + 2), 16))
+        if not torch.is_grad_enabled():
+            student_z, student_prototypes, student_scale = (
+                x.detach() for x in (student_z, student_prototypes, student_scale)
+            )
         loss = _CrossEntropy.apply(
-            *(student_z, student_prototypes, student_scale),
-            *(teacher_z, teacher_prototypes, teacher_scale, self.center),
-            *(plan, self.student_temp, teacher_temp),
+            student_z,
+            student_prototypes,
+            student_scale,
+            teacher_z,
+            teacher_prototypes,
+            teacher_scale,
+            self.center,
+            plan,
+            strips,
+            self.student_temp,
+            teacher_temp,
         )
         if self.training and teacher_mean_z is not None:
             self.update_center(teacher_mean_z, teacher_prototypes, teacher_scale)
@@ -183,6 +198,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(teacher_idx, student_idx, weight, image, teacher_position, teacher_count, student_z, most_rows):
+    """Lay the pairs of `LocalGlobalLoss.forward` out for the device of student_z, at most `most_rows` to a chunk."""
     student_count = len(student_z)
     teacher_idx, student_idx, weight, image, teacher_position = (
         x.numpy(force=True) for x in (teacher_idx, student_idx, weight, image, teacher_position)
@@ -221,7 +237,10 @@ def _plan(teacher_idx, student_idx, weight, image, teacher_position, teacher_cou
     columns = (teacher_rows, teacher_position[teacher_rows], student_key % student_count)
     columns += ((token_weight / max_weight)[:, None], mixed, share[..., None])
     dtype = {"f": torch.promote_types(student_z.dtype, torch.float32), "i": torch.int64}
-    columns = (torch.from_numpy(x).to(student_z.device, dtype[x.dtype.kind], non_blocking=True) for x in columns)
+    columns = (torch.from_numpy(x).to(dtype[x.dtype.kind]) for x in columns)
+    if student_z.is_cuda:  # a copy of unpinned memory would wait for the device
+        columns = (x.pin_memory() for x in columns)
+    columns = (x.to(student_z.device, non_blocking=True) for x in columns)
     chunk = min(most_rows, max((s1 - s0 for _, _, s0, s1 in parts), default=0))
     return _Plan(*columns, parts, pair_counts, float(max_weight), chunk)
 
@@ -246,6 +265,7 @@ class _CrossEntropy(torch.autograd.Function):
         teacher_scale,
         center,
         plan,
+        strip_count,
         student_temp,
         teacher_temp,
     ):
@@ -260,12 +280,12 @@ class _CrossEntropy(torch.autograd.Function):
 
         with torch.autocast(device.type, enabled=False):
             student_narrow, teacher_narrow = student_prototypes.to(narrow), teacher_prototypes.to(narrow)
-            sharpening = student_scale / student_temp
+            center, sharpening = center.to(wide), student_scale / student_temp
             # The products want many rows at a time, all else few enough to stay in a cache: strips of a chunk.
             most_t = max((t1 - t0 for t0, t1, _, _ in plan.parts), default=0)
             targets_buffer = torch.empty(most_t, K, dtype=wide, device=device)
             logits_buffer = torch.empty(plan.chunk, K, dtype=wide, device=device)
-            strips = torch.empty(2, -(-plan.chunk // 8), K, dtype=wide, device=device)
+            strips = torch.empty(2, -(-plan.chunk // strip_count), K, dtype=wide, device=device)
             for t0, t1, s0, s1 in plan.parts:
                 targets = targets_buffer[: t1 - t0]
                 z = teacher_z[plan.teacher_rows[t0:t1]].to(narrow)
@@ -302,7 +322,7 @@ class _CrossEntropy(torch.autograd.Function):
             None if gradient is None else (gradient * d_loss).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *gradients, *[None] * 7
+        return *gradients, *[None] * 8
 
 
 def _logits(z, prototypes, scale, out):

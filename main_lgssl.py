@@ -114,6 +114,8 @@ def parse_arguments(argv=None):
     del args.use_fp16
 
     parser.check_crops(args)
+    if args.use_bn_in_head and args.accum_steps > 1:
+        parser.error("--accum_steps needs --use_bn_in_head false: batch norm would see the parts of a batch one by one")
     if args.geometry == "batch" and args.image_size == 0:
         parser.error("--image_size 0 needs --geometry image: crops shared by a batch need images of one size")
     return args
@@ -122,17 +124,19 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     transform = ResizeToTensor(args.image_size)
-    least_side = 2 * args.image_size or None  # twice what is needed: decoding still changes a pixel by a level or so
+    least_side = 2 * args.image_size or None  # twice what is needed, so that pixels change by less than a level
     dataset = build_dataset(args.dataset, args.data_path, "train", transform, args.classes, args.download, least_side)
     output_dir = Path(args.output_dir)
     checkpoint = open_output(output_dir, vars(args))
     rank, world_size, device = utils.init_distributed(args.dist_url)
     batch_size = args.batch_size_per_gpu * args.accum_steps * world_size
     if len(dataset) < batch_size:
-        accumulated = f", {args.accum_steps} times accumulated" if args.accum_steps > 1 else ""
+        accumulated, or_fewer = "", ""
+        if args.accum_steps > 1:
+            accumulated, or_fewer = f", {args.accum_steps} times accumulated", " or --accum_steps"
         raise UserError(
             f"found {len(dataset)} images, fewer than one batch of {args.batch_size_per_gpu} in each of {world_size} "
-            f"processes{accumulated}: give a smaller --batch_size_per_gpu"
+            f"processes{accumulated}: give a smaller --batch_size_per_gpu{or_fewer}"
         )
     if args.use_bn_in_head and world_size > 1 and device.type == "cpu":
         raise UserError("--use_bn_in_head true needs a GPU for each of several processes: CPUs do not share batch norm")
@@ -289,15 +293,15 @@ def train_one_epoch(
         temperature: τ_t.
         seed: the key of stochastic depth beside step, rank and the part of the step.
         freeze_last_layer: leave the prototypes as they are.
-        log_every: steps between two reports; the last step of an epoch always reports. Between them the CPU never waits
-            for the device.
+        log_every: steps between two reports; the last step of an epoch always reports. Between them the CPU does not
+            wait for the device (with AdamW).
         report: utils.Report on rank 0, otherwise None.
 
     Returns:
         means of the epoch over steps and processes: {"loss", "matched_patches"}
 
-    Exits where the loss was not finite, or a gradient without fp16's scaling. The weights are then those before that
-    step, and nothing has been saved since.
+    A step whose loss or gradient is not finite changes no weight of the student. The next report ends the run and names
+    the first such step, before anything is saved; with fp16, whose scaler lowers its scale, only for the loss.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     teacher_parameters, student_parameters = list(teacher.parameters()), list(student.parameters())
@@ -319,7 +323,8 @@ def train_one_epoch(
                     loss = batch_loss(
                         student, teacher, loss_function, crops, table, temperature, device, accum_steps, earlier_mean_z
                     )
-                scaler.scale(loss).backward()
+                # A loss that is not finite makes all gradients so, on all processes.
+                scaler.scale(loss * torch.where(loss.isfinite(), 1.0, math.nan)).backward()
             interval_loss += loss.detach()
             images, view_pairs = count_pairs(crops)
             interval_matched += (len(table.image) / (images * view_pairs) - 1) / accum_steps
@@ -330,11 +335,11 @@ def train_one_epoch(
             group["lr"] = scheduled["lr"]
             group["weight_decay"] = scheduled["wd"] if group["decay"] else 0.0
         scaler.unscale_(optimizer)
+        norms = clip_each_gradient(student_parameters, clip_grad)
         if freeze_last_layer:
             for parameter in getattr(student, "module", student).head.last_layer.parameters():
                 parameter.grad = None
-        norms = clip_each_gradient(student_parameters, clip_grad)
-        bad_gradient = ~norms.isfinite().all() & (precision != "fp16")  # fp16's scaler lowers its scale instead
+        bad_gradient = ~norms.isfinite().all() & (precision != "fp16")
         bad = torch.stack([~interval_loss.isfinite(), bad_gradient])
         first_bad = torch.minimum(first_bad, torch.where(bad, float(step), math.inf))
         scaler.step(optimizer)
@@ -490,7 +495,8 @@ def build_optimizer(name, network):
     groups = [{"params": decayed, "decay": True}, {"params": plain, "decay": False, "weight_decay": 0.0}]
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
-    # Without a fused form that can leave out a step on the device, GradScaler waits for the device in every step.
+    # With these GradScaler waits for the device in every step, to know whether to leave it out: LARS has no fused form,
+    # and SGD's does not bear prototypes that get their first gradient after the other parameters.
     if name == "sgd":
         return torch.optim.SGD(groups, lr=0, momentum=0.9)
     return Lars(groups, momentum=0.9)

@@ -26,6 +26,8 @@ def main():
     parser.add_argument("--k", type=natural, default=20)
     parser.add_argument("--rounds", type=natural, default=3, help="the best of which counts")
     args = parser.parse_args()
+    if args.k > args.train:
+        parser.error(f"--k {args.k} is more than the {args.train} training features")
     print(f"{machine()}; {args.train} training and {args.test} test features of {args.dim}, k = {args.k}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
@@ -51,7 +53,7 @@ def main():
 def one_hot_knn(train_features, train_labels, test_features, test_labels, k, temperature=0.07):
     """Return (top1, top5) as `knn_accuracy`."""
     classes, correct1, correct5 = int(train_labels.max()) + 1, 0.0, 0.0
-    size = len(test_features) // 100
+    size = max(len(test_features) // 100, 1)
     for features, labels in zip(test_features.split(size), test_labels.split(size), strict=True):
         similarity, neighbours = (features @ train_features.t()).topk(k, largest=True, sorted=True)
         one_hot = torch.zeros(len(features) * k, classes, device=features.device)

@@ -9,6 +9,7 @@ that would not fit into memory is not run; what it needs is computed instead.
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -76,7 +77,7 @@ def main():
         for _ in range(args.rounds):
             for side in sides:
                 result, key = run_side(side, case, args.steps), (arch, patch, batch, K, side)
-                if key not in results or result.get("seconds", 0) < results[key].get("seconds", 0):
+                if key not in results or result.get("seconds", math.inf) < results[key].get("seconds", math.inf):
                     results[key] = result
                 print(*key, result, file=sys.stderr)
     print_results(cases, results)
@@ -130,11 +131,25 @@ def measure(arch, patch_size, batch_size, K, steps, loss, geometry="batch", chec
         if naive:
             views = batches.views(keys[i])
             main_lgssl.batch_loss = naive_batch_loss(correspondences(views, patch_size), len(views))
-        options = {"accum_steps": 1, "seed": 0, "clip_grad": 3.0, "freeze_last_layer": False, "precision": "fp32"}
         start = time.perf_counter()
         train_one_epoch(
-            *(loaders[i], 0, student, teacher, loss_function, optimizer, scaler, schedules, 0.04),
-            **{**options, "device": device, "log_every": 1, "report": None},
+            loaders[i],
+            0,
+            student,
+            teacher,
+            loss_function,
+            optimizer,
+            scaler,
+            schedules,
+            0.04,
+            accum_steps=1,
+            seed=0,
+            clip_grad=3.0,
+            freeze_last_layer=False,
+            precision="fp32",
+            device=device,
+            log_every=1,
+            report=None,
         )
         seconds.append(time.perf_counter() - start)
     result = {"seconds": float(np.mean(seconds[1:])), "before": before, "peak": memory(device)["peak"]}
@@ -200,7 +215,8 @@ def naive_bytes(arch, patch_size, batch_size, K):
     tokens = [1 + (size // patch_size) ** 2 for size in (GLOBAL, LOCAL)]
     teacher, student = 2 * tokens[0], 2 * tokens[0] + (VIEWS - 2) * tokens[1]
     matched = 2 * (0.55 * tokens[0] + (VIEWS - 2) * 0.8 * tokens[1])
-    networks = 10 * sum(p.numel() for p in ARCHITECTURES[arch](patch_size).parameters()) + 6 * K * BOTTLENECK
+    backbone = sum(p.numel() for p in ARCHITECTURES[arch](patch_size).parameters())
+    networks = 5 * (backbone + K * BOTTLENECK)  # student, teacher, gradient and two moments
     return 4 * (batch_size * K * (teacher + 2 * student + 2 * matched) + networks)
 
 

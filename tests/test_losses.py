@@ -1,3 +1,5 @@
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -150,16 +152,19 @@ def test_large_logits_stay_finite():
     assert student_z.grad.isfinite().all()
 
 
-class WidestTensor(TorchDispatchMode):
-    """Keep the number of elements of the largest tensor that any operation returns."""
+class WideMemory(TorchDispatchMode):
+    """Follow the bytes that tensors of K columns hold, all those that operations return and that still live."""
 
-    elements = 0
+    def __init__(self, K):
+        super().__init__()
+        self.K, self.tensors, self.peak = K, weakref.WeakValueDictionary(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for x in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.numel())
+        if isinstance(result, torch.Tensor) and result.ndim > 1 and result.shape[-1] == self.K:
+            self.tensors[len(self.tensors), id(result), function] = result
+            storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors.values()}
+            self.peak = max(self.peak, sum(storages.values()))
         return result
 
 
@@ -176,16 +181,14 @@ def batch_case(images, K, D=8, tokens=40):
 
 
 def test_nothing_k_wide_grows_with_the_batch():
-    K, tokens = 3000, 40
+    K, tokens, peaks = 3000, 40, []
     for images in (2, 9):
         loss, arguments = batch_case(images, K, tokens=tokens)
-        with WidestTensor() as widest:
+        with WideMemory(K) as memory:
             loss(*arguments, None, 0.04).backward()
-        assert widest.elements == K * tokens  # the targets of one image
-    loss, arguments = batch_case(2, K, tokens=tokens)
-    with WidestTensor() as widest:
-        torch.nn.functional.linear(arguments[0], arguments[2])
-    assert widest.elements == 2 * 2 * tokens * K  # so would all logits be seen
+        peaks.append(memory.peak)
+    chunk = 20 + 2 * 3  # of 25 rows in all: logits, and two strips of an eighth
+    assert peaks == [4 * K * (tokens + chunk)] * 2  # the targets of one image, and a chunk
 
 
 def test_no_matrix_product_is_done_twice():
@@ -233,16 +236,36 @@ def test_evaluation_mode_keeps_the_center():
     torch.testing.assert_close(loss.center, expected)
 
 
-def test_targets_stay_in_full_precision_under_autocast():
-    loss, student_z, teacher_z, student_w, teacher_w, pairs, position = random_case(dim=32, out_dim=500)
-    arguments = [x.float() for x in (student_z, teacher_z, student_w, teacher_w)]
-    arguments[:2] = [torch.nn.functional.normalize(z) for z in arguments[:2]]
+def test_targets_and_statistics_stay_in_full_precision_under_autocast():
+    """Logits that bf16 can hold: the identity as prototypes, and vectors of whole numbers over 8."""
+    loss, _, _, _, _, pairs, position = random_case()
+    generator = torch.Generator().manual_seed(0)
+    student_z, teacher_z = (torch.randint(-15, 16, (n, 7), generator=generator) / 8 for n in (9, 6))
+    arguments = (student_z, teacher_z, torch.eye(7), torch.eye(7), pairs, position, None, 0.5)
     loss = loss.float()
-    exact = loss(*arguments, pairs, position, None, 0.04)
+    exact = loss(*arguments)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = loss(*arguments, pairs, position, None, 0.04)
+        rounded = loss(*arguments)
     assert rounded.dtype == torch.float32
-    assert rounded.item() == pytest.approx(exact.item(), rel=0.05)
+    assert rounded.item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+def test_vectors_more_precise_than_the_center():
+    loss, *arguments = random_case()
+    expected = loss(*arguments, None, 0.5)
+    center = loss.center.float().double()
+    assert loss.float()(*arguments, None, 0.5).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.equal(loss.center.double(), center)
+
+
+def test_without_gradients_less_is_computed():
+    loss, arguments = batch_case(2, K=50)
+    counts = []
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), FlopCounterMode(display=False) as counter:
+            loss(*arguments, None, 0.04)
+        counts.append(counter.get_total_flops())
+    assert counts[1] < counts[0]
 
 
 def test_weights_are_those_of_section_3_4():

@@ -220,25 +220,33 @@ def test_three_steps_are_dinos(photo_folder, tmp_path):
 
 
 @pytest.mark.parametrize("geometry", ["batch", "image"])
-def test_accumulated_batches_equal_one_large_batch(photo_folder, tmp_path, geometry):
+def test_accumulated_batches_equal_one_large_batch(photo_folder, tmp_path, monkeypatch, geometry):
     options = ("--epochs", 2, "--geometry", geometry, "--drop_path_rate", 0, "--lr", 0.05, "--warmup_epochs", 0)
     large = train(photo_folder, tmp_path / "large", *options, "--batch_size_per_gpu", 6)
+    seeds = []
+    monkeypatch.setattr(main_lgssl, "seed_networks", lambda *key: seeds.append(key))
     parts = train(photo_folder, tmp_path / "parts", *options, "--batch_size_per_gpu", 2, "--accum_steps", 3)
     for a, b in zip(read(tmp_path / "large" / "steps.jsonl"), read(tmp_path / "parts" / "steps.jsonl"), strict=True):
         for name in ("step", "loss", "lr", "wd", "matched_patches"):
             assert a[name] == pytest.approx(b[name], rel=1e-5), name
+    assert seeds == [(0, step, 0, part) for step in range(4) for part in range(3)]
     torch.testing.assert_close(large["loss"]["center"], parts["loss"]["center"], rtol=0, atol=1e-5)
     for key, value in large["student"].items():
         torch.testing.assert_close(parts["student"][key], value, rtol=1e-2, atol=2e-4)
 
 
+@pytest.mark.parametrize("what", ["the loss", "a gradient"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
-def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_report(photo_folder, tmp_path, monkeypatch, optimizer):
+def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_report(
+    photo_folder, tmp_path, monkeypatch, optimizer, what
+):
     original, weights = main_lgssl.batch_loss, []  # the student's weights after each step
 
     def poisoned(*arguments):
         loss = original(*arguments)
         if len(weights) == 1:  # the second step
+            if what == "the loss":
+                return loss + math.inf  # its gradients are finite
             loss.register_hook(lambda gradient: gradient * math.nan)
         return loss
 
@@ -248,7 +256,7 @@ def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_report(photo_fold
     monkeypatch.setattr(main_lgssl, "batch_loss", poisoned)
     monkeypatch.setattr(torch, "_foreach_lerp_", after_step)
     options = ("--epochs", 1, "--log_every", 100, "--optimizer", optimizer, "--warmup_epochs", 0, "--lr", 0.05)
-    with pytest.raises(SystemExit, match="a gradient is not finite at step 1;"):
+    with pytest.raises(SystemExit, match=f"{what} is not finite at step 1;"):
         train(photo_folder, tmp_path, *options)
     first, second, third = weights
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -258,7 +266,7 @@ def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_report(photo_fold
 
 
 class Waits(TorchDispatchMode):
-    """Count how often the CPU asks for a value on the device, as .item(), .tolist() or an `if` do."""
+    """Count how often the CPU asks for a value on the device, as .item(), float() or an `if` do."""
 
     count = 0
 
@@ -267,7 +275,16 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_nothing_waits_for_the_device_between_reports(photo_folder, tmp_path):
+def test_nothing_waits_for_the_device_between_reports(photo_folder, tmp_path, monkeypatch):
+    def counted(original):
+        def call(self, *arguments, **named):
+            waits.count += 1
+            return original(self, *arguments, **named)
+
+        return call
+
+    for name in ("tolist", "cpu", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
     counts = []
     for batch_size in (6, 2):  # 2 and 6 steps, each with one report
         with Waits() as waits:
@@ -518,7 +535,7 @@ def test_every_option_reaches_what_it_is_for(tmp_path, monkeypatch):
     monkeypatch.setattr(main_lgssl, "train_one_epoch", epoch)
     words = (
         "--dataset digits --loss lambda --lambda_cls 0.3 --matching nearest --geometry image --center shared --seed 7 "
-        "--arch vit_micro --patch_size 4 --out_dim 30 --norm_last_layer false --use_bn_in_head true "
+        "--arch vit_micro --patch_size 4 --out_dim 30 --norm_last_layer false --use_bn_in_head false "
         "--head_hidden_dim 20 --drop_path_rate 0.25 --momentum_teacher 0.9 --warmup_teacher_temp 0.05 "
         "--teacher_temp 0.06 --warmup_teacher_temp_epochs 3 --epochs 9 --batch_size_per_gpu 64 --lr 0.1 --min_lr 0.01 "
         "--warmup_epochs 2 --weight_decay 0.1 --weight_decay_end 0.2 --clip_grad 1.5 --freeze_last_layer 2 "
@@ -530,7 +547,7 @@ def test_every_option_reaches_what_it_is_for(tmp_path, monkeypatch):
         main_lgssl.main([*words.split(), "--output_dir", str(tmp_path)])
     assert given["MultiCrop"] == (24, 12, [0.5, 0.9], [0.1, 0.2], 3, 0.2, "image", 7)
     assert given["LocalGlobalLoss"] == (30, 36, "lambda", 0.3, "shared")
-    assert given["DINOHead"] == (96, 30, True, False, 20)
+    assert given["DINOHead"] == (96, 30, False, False, 20)
     assert given["networks"] == [(4, 24, 0.25), (4, 24, 0.0)]  # the teacher has no stochastic depth
     assert given["BatchesOfViews"][2:] == (4, "nearest", 0)
     assert given["BatchesOfViews"][0][0][0].shape == (3, 40, 40)
@@ -588,6 +605,7 @@ def test_a_dino_command_line_works():
         ("--lambda_cls 1.5", "--lambda_cls: found '1.5', expected a number in [0, 1]"),
         ("--global_crops_size 220", "--global_crops_size 220 is not a multiple of --patch_size 16; the nearest is 224"),
         ("--image_size 0", "--image_size 0 needs --geometry image"),
+        ("--accum_steps 2 --use_bn_in_head true", "--accum_steps needs --use_bn_in_head false"),
         ("--local_crops_scale 0.4 0.1", "--local_crops_scale 0.4 0.1: expected two shares above 0, the smaller first"),
         ("--lossy mean", "unknown option --lossy; did you mean --loss?"),
         ("--epochs 0", "found '0', expected a whole number of at least 1"),
