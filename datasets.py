@@ -1,10 +1,15 @@
-"""Where images come from: folders, CIFAR-10, ImageNet subsets and the built-in digits.
+"""Where images come from: folders, CIFAR-10, ImageNet subsets, the built-in digits, Copydays, revisited Oxford/Paris.
 
 Every data set gives (image, label): the image as PIL RGB, or what `transform` makes of it; the label as an int, -1
 where there is none.
+
+    python datasets.py IMAGENET --output_dir LISTS
+
+writes the two lists of images that copy detection needs, see `copydays_lists`.
 """
 
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler
 
+import utils
 from utils import UserError
 
 DATASETS = ("folder", "cifar10", "imagenet100", "digits")
@@ -53,6 +59,7 @@ class ImageFolder(Dataset):
     """Images below a folder, sorted by path. See `build_dataset`.
 
     Attributes:
+        root: the folder of the part that is read.
         paths: of the images.
         classes: names of the class folders, the label being the place in this list.
         labels: int per image; -1 for an image that lies in no class folder.
@@ -64,7 +71,7 @@ class ImageFolder(Dataset):
             raise UserError(f"no folder {root}: --data_path takes a folder of images, with or without class subfolders")
         if (root / "train").is_dir() and (root / "val").is_dir():
             root = root / split
-        self.transform, self.least_side = transform, least_side
+        self.root, self.transform, self.least_side = root, transform, least_side
         if classes_file is not None:
             folders, loose = _listed_folders(root, classes_file), []
         else:
@@ -138,12 +145,229 @@ def _listed_folders(root, classes_file):
     return [root / name for name in names]
 
 
+class ImageList(Dataset):
+    """The images of a list of paths, without labels.
+
+    Args:
+        upright: see `read_image`.
+    """
+
+    def __init__(self, paths, transform=None, upright=True):
+        self.paths, self.transform, self.upright = list(map(str, paths)), transform, upright
+        self.labels = [-1] * len(self.paths)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        image = read_image(self.paths[index], upright=self.upright)
+        return (self.transform(image) if self.transform else image), -1
+
+
+def listed_images(source):
+    """Return the paths of the images below a folder, as ImageFolder, or of those that a text file lists, one a line.
+
+    A relative path in a file is looked for beside the file.
+
+    Raises:
+        UserError: there is no such folder or file, or it names no image, or one that is missing.
+    """
+    source = Path(source)
+    if source.is_dir():
+        return [Path(path) for path in ImageFolder(source).paths]
+    try:
+        paths = [source.parent / line.strip() for line in source.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise UserError(f"cannot read {source} ({reason}): expected a folder of images, or a list of paths") from error
+    missing = [path for path in paths if not path.is_file()]
+    if missing or not paths:
+        found = (
+            f"{len(missing)} of its {len(paths)} images are missing, the first is {missing[0]}" if missing else "empty"
+        )
+        raise UserError(f"the list {source} cannot be used: {found}")
+    return paths
+
+
+# --- Copydays
+
+COPYDAYS_SIZES = {"original": 157, "strong": 229}
+COPYDAYS_BLOCKS = ["strong"]
+COPYDAYS_BLOCKS += [f"jpegqual/{quality}" for quality in (3, 5, 8, 10, 15, 20, 30, 50, 75)]
+COPYDAYS_BLOCKS += [f"crops/{percent}" for percent in (10, 15, 20, 30, 40, 50, 60, 70, 80)]
+
+
+def copydays(root):
+    """Find the images of INRIA Copydays.
+
+    Args:
+        root: folder with `original/*.jpg`, `strong/*.jpg`, and where present `jpegqual/*/*.jpg` and `crops/*/*.jpg`.
+
+    Returns:
+        (blocks, positives): lists of paths, {"original": ..., "strong": ..., ...}, and for each block but the originals
+        the places in `blocks["original"]` that each of its images is a copy of: those whose names begin with the same
+        four characters.
+
+    Raises:
+        UserError: the layout is another, or an image has no original.
+    """
+    root = Path(root)
+    blocks = {}
+    for name in ["original", *COPYDAYS_BLOCKS]:
+        folder = root / name
+        paths = [path for path in folder.iterdir() if _has_image_name(path.name)] if folder.is_dir() else []
+        if not paths and name in COPYDAYS_SIZES:
+            raise UserError(
+                f"no images in {folder}: Copydays is {root}/original/*.jpg and {root}/strong/*.jpg, "
+                "and where present jpegqual/*/*.jpg and crops/*/*.jpg"
+            )
+        if paths:
+            blocks[name] = sorted(paths)
+    positives = {}
+    for name in list(blocks)[1:]:
+        positives[name] = [
+            [i for i, original in enumerate(blocks["original"]) if original.name[:4] == path.name[:4]]
+            for path in blocks[name]
+        ]
+        for path, found in zip(blocks[name], positives[name], strict=True):
+            if not found:
+                raise UserError(f"{path} has no original: expected {root}/original/{path.name[:4]}*.jpg")
+    return blocks, positives
+
+
+def copydays_lists(root, count_whitening=20000, count_distractors=10000, seed=0, classes=IMAGENET100_CLASSES):
+    """Draw the two disjoint sets of images of the paper's section 4.3.1: ImageNet without the classes of ImageNet-100.
+
+    Args:
+        root: ImageNet's training images in class folders, or the folder that holds `train` and `val`.
+        seed: with the same images the same lists.
+        classes: file with the class folders to leave out.
+
+    Returns:
+        (whitening, distractors): lists of absolute paths
+
+    Raises:
+        UserError: a class is missing, or there are too few images.
+    """
+    folder = ImageFolder(root)
+    left_out = {path.name for path in _listed_folders(folder.root, classes)}
+    paths = [
+        path for path, label in zip(folder.paths, folder.labels, strict=True) if folder.classes[label] not in left_out
+    ]
+    count = count_whitening + count_distractors
+    if len(paths) < count:
+        raise UserError(f"{root} has {len(paths)} images outside the classes of {classes}, expected at least {count}")
+    drawn = np.random.default_rng(seed).choice(len(paths), count, replace=False)
+    chosen = [os.path.abspath(paths[i]) for i in drawn]
+    return chosen[:count_whitening], chosen[count_whitening:]
+
+
+# --- revisited Oxford and Paris
+
+
+class RevisitedRetrieval:
+    """Revisited Oxford (roxford5k) or Paris (rparis6k).
+
+    Args:
+        root: folder that holds NAME/gnd_NAME.pkl and NAME/jpg/*.jpg.
+
+    Attributes:
+        database, queries: paths of the images.
+        boxes: of each query, (left, top, right, bottom) in pixels.
+        relevance: of each query {"easy", "hard", "junk"}: places in the database.
+
+    Raises:
+        UserError: a file is missing or is not what it should be.
+    """
+
+    def __init__(self, root, name):
+        folder = Path(root) / name
+        path = folder / f"gnd_{name}.pkl"
+        layout = f"expected {folder}/gnd_{name}.pkl and {folder}/jpg/*.jpg"
+        if not path.is_file():
+            raise UserError(f"no ground truth {path}: {layout}")
+        contents = read_plain_pickle(path)
+        try:
+            names = {part: [str(name) for name in contents[part]] for part in ("imlist", "qimlist")}
+            self.relevance = [
+                {kind: np.array(entry[kind], np.int64).ravel().tolist() for kind in ("easy", "hard", "junk")}
+                for entry in contents["gnd"]
+            ]
+            self.boxes = [tuple(float(value) for value in entry["bbx"]) for entry in contents["gnd"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} is no ground truth of {name}: expected imlist, qimlist, and gnd with easy, hard, junk and bbx"
+            ) from error
+        self.database, self.queries = (
+            [folder / "jpg" / f"{name}.jpg" for name in names[part]] for part in ("imlist", "qimlist")
+        )
+        if len(self.queries) != len(self.relevance):
+            raise UserError(f"{path} has {len(self.queries)} queries, but relevance for {len(self.relevance)}")
+        for query, relevance in zip(names["qimlist"], self.relevance, strict=True):
+            wrong = [i for part in relevance.values() for i in part if not 0 <= i < len(self.database)]
+            if wrong:
+                raise UserError(f"{path}: query {query} names image {wrong[0]} of {len(self.database)}")
+            if not relevance["easy"] + relevance["hard"]:
+                raise UserError(f"{path}: query {query} has no relevant image, neither easy nor hard")
+        missing = [path for path in self.queries + self.database if not path.is_file()]
+        if missing:
+            raise UserError(f"{len(missing)} images are missing, the first is {missing[0]}: {layout}")
+
+
+# What NumPy needs to unpickle arrays and numbers, under the names of NumPy 1 and 2.
+_PICKLED_NUMPY = {
+    (f"numpy.{core}.{module}", name)
+    for core in ("core", "_core")
+    for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
+} | {("numpy", "ndarray"), ("numpy", "dtype")}
+_PICKLED_SETS = {(module, name) for module in ("builtins", "__builtin__") for name in ("set", "frozenset")}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Unpickles plain containers, numbers, strings and NumPy arrays, and executes nothing else."""
+
+    def find_class(self, module, name):
+        if (module, name) in _PICKLED_NUMPY | _PICKLED_SETS:
+            return super().find_class(module, name)
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes the bytes of an array in protocol 2
+            return _latin1_bytes
+        raise pickle.UnpicklingError(f"it holds {module}.{name}")
+
+
+def _latin1_bytes(text, encoding):
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it holds text in {encoding}")
+    return text.encode("latin1")
+
+
+def read_plain_pickle(path):
+    """Read a pickle of plain containers, numbers, strings and NumPy arrays; anything else is not executed but refused.
+
+    Raises:
+        UserError: it holds anything else, or is damaged.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _PlainUnpickler(file, encoding="latin1").load()
+    except Exception as error:  # a damaged pickle can make the unpickler raise nearly anything
+        reason = str(error) if isinstance(error, pickle.UnpicklingError) else "it is damaged"
+        raise UserError(
+            f"cannot read {path}: {reason}; expected plain containers, numbers, strings and NumPy arrays alone"
+        ) from error
+
+
+# --- reading
+
+
 def _has_image_name(name):
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-def read_image(path, least_side=None):
-    """Decode an image of any PIL mode to RGB, turned upright by its EXIF tag, transparent parts on white.
+def read_image(path, least_side=None, upright=True):
+    """Decode an image of any PIL mode to RGB, transparent parts on white.
+
+    Args:
+        upright: turn it by its EXIF tag.
 
     16-bit grayscale is scaled to 8 bits. Of several frames the first is taken. A JPEG is decoded at 1/2, 1/4 or 1/8 of
     its size, as far as both sides keep `least_side` pixels.
@@ -156,7 +380,8 @@ def read_image(path, least_side=None):
             if least_side:
                 image.draft(None, (least_side, least_side))
             image.load()
-            image = ImageOps.exif_transpose(image)
+            if upright:
+                image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
                 levels = np.asarray(image, np.int64)
                 return Image.fromarray((levels.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
@@ -194,17 +419,19 @@ class BatchOrder(Sampler):
     """The keys (epoch, step, sample indices) of one process's batches, shuffled by (seed, epoch).
 
     A step has `accum_steps` keys. What all processes take in one step is a run of the shuffled samples, the same
-    samples for any number of processes and of accumulated batches. An incomplete last step is left out.
+    samples for any number of processes and of accumulated batches. An incomplete last step is left out, or, without
+    `drop_last`, shared out as far as it goes: then the last batches may be short or empty.
 
     Attributes:
         epoch: of the next iteration.
         steps: in an epoch.
     """
 
-    def __init__(self, length, batch_size, accum_steps=1, rank=0, world_size=1, seed=0):
+    def __init__(self, length, batch_size, accum_steps=1, rank=0, world_size=1, seed=0, drop_last=True):
         self.length, self.batch_size, self.accum_steps = length, batch_size, accum_steps
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.steps = length // (batch_size * accum_steps * world_size)
+        step_size = batch_size * accum_steps * world_size
+        self.steps = length // step_size if drop_last else -(-length // step_size)
         self.epoch = 0
 
     def __len__(self):
@@ -216,3 +443,28 @@ class BatchOrder(Sampler):
             for part in range(self.accum_steps):
                 start = ((i * self.world_size + self.rank) * self.accum_steps + part) * self.batch_size
                 yield self.epoch, self.epoch * self.steps + i, samples[start : start + self.batch_size].tolist()
+
+
+def main(argv=None):
+    parser = utils.ArgumentParser(description="Write the lists of images that copy detection needs (section 4.3.1).")
+    parser.add_argument("imagenet", help="ImageNet: class folders, or train and val with class folders")
+    parser.add_argument("--output_dir", default=".", help="folder of whitening.txt and distractors.txt")
+    parser.add_argument("--classes", default=IMAGENET100_CLASSES, help="file with the class folders to leave out")
+    parser.add_argument("--whitening", type=utils.number(int, 1), default=20000, help="number of images")
+    parser.add_argument("--distractors", type=utils.number(int, 1), default=10000, help="number of images")
+    parser.add_argument("--seed", type=utils.number(int, 0), default=0, help="of the drawing")
+    args = parser.parse_args(argv)
+    lists = copydays_lists(args.imagenet, args.whitening, args.distractors, args.seed, args.classes)
+    folder = Path(args.output_dir)
+    for name, paths in zip(("whitening", "distractors"), lists, strict=True):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.txt").write_text("".join(f"{path}\n" for path in paths))
+        except OSError as error:
+            raise UserError(f"cannot write to --output_dir {folder}: {error.strerror}") from error
+        print(f"{len(paths)} images in {folder / name}.txt", flush=True)
+
+
+if __name__ == "__main__":
+    with utils.one_line_errors():
+        main()

@@ -208,7 +208,8 @@ def load_backbone(path, arch=None, patch_size=None, checkpoint_key="teacher", im
         img_size: side in pixels that a random network's position embedding is made for.
 
     Returns:
-        (backbone, args): in evaluation mode, with the arguments of the pretraining where the file has them, else {}.
+        (backbone, made_with): in evaluation mode, with the arguments of the pretraining, the `epoch` it had reached and
+        its total `batch_size`, as far as the file has them.
 
     Raises:
         UserError: the file is no checkpoint, has no such network, or its keys or shapes do not fit.
@@ -251,4 +252,5 @@ def load_backbone(path, arch=None, patch_size=None, checkpoint_key="teacher", im
         shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise UserError(f"{path} does not fit {arch} with patch size {patch_size}: {shown}")
     backbone.load_state_dict(state)
-    return backbone.eval(), args
+    reached = {name: contents[name] for name in ("epoch", "batch_size") if name in contents}
+    return backbone.eval(), {**args, **reached}

@@ -1,12 +1,13 @@
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageFilter
 from sklearn.datasets import load_sample_image
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +46,71 @@ def photo_folder(tmp_path_factory, photographs):
             for i in range(count):
                 left, top = int(rng.integers(300)), int(rng.integers(150))
                 photo.crop((left, top, left + 300, top + 240)).save(root / split / name / f"{i}.jpg")
+    return root
+
+
+def cuttings(photos, count, seed, side=150):
+    """Cut squares that hardly overlap out of photographs, in turn."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        photo = photos[i % len(photos)]
+        left, top = (int(rng.integers(length - side)) for length in photo.size)
+        yield photo.crop((left, top, left + side, top + side))
+
+
+def distort(image, kind):
+    """Copy an image as Copydays' strong ones do: cut and recompressed, blurred and darkened, or turned."""
+    if kind == 0:
+        width, height = image.size
+        return image.crop((width // 8, height // 8, width, height)).resize((90, 90))
+    if kind == 1:
+        return ImageEnhance.Brightness(image.filter(ImageFilter.GaussianBlur(2))).enhance(0.7)
+    return image.rotate(8, fillcolor="gray")
+
+
+@pytest.fixture(scope="session")
+def copydays_folder(tmp_path_factory, photographs):
+    """Return a folder with copydays in its true layout, and the folders distractors and whitening."""
+    root = tmp_path_factory.mktemp("copies")
+    for name in ("copydays/original", "copydays/strong", "copydays/jpegqual/15", "distractors", "whitening"):
+        (root / name).mkdir(parents=True)
+    for i, image in enumerate(cuttings(photographs, 12, seed=0)):
+        image.save(root / f"copydays/original/2{i:03}00.jpg")
+        image.save(root / f"copydays/jpegqual/15/2{i:03}00.jpg", quality=15)
+        for kind in range(3):
+            distort(image, kind).save(root / f"copydays/strong/2{i:03}{kind + 1:02}.jpg", quality=30)
+    for name, count, seed in (("distractors", 10, 1), ("whitening", 60, 2)):
+        for i, image in enumerate(cuttings(photographs, count, seed)):
+            image.save(root / name / f"{i}.jpg")
+    return root
+
+
+@pytest.fixture(scope="session")
+def retrieval_folder(tmp_path_factory, photographs):
+    """Return a folder with roxford5k and rparis6k in their true layout: places, two easy and two hard views of each."""
+    root = tmp_path_factory.mktemp("places")
+    for name in ("roxford5k", "rparis6k"):
+        (root / name / "jpg").mkdir(parents=True)
+        gnd, images = [], {}
+        for i, place in enumerate(cuttings(photographs, 6, seed=3, side=170)):
+            images[f"query_{i}"] = place.crop((0, 0, 170, 130 + 5 * i))
+            views = [distort(place, 1), place.crop((10, 5, 170, 165)), distort(place, 0), distort(place, 2)]
+            first = 5 * i
+            for j, view in enumerate([*views, place.resize((20, 20))]):
+                images[f"place_{i}_{j}"] = view
+            gnd.append(
+                {
+                    "bbx": [12.0, 10.0, 160.5, 120.0],
+                    "easy": np.array([first, first + 1]),
+                    "hard": [first + 2, first + 3],
+                    "junk": np.array([first + 4]),
+                }
+            )
+        for image_name, image in images.items():
+            image.save(root / name / "jpg" / f"{image_name}.jpg")
+        names = sorted(images)
+        contents = {"imlist": names[:30], "qimlist": names[30:], "gnd": gnd}
+        (root / name / f"gnd_{name}.pkl").write_bytes(pickle.dumps(contents, protocol=2))
     return root
 
 

@@ -84,7 +84,8 @@ def test_bad_input_is_named(photo_folder, tmp_path):
         Image.new("RGB", (40, 40)).save(tmp_path / name / "i.png")
     assert "have no labels, expected" in message("--data_path", tmp_path / "flat")
     assert "class b is in only one of" in message("--data_path", tmp_path)
-    assert "cannot write the result" in message(
-        "--data_path", photo_folder, "--nb_knn", 1, "--output", tmp_path / "no/x"
+    (tmp_path / "file").touch()
+    assert "cannot make --output_dir" in message(
+        "--data_path", photo_folder, "--nb_knn", 1, "--output_dir", tmp_path / "file"
     )
     assert "smaller than a patch of 16" in message("--data_path", photo_folder, "--crop_size", 8)

@@ -51,9 +51,9 @@ def test_two_processes_equal_one_with_twice_the_batch(photo_folder, tmp_path, ru
 def test_knn_of_two_processes_is_that_of_one(photo_folder, tmp_path, run_script, torchrun):
     options = ["--data_path", photo_folder, "--nb_knn", 1, 5, "--num_workers", 0, "--pretrained_weights", "none"]
     options += ["--arch", "vit_micro", "--batch_size_per_gpu", 5, "--crop_size", 64]
-    run_script("eval_knn.py", *options, "--output", tmp_path / "one.json")
-    run_script("eval_knn.py", *options, "--output", tmp_path / "two.json", launcher=torchrun)
-    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    run_script("eval_knn.py", *options, "--output_dir", tmp_path / "one")
+    run_script("eval_knn.py", *options, "--output_dir", tmp_path / "two", launcher=torchrun)
+    one, two = (json.loads((tmp_path / name / "knn_folder.json").read_text()) for name in ("one", "two"))
     assert one["knn"] == two["knn"]
 
 

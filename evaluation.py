@@ -1,0 +1,144 @@
+"""What the evaluations share: the options that name a model, its loading, and the JSON result."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from datasets import DATASETS, build_dataset
+from utils import UserError, number
+from vision_transformer import ARCHITECTURES, architecture, load_backbone
+
+
+def add_model_arguments(parser):
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--pretrained_weights",
+        required=True,
+        help="checkpoint of main_lgssl.py or DINO, or timm's .safetensors; none is a random network",
+    )
+    add("--checkpoint_key", default="teacher", help="network of the checkpoint, teacher or student")
+    add("--arch", type=architecture, help=f"{', '.join(ARCHITECTURES)}; default: the checkpoint's, or vit_small")
+    add("--patch_size", type=number(int, 1), help="default: the checkpoint's, or 16")
+
+
+def add_labelled_data_arguments(parser):
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default="folder", help="see datasets.py")
+    add("--data_path", help="folder with train and val, each with class subfolders; or of CIFAR-10")
+    add("--classes", help="file with the class folders to use, one a line")
+    add("--download", action="store_true", help="fetch CIFAR-10 where it is missing")
+    add(
+        "--crop_size",
+        type=number(int, 1),
+        help="side of the images that the network sees; default: the pretraining's global crops, or 224",
+    )
+
+
+def add_computation_arguments(parser, batch_size=None):
+    """Add the other options; `batch_size` is None where images are taken one by one."""
+    add = parser.add_argument_group("computation and output").add_argument
+    add("--output_dir", help="folder of the JSON result; default: that of the weights")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all random numbers")
+    if batch_size:
+        add("--batch_size_per_gpu", type=number(int, 1), default=batch_size, help="images per process and step")
+    add("--num_workers", type=number(int, 0), default=2, help="data-loading processes per process")
+    add("--dist_url", default="env://", help="where the processes meet")
+    add("--local_rank", "--local-rank", type=int, help="ignored; the environment says it")
+
+
+def open_model(pretrained_weights, arch, patch_size, checkpoint_key, seed, img_size=None):
+    """Load a backbone, see `vision_transformer.load_backbone`, and say at which size it was trained.
+
+    Args:
+        seed: of a random network, which is the one that `main_lgssl.py --seed` starts from, in all processes.
+        img_size: side in pixels of the images; None takes the pretraining's global crops, or 224.
+
+    Returns:
+        (backbone, made_with, img_size): `made_with` holds what the file says of its pretraining.
+
+    Raises:
+        UserError: as `load_backbone`, or the images are smaller than a patch.
+    """
+    torch.manual_seed(seed)
+    backbone, made_with = load_backbone(pretrained_weights, arch, patch_size, checkpoint_key, img_size or 224)
+    img_size = img_size or made_with.get("global_crops_size", 224)
+    check_image_side(img_size, backbone)
+    return backbone, made_with, img_size
+
+
+def check_image_side(side, backbone):
+    patch_size = backbone.patch_embed.patch_size[0]
+    if side < patch_size:
+        raise UserError(f"images of side {side} are smaller than a patch of {patch_size} pixels: give a larger side")
+
+
+def open_parts(dataset, data_path, transforms, classes=None, download=False):
+    """Open the training and the validation images of a data set, and check that they belong together.
+
+    Args:
+        transforms: {"train": ..., "val": ...}
+
+    Returns:
+        {"train": data set, "val": data set}
+
+    Raises:
+        UserError: a part is missing or has no labels, or the two have different classes.
+    """
+    parts = {
+        split: build_dataset(dataset, data_path, split, transforms[split], classes, download)
+        for split in ("train", "val")
+    }
+    if getattr(parts["train"], "paths", None) == getattr(parts["val"], "paths", ()):
+        raise UserError(
+            f"{data_path} has no subfolders train and val, expected {data_path}/train/CLASS/IMAGE and .../val/..."
+        )
+    for split, part in parts.items():
+        if min(part.labels) < 0:
+            raise UserError(
+                f"the {split} images of {data_path} have no labels, expected {data_path}/{split}/CLASS/IMAGE"
+            )
+    if parts["train"].classes != parts["val"].classes:
+        difference = sorted(set(parts["train"].classes) ^ set(parts["val"].classes))[0]
+        raise UserError(f"class {difference} is in only one of {data_path}/train and {data_path}/val, expected in both")
+    return parts
+
+
+def result_file(output_dir, pretrained_weights, name):
+    """Return the path of a result, NAME.json in `output_dir` or beside the weights; None for a random network alone.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if output_dir is None and pretrained_weights == "none":
+        return None
+    folder = Path(pretrained_weights).parent if output_dir is None else Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --output_dir {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write the result to {folder}: give a folder that can be written as --output_dir")
+    return folder / f"{name}.json"
+
+
+def write_result(path, result, made_with, args):
+    """Write a result with all settings, the pretraining's as far as they are known; without a path nothing."""
+    if path is None:
+        return
+    contents = {**result, "pretraining": made_with, "args": args}
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(contents, indent=2, default=str) + "\n")
+    temporary.replace(path)
+    print(f"written to {path}", flush=True)
+
+
+def fingerprint(network):
+    """Return a hash of a network's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
