@@ -1,0 +1,328 @@
+"""Linear classification on frozen features (paper, section 4.2; DINO's protocol).
+
+    python eval_linear.py --data_path FOLDER_WITH_train_AND_val --pretrained_weights OUT/checkpoint.pth
+
+Trains one linear layer with SGD, keeps the weights of the best epoch, and writes a JSON result beside the checkpoint. A
+run that was stopped goes on after its last whole epoch. Runs in one process or under torchrun, on GPUs or CPUs.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision.transforms.v2 as T
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import checkpoints
+import evaluation
+import utils
+from datasets import BatchOrder
+from features import eval_transform, extract_features, to_pixels
+from utils import UserError, bool_flag, cosine_schedule, number
+
+# Arguments that may differ when a run goes on, or when its weights are evaluated.
+MAY_CHANGE = "pretrained_weights data_path download output_dir batch_size_per_gpu num_workers val_freq evaluate".split()
+MAY_CHANGE += ["dist_url", "local_rank"]
+
+
+def linear_features(backbone, images, n_last_blocks, avgpool_patchtokens):
+    """Return what DINO's linear classifier sees: images [B, 3, H, W] -> [B, n_last_blocks * D], or D more.
+
+    The CLS tokens of the last blocks, side by side. With `avgpool_patchtokens` also the mean of the last block's patch
+    tokens, and then number by number in turn, which is the order of DINO's released linear weights.
+    """
+    layers = backbone.get_intermediate_layers(images, n_last_blocks)
+    features = [tokens[:, 0] for tokens in layers]
+    if avgpool_patchtokens:
+        return torch.stack([*features, layers[-1][:, 1:].mean(1)], dim=2).flatten(1)
+    return torch.cat(features, dim=1)
+
+
+def new_classifier(dim, num_classes, seed):
+    """Return DINO's linear classifier: weights of standard deviation 0.01, no bias."""
+    classifier = nn.Linear(dim, num_classes)
+    nn.init.normal_(classifier.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(classifier.bias)
+    return classifier
+
+
+def train_one_epoch(classifier, optimizer, batches):
+    """Train for one epoch.
+
+    Args:
+        batches: gives (features [b, D], labels [b], size): one process's share of a step's `size` images. It may be
+            empty.
+
+    Returns:
+        the mean loss
+    """
+    distributed = dist.is_initialized()
+    loss_sum, images = 0.0, 0
+    for features, labels, size in batches:
+        loss = F.cross_entropy(classifier(features), labels, reduction="sum") / size
+        optimizer.zero_grad()
+        loss.backward()
+        loss = loss.detach()
+        if distributed:  # the gradients of a step are those of one process with all its images
+            for tensor in [loss, *(p.grad for p in classifier.parameters())]:
+                dist.all_reduce(tensor)
+        optimizer.step()
+        loss_sum, images = loss_sum + loss * size, images + size
+    return float(loss_sum) / images
+
+
+def cached_batches(order, features, labels):
+    """Give the batches of `train_one_epoch` from all features [n, D] and labels [n], in the order of a BatchOrder."""
+    for _, _, indices in order:
+        yield features[indices], labels[indices], len(indices)
+
+
+@torch.no_grad()
+def accuracy(classifier, features, labels, chunk=4096):
+    """Return (top1, top5) in per cent; with fewer than five classes top-5 counts all."""
+    correct = torch.zeros(2, dtype=torch.long, device=labels.device)
+    for part, truth in zip(features.split(chunk), labels.split(chunk), strict=True):
+        logits = classifier(part)
+        hits = logits.topk(min(5, logits.shape[1])).indices == truth[:, None]
+        correct += torch.stack([hits[:, 0].sum(), hits.sum()])
+    top1, top5 = (100 * correct.double() / len(labels)).tolist()
+    return top1, top5
+
+
+class AugmentedBatches(Dataset):
+    """Batches by their key (epoch, step, sample indices): pixels [b, 3, S, S], labels [b].
+
+    The augmentation of an image is a function of (seed, epoch, sample), whatever process takes it.
+    """
+
+    def __init__(self, dataset, crop_size, flip_prob, seed):
+        self.dataset, self.seed = dataset, seed
+        self.empty = torch.empty(0, 3, crop_size, crop_size)
+        self.transform = T.Compose([T.RandomResizedCrop(crop_size), T.RandomHorizontalFlip(flip_prob), to_pixels()])
+
+    def __getitem__(self, key):
+        epoch, _, indices = key
+        images, labels = [], []
+        with torch.random.fork_rng(devices=[]):
+            for index in indices:
+                image, label = self.dataset[index]
+                word = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0]
+                torch.manual_seed(int(word))
+                images.append(self.transform(image))
+                labels.append(label)
+        return torch.stack(images) if images else self.empty, torch.tensor(labels, dtype=torch.long)
+
+
+def parse_arguments(argv=None):
+    parser = utils.ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
+    evaluation.add_model_arguments(parser)
+    # fmt: off
+    add = parser.add_argument_group("protocol").add_argument
+    add("--n_last_blocks", type=number(int, 1), help="blocks whose CLS token is used; default: 4, with vit_base 1")
+    add("--avgpool_patchtokens", type=bool_flag, help="the mean patch token too; default: with vit_base alone")
+    add("--epochs", type=number(int, 1), default=100, help="passes over the training images")
+    add("--lr", type=number(float, 0), default=0.001, help="learning rate at a total batch of 256; scaled with the "
+        "batch, on a cosine to 0")
+    add("--flip_prob", type=number(float, 0, 1), help="of a horizontal flip; default: the pretraining's, or 0.5")
+    add("--cache_features", action="store_true", help="train on the features of un-augmented images, computed once: "
+        "fast, but not the paper's protocol")
+    add("--num_labels", type=number(int, 1), help="outputs of the classifier; default: the data set's classes")
+    add("--val_freq", type=number(int, 1), default=1, help="epochs between two validations")
+    add("--evaluate", nargs="?", const=True, help="do not train; validate the weights of FILE, by default those of "
+        "the run in --output_dir", metavar="FILE")
+    # fmt: on
+    evaluation.add_labelled_data_arguments(parser)
+    evaluation.add_computation_arguments(parser, batch_size=128)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    model = (args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
+    backbone, made_with, crop_size = evaluation.open_model(*model, args.seed, args.crop_size)
+    base = backbone.embed_dim == 768
+    if args.n_last_blocks is None:
+        args.n_last_blocks = 1 if base else 4
+    if args.avgpool_patchtokens is None:
+        args.avgpool_patchtokens = base
+    if args.n_last_blocks > len(backbone.blocks):
+        raise UserError(f"--n_last_blocks {args.n_last_blocks} is more than the network's {len(backbone.blocks)}")
+    if args.flip_prob is None:
+        args.flip_prob = made_with.get("flip_prob", 0.5)
+    plain = eval_transform(crop_size)
+    transforms = {"train": plain if args.cache_features else None, "val": plain}
+    parts = evaluation.open_parts(args.dataset, args.data_path, transforms, args.classes, args.download)
+    num_classes = len(parts["train"].classes)
+    if args.num_labels is None:
+        args.num_labels = num_classes
+    if args.num_labels < num_classes:
+        raise UserError(f"--num_labels {args.num_labels} is fewer than the {num_classes} classes of the data set")
+    path = evaluation.result_file(args.output_dir, args.pretrained_weights, f"linear_{args.dataset}")
+    dim = backbone.embed_dim * (args.n_last_blocks + args.avgpool_patchtokens)
+    weights = evaluation.fingerprint(backbone)
+    state = load_state(args.evaluate, path, vars(args), weights, (args.num_labels, dim))
+
+    rank, world_size, device = utils.init_distributed(args.dist_url)
+    backbone.to(device)
+
+    @torch.no_grad()
+    def network(images):
+        return linear_features(backbone, images, args.n_last_blocks, args.avgpool_patchtokens)
+
+    def extract(split):
+        batches = (device, args.batch_size_per_gpu, args.num_workers)
+        features = extract_features(network, parts[split], *batches, f"{split} features")
+        return None if features is None else (features.to(device), torch.tensor(parts[split].labels, device=device))
+
+    # The backbone is frozen and validation images are not augmented: their features are computed once.
+    val = extract("val")
+    classifier = new_classifier(dim, args.num_labels, args.seed).to(device)
+    if args.evaluate:
+        if rank == 0:
+            classifier.load_state_dict(state["best_classifier"])
+            top1, top5 = accuracy(classifier, *val)
+            print(f"linear: top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
+        if world_size > 1:
+            dist.destroy_process_group()
+        return
+
+    batch_size, images = args.batch_size_per_gpu * world_size, len(parts["train"])
+    if args.cache_features:
+        train = extract("train")
+        if world_size > 1:
+            dist.destroy_process_group()  # what remains is one process's work
+        if rank > 0:
+            return
+        order = BatchOrder(images, batch_size, seed=args.seed, drop_last=False)
+    else:
+        order = BatchOrder(images, args.batch_size_per_gpu, 1, rank, world_size, args.seed, drop_last=False)
+        loader = DataLoader(
+            AugmentedBatches(parts["train"], crop_size, args.flip_prob, args.seed),
+            sampler=order,
+            batch_size=None,  # a key of the order is a whole batch
+            num_workers=args.num_workers,
+            pin_memory=device.type == "cuda",
+            persistent_workers=args.num_workers > 0,
+        )
+
+    def batches():
+        if args.cache_features:
+            yield from cached_batches(order, *train)
+            return
+        sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
+        for (pixels, labels), size in zip(loader, sizes, strict=True):
+            pixels = pixels.to(device, non_blocking=True)
+            # A process may have no image of the last step.
+            features = network(pixels) if len(pixels) else pixels.new_empty(0, dim)
+            yield features, labels.to(device, non_blocking=True), size
+
+    lr = args.lr * batch_size / 256
+    optimizer = torch.optim.SGD(classifier.parameters(), lr=lr, momentum=0.9)
+    start_epoch, best, best_classifier, history = 0, {"top1": -1.0}, None, []
+    if state:
+        if state["batch_size"] != batch_size:
+            raise UserError(
+                f"{path.with_suffix('.pth')} was trained with {state['batch_size']} images a step, found {batch_size}: "
+                "start as many processes with as large batches as before"
+            )
+        classifier.load_state_dict(classifier_state(state["state_dict"]))
+        optimizer.load_state_dict(state["optimizer"])
+        start_epoch, best, history = state["epoch"], state["best"], state["history"]
+        best_classifier = state["best_classifier"]
+    bar = tqdm(total=args.epochs, initial=start_epoch, unit="epoch", disable=rank > 0 or not sys.stderr.isatty())
+    for epoch in range(start_epoch, args.epochs):
+        order.epoch = epoch
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_schedule(epoch, args.epochs, lr, 0.0)
+        loss = train_one_epoch(classifier, optimizer, batches())
+        bar.update()
+        if rank > 0:
+            continue
+        if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
+            top1, top5 = accuracy(classifier, *val)
+            history.append({"epoch": epoch + 1, "loss": loss, "top1": top1, "top5": top5})
+            if top1 > best["top1"]:
+                best = {"top1": top1, "top5": top5, "epoch": epoch + 1}
+                best_classifier = {name: value.clone() for name, value in classifier.state_dict().items()}
+            if bar.disable:
+                print(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  top-1 {top1:.2f} %", flush=True)
+            bar.set_postfix({"loss": f"{loss:.3f}", "top-1": f"{top1:.2f}", "best": f"{best['top1']:.2f}"})
+        if path is not None:
+            contents = {
+                "epoch": epoch + 1,
+                "state_dict": {f"module.linear.{name}": value for name, value in classifier.state_dict().items()},
+                "optimizer": optimizer.state_dict(),
+                "best": best,
+                "best_classifier": best_classifier,
+                "history": history,
+                "batch_size": batch_size,
+                "weights": weights,
+                "args": vars(args),
+            }
+            checkpoints.save(contents, path.with_suffix(".pth"))
+    bar.close()
+    if rank == 0:
+        cached = ", features of un-augmented images" if args.cache_features else ""
+        print(
+            f"linear: top-1 {best['top1']:.2f} %, top-5 {best['top5']:.2f} % "
+            f"(best of {args.epochs} epochs: number {best['epoch']}{cached})",
+            flush=True,
+        )
+        result = {
+            **best,
+            "training_images": "not augmented, features cached" if args.cache_features else "augmented",
+            "images": {split: len(part) for split, part in parts.items()},
+            "crop_size": crop_size,
+            "batch_size": batch_size,
+            "history": history,
+        }
+        evaluation.write_result(path, result, made_with, vars(args))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def classifier_state(state):
+    """Take the names of DINO's linear weights off: module.linear.weight -> weight."""
+    return {name.removeprefix("module.").removeprefix("linear."): value for name, value in state.items()}
+
+
+def load_state(evaluate, path, args, weights, shape):
+    """Read the state of an earlier run, or None where there is none.
+
+    Args:
+        evaluate: None, True or the file of linear weights.
+        path: of the result.
+        weights: fingerprint of the backbone.
+        shape: of the classifier's weights, (classes, dimension).
+
+    Raises:
+        UserError: it is of another run, or its classifier does not fit.
+    """
+    file = Path(evaluate) if isinstance(evaluate, str) else path and path.with_suffix(".pth")
+    if file is None or not file.exists():
+        if evaluate:
+            raise UserError(f"--evaluate found no linear weights at {file}: train them first, or name their file")
+        return None
+    state = checkpoints.load_file(file)
+    if "state_dict" not in state:
+        raise UserError(f"{file} was not written by eval_linear.py: expected its linear weights, or DINO's")
+    state.setdefault("best_classifier", classifier_state(state["state_dict"]))
+    found = {name: tuple(value.shape) for name, value in state["best_classifier"].items()}
+    if found != {"weight": shape, "bias": shape[:1]}:
+        raise UserError(f"{file} holds {found}, expected a weight of {shape} and a bias: another network or data set")
+    if evaluate:
+        return state
+    if state.get("weights") != weights:
+        raise UserError(f"{file} was trained on other weights: move it away, or give another --output_dir")
+    checkpoints.refuse_other_run(state["args"], args, MAY_CHANGE, file)
+    return state
+
+
+if __name__ == "__main__":
+    with utils.one_line_errors():
+        main()

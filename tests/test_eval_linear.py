@@ -1,0 +1,200 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import eval_linear
+from datasets import BatchOrder, build_dataset
+from eval_linear import AugmentedBatches, accuracy, cached_batches, linear_features, new_classifier, train_one_epoch
+from features import eval_transform
+from utils import UserError
+from vision_transformer import vit_micro
+
+OPTIONS = "--epochs 3 --batch_size_per_gpu 5 --lr 5 --num_workers 0".split()
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Return a checkpoint of a random network."""
+    torch.manual_seed(1)
+    network = vit_micro(8, img_size=32)
+    args = {"arch": "vit_micro", "patch_size": 8, "global_crops_size": 32, "flip_prob": 0.0}
+    torch.save({"teacher": network.state_dict(), "args": args, "epoch": 7}, tmp_path / "checkpoint.pth")
+    return tmp_path / "checkpoint.pth"
+
+
+def run(weights, folder, *words):
+    eval_linear.main([*OPTIONS, "--data_path", str(folder), "--pretrained_weights", str(weights), *map(str, words)])
+    file = weights.parent / "linear_folder.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def test_features_are_dinos():
+    network = vit_micro(8, img_size=32).eval()
+    images = torch.randn(2, 3, 32, 40)
+    blocks = []
+    hooks = [block.register_forward_hook(lambda *a: blocks.append(network.norm(a[2]))) for block in network.blocks]
+    with torch.no_grad():
+        network(images)
+        for hook in hooks:
+            hook.remove()
+        four, one = linear_features(network, images, 4, False), linear_features(network, images, 1, True)
+        mean = blocks[-1][:, 1:].mean(1)
+        # With patch tokens: (cls_0, mean_0, cls_1, mean_1, ...), what unsqueeze(-1), cat(-1), reshape give in DINO
+        expected = torch.cat([blocks[-1][:, 0].unsqueeze(-1), mean.unsqueeze(-1)], -1).reshape(2, -1)
+        torch.testing.assert_close(four, torch.cat([block[:, 0] for block in blocks], 1))
+        torch.testing.assert_close(one, expected)
+
+
+def test_training_is_softmax_regression_by_sgd():
+    """Against the formulas in float64: PyTorch's momentum (the learning rate outside it), the last batch incomplete."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(23, 6)), rng.integers(0, 3, 23)
+    classifier = new_classifier(6, 3, seed=4).double()
+    w, b = classifier.weight.detach().numpy().copy(), np.zeros(3)
+    velocity_w, velocity_b = np.zeros_like(w), np.zeros(3)
+    optimizer = torch.optim.SGD(classifier.parameters(), lr=0.3, momentum=0.9)
+    order = BatchOrder(23, 8, seed=2, drop_last=False)
+    for epoch in range(3):
+        order.epoch = epoch
+        loss = train_one_epoch(classifier, optimizer, cached_batches(order, torch.tensor(x), torch.tensor(y)))
+        losses, seen = [], []
+        for _, _, indices in order:
+            seen += indices
+            p = np.exp(x[indices] @ w.T + b)
+            p /= p.sum(1, keepdims=True)
+            losses += (-np.log(p[range(len(indices)), y[indices]])).tolist()
+            p[range(len(indices)), y[indices]] -= 1
+            velocity_w = 0.9 * velocity_w + p.T @ x[indices] / len(indices)
+            velocity_b = 0.9 * velocity_b + p.mean(0)
+            w, b = w - 0.3 * velocity_w, b - 0.3 * velocity_b
+        assert sorted(seen) == list(range(23))
+        assert loss == pytest.approx(np.mean(losses))
+    np.testing.assert_allclose(classifier.weight.detach().numpy(), w)
+    np.testing.assert_allclose(classifier.bias.detach().numpy(), b)
+
+
+def test_accuracy_counts_ranks():
+    torch.manual_seed(0)
+    features, labels = torch.randn(50, 4), torch.randint(0, 8, (50,))
+    classifier = new_classifier(4, 8, 0)
+    logits = classifier(features).tolist()
+    ranks = [sorted(range(8), key=lambda c: -row[c]).index(y) for row, y in zip(logits, labels.tolist(), strict=True)]
+    expected = tuple(100 * sum(rank < k for rank in ranks) / 50 for k in (1, 5))
+    assert accuracy(classifier, features, labels, chunk=7) == pytest.approx(expected)
+    assert accuracy(new_classifier(4, 3, 0), features, labels % 3)[1] == 100
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone(photo_folder):
+    dataset = build_dataset("folder", photo_folder)
+    batches = AugmentedBatches(dataset, 32, 0.5, seed=3)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    images, labels = batches[(2, 9, [4, 7, 1])]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert labels.tolist() == [dataset.labels[i] for i in (4, 7, 1)]
+    assert images.shape == (3, 3, 32, 32)
+    assert torch.equal(batches[(2, 0, [1])][0][0], images[2])
+    assert not torch.equal(batches[(3, 0, [1])][0][0], images[2])
+    assert batches[(2, 0, [])][0].shape == (0, 3, 32, 32)
+    order = BatchOrder(len(dataset), 5, drop_last=False)
+    loaded = list(DataLoader(batches, sampler=order, batch_size=None, num_workers=2))
+    assert [len(part) for _, part in loaded] == [5, 5, 2]
+
+
+def test_result_has_the_best_epoch_and_all_settings(photo_folder, weights, capsys):
+    result = run(weights, photo_folder)
+    assert [entry["epoch"] for entry in result["history"]] == [1, 2, 3]
+    best = max(result["history"], key=lambda entry: entry["top1"])
+    assert (result["top1"], result["epoch"]) == (best["top1"], best["epoch"])
+    assert result["training_images"] == "augmented"
+    assert (result["pretraining"]["arch"], result["pretraining"]["epoch"]) == ("vit_micro", 7)
+    assert (result["args"]["n_last_blocks"], result["args"]["flip_prob"]) == (4, 0.0)
+    line = f"linear: top-1 {best['top1']:.2f} %, top-5 100.00 % (best of 3 epochs: number {best['epoch']})"
+    assert line in capsys.readouterr().out
+
+    run(weights, photo_folder, "--evaluate")
+    assert f"linear: top-1 {best['top1']:.2f} %" in capsys.readouterr().out
+    # the same weights as DINO writes them
+    state = torch.load(weights.parent / "linear_folder.pth", weights_only=True)
+    linear = {f"module.linear.{name}": value for name, value in state["best_classifier"].items()}
+    torch.save({"state_dict": linear}, weights.parent / "dino.pth")
+    run(weights, photo_folder, "--evaluate", weights.parent / "dino.pth")
+    assert f"linear: top-1 {best['top1']:.2f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [[], ["--cache_features"]])
+def test_a_stopped_run_goes_on_as_if_it_had_not(photo_folder, weights, monkeypatch, more):
+    whole = run(weights, photo_folder, *more)
+    (weights.parent / "linear_folder.json").unlink()
+    (weights.parent / "linear_folder.pth").unlink()
+
+    calls = []
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train_one_epoch(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_linear, "train_one_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(weights, photo_folder, *more)
+    parts = run(weights, photo_folder, *more)
+    assert parts == whole
+    with pytest.raises(UserError, match="--lr 5.0 there, 4.0 here"):
+        run(weights, photo_folder, *more, "--lr", 4)
+
+
+def test_cached_features_are_those_of_unaugmented_images(photo_folder, weights):
+    result = run(weights, photo_folder, "--cache_features")
+    assert result["training_images"] == "not augmented, features cached"
+    network = vit_micro(8, img_size=32).eval()
+    network.load_state_dict(torch.load(weights, weights_only=True)["teacher"])
+    features, labels = {}, {}
+    for split in ("train", "val"):
+        dataset = build_dataset("folder", photo_folder, split, eval_transform(32))
+        with torch.no_grad():
+            features[split] = torch.cat([linear_features(network, image[None], 4, False) for image, _ in dataset])
+        labels[split] = torch.tensor(dataset.labels)
+    classifier = new_classifier(384, 2, 0)
+    optimizer = torch.optim.SGD(classifier.parameters(), lr=1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda e: 5 * 5 / 256 * (1 + math.cos(math.pi * e / 3)) / 2)
+    for epoch in range(3):
+        samples = torch.tensor(np.random.default_rng((0, epoch)).permutation(12))
+        losses = []
+        for indices in samples.split(5):
+            loss = torch.nn.functional.cross_entropy(classifier(features["train"][indices]), labels["train"][indices])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses += [loss.item()] * len(indices)
+        schedule.step()
+        entry = result["history"][epoch]
+        assert entry["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+        top1 = 100 * (classifier(features["val"]).argmax(1) == labels["val"]).float().mean()
+        assert entry["top1"] == pytest.approx(float(top1))
+
+
+def test_bad_input_is_named(photo_folder, weights, tmp_path):
+    def message(*words):
+        with pytest.raises(UserError) as error:
+            run(weights, photo_folder, *words)
+        return str(error.value)
+
+    assert "--evaluate found no linear weights at" in message("--evaluate")
+    assert "--n_last_blocks 5 is more than the network's 4" in message("--n_last_blocks", 5)
+    assert "--num_labels 1 is fewer than the 2 classes" in message("--num_labels", 1)
+    assert "was made with --patch_size 8, found --patch_size 16" in message("--patch_size", 16)
+    run(weights, photo_folder)
+    assert "expected a weight of (2, 96)" in message("--n_last_blocks", 1)
+    assert "5 images a step, found 6" in message("--batch_size_per_gpu", 6)
+    assert "was not written by eval_linear.py" in message("--evaluate", weights)
+    contents = torch.load(weights, weights_only=True)
+    contents["teacher"]["cls_token"] += 1
+    torch.save(contents, weights)
+    assert "was trained on other weights" in message()
