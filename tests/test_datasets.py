@@ -1,3 +1,4 @@
+import os
 import pickle
 from pathlib import Path
 
@@ -6,7 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import IMAGENET100_CLASSES, BatchOrder, ResizeToTensor, build_dataset, read_image
+import datasets
+from datasets import (
+    IMAGENET100_CLASSES,
+    BatchOrder,
+    ResizeToTensor,
+    build_dataset,
+    listed_images,
+    read_image,
+    read_plain_pickle,
+)
 from utils import UserError
 
 
@@ -206,3 +216,81 @@ def test_batch_order_shares_the_same_samples_among_any_number_of_processes(world
     samples = [sum((batch[2] for batch in seen if batch[0] == epoch), []) for epoch in (0, 1)]
     assert len(set(samples[0])) == 18
     assert samples[0] != samples[1]
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_pickles_are_read(tmp_path, protocol):
+    contents = {
+        "names": ["a", "ü"],
+        "arrays": [np.arange(3), np.zeros((2, 2), np.float32), np.array(["x", "y"]), np.array([[1], 2], object)],
+        "others": (1, 2.5, None, True, {3, 4}, frozenset([5]), np.float64(6.5), np.int32(7), b"bytes"),
+    }
+    (tmp_path / "p.pkl").write_bytes(pickle.dumps(contents, protocol))
+    read = read_plain_pickle(tmp_path / "p.pkl")
+    assert (read["names"], read["others"]) == (contents["names"], contents["others"])
+    for array, expected in zip(read["arrays"], contents["arrays"], strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_pickles_of_numpy_1_and_python_2_are_read(tmp_path):
+    contents = b"(dS'easy'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+    contents += b"(I1\n(I2\ntcnumpy\ndtype\n(S'u1'\nI0\nI1\ntRI00\nS'\\x01\\xff'\ntbs."
+    (tmp_path / "p.pkl").write_bytes(contents)
+    np.testing.assert_array_equal(read_plain_pickle(tmp_path / "p.pkl")["easy"], [1, 255])
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_other_pickles_are_refused_by_name_and_not_executed(tmp_path, protocol):
+    path = tmp_path / "p.pkl"
+    path.write_bytes(pickle.dumps({"gnd": [Hostile(tmp_path / "executed")]}, protocol))
+    with pytest.raises(UserError, match=f"it holds {os.name}.system; expected plain containers, numbers, strings"):
+        read_plain_pickle(path)
+    assert not (tmp_path / "executed").exists()
+    for name in ("os\nsystem", "builtins\neval", "numpy\nload", "numpy.core.multiarray\nfrombuffer"):
+        path.write_bytes(f"c{name}\n(S'true'\ntR.".encode())
+        with pytest.raises(UserError, match=f"it holds {name.replace(chr(10), '.')}; expected"):
+            read_plain_pickle(path)
+    path.write_bytes(b"\x80\x04\x95")
+    with pytest.raises(UserError, match="cannot read"):
+        read_plain_pickle(path)
+
+
+def test_lists_of_images(tmp_path, gradient):
+    for name in ("train/a/1.png", "train/b/2.jpg", "val/a/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(gradient).save(tmp_path / name)
+    assert listed_images(tmp_path) == [tmp_path / "train/a/1.png", tmp_path / "train/b/2.jpg"]
+    (tmp_path / "list.txt").write_text(f"val/a/3.png\n\n{tmp_path}/train/a/1.png\n")
+    assert listed_images(tmp_path / "list.txt") == [tmp_path / "val/a/3.png", tmp_path / "train/a/1.png"]
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match="cannot be used: empty"):
+        listed_images(tmp_path / "empty.txt")
+
+
+def test_lists_for_copy_detection_are_disjoint_and_without_the_classes(tmp_path, capsys):
+    for name in ("n1", "n2", "n3"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(20):
+            (tmp_path / "train" / name / f"{i}.JPEG").touch()
+    (tmp_path / "val").mkdir()
+    (tmp_path / "classes.txt").write_text("n2\n")
+    words = [str(tmp_path), "--classes", str(tmp_path / "classes.txt"), "--whitening", "25", "--distractors"]
+    texts = []
+    for folder, more in (("a", []), ("b", []), ("c", ["--seed", "1"])):
+        datasets.main([*words, "12", "--output_dir", str(tmp_path / folder), *more])
+        texts.append([(tmp_path / folder / f"{name}.txt").read_text() for name in ("whitening", "distractors")])
+    assert texts[0] == texts[1] != texts[2]
+    assert f"25 images in {tmp_path}/a/whitening.txt" in capsys.readouterr().out
+    whitening, distractors = (set(listed_images(tmp_path / f"a/{name}.txt")) for name in ("whitening", "distractors"))
+    assert (len(whitening), len(distractors), len(whitening | distractors)) == (25, 12, 37)
+    assert {path.parent.name for path in whitening | distractors} == {"n1", "n3"}
+    with pytest.raises(UserError, match="has 40 images outside the classes of .*, expected at least 45"):
+        datasets.main([*words, "20"])

@@ -1,0 +1,151 @@
+"""Copy detection on INRIA Copydays (paper, section 4.3.1; DINO's protocol).
+
+    python datasets.py IMAGENET --output_dir LISTS
+    python eval_copy_detection.py --data_path COPYDAYS --pretrained_weights OUT/checkpoint.pth \\
+        --whitening_path LISTS/whitening.txt --distractors_path LISTS/distractors.txt
+
+Distorted images look for their originals among the originals and distractors; the mean average precision over the
+"strong" ones is the paper's number. Runs in one process or under torchrun, and writes a JSON result beside the
+checkpoint.
+"""
+
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision.transforms.v2 as T
+from torchvision.transforms import InterpolationMode
+
+import evaluation
+import utils
+from datasets import COPYDAYS_SIZES, ImageList, copydays, listed_images
+from features import extract_features, to_pixels
+from utils import number
+
+
+def copy_features(backbone, images):
+    """Return the CLS token beside the patch tokens pooled by GeM with exponent 4: [B, 3, H, W] -> [B, 2D]."""
+    tokens = backbone(images)
+    gem = tokens[:, 1:].clamp(min=1e-6).pow(4).mean(1).pow(0.25)
+    return torch.cat([tokens[:, 0], gem], dim=1)
+
+
+class Whitening:
+    """Whitening by PCA, learned on other images as DINO does: covariance of the features as they are, uncentred.
+
+    Directions with less than 1e-5 of the largest eigenvalue are scaled as if they had that much.
+
+    Args:
+        features: [n, D]. In chunks they are taken to float64 [4096, D].
+    """
+
+    def __init__(self, features):
+        self.mean = features.mean(0, dtype=torch.float64)  # [D]
+        covariance = sum(part.double().T @ part.double() for part in features.split(4096)) / len(features)
+        values, vectors = torch.linalg.eigh(covariance)
+        self.projection = vectors * values.clamp(min=1e-5 * values.max()) ** -0.5  # [D, D]
+
+    def __call__(self, features):
+        """Map features [n, D] to whitened ones [n, D], the mean taken off."""
+        return ((features.double() - self.mean) @ self.projection).float()
+
+
+def average_precision(ranks, count):
+    """Return the average precision of one query as the Holidays and Copydays package computes it.
+
+    The area under the precision-recall curve by trapezoids.
+
+    Args:
+        ranks: ascending places of the relevant images in the result, from 0; those that were found.
+        count: number of relevant images, found or not.
+    """
+    total = 0.0
+    for found, rank in enumerate(ranks):
+        before = 1.0 if rank == 0 else found / rank
+        total += (before + (found + 1) / (rank + 1)) / (2 * count)
+    return total
+
+
+def mean_average_precision(similarity, positives, topk=0):
+    """Return the mean over the queries of their average precision.
+
+    Args:
+        similarity: [queries, database].
+        positives: of each query the places of its relevant images in the database.
+        topk: length of the result that is looked at; 0 ranks the whole database.
+    """
+    ranking = similarity.topk(min(topk or similarity.shape[1], similarity.shape[1])).indices.numpy()
+    precisions = [
+        average_precision(np.flatnonzero(np.isin(row, relevant)).tolist(), len(relevant))
+        for row, relevant in zip(ranking, positives, strict=True)
+    ]
+    return sum(precisions) / len(precisions)
+
+
+def parse_arguments(argv=None):
+    parser = utils.ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
+    evaluation.add_model_arguments(parser)
+    # fmt: off
+    add = parser.add_argument_group("protocol").add_argument
+    add("--imsize", type=number(int, 1), default=320, help="images are resized to this square")
+    add("--topk", type=number(int, 0), default=20, help="results looked at per query; 0 ranks the whole database")
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", required=True, help="Copydays: folder with original and strong")
+    add("--whitening_path", help="folder or list of images to learn the whitening on; default: no whitening")
+    add("--distractors_path", help="folder or list of images to add to the database; default: none")
+    # fmt: on
+    evaluation.add_computation_arguments(parser, batch_size=16)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    blocks, positives = copydays(args.data_path)
+    others = {}
+    for name, source in (("distractors", args.distractors_path), ("whitening", args.whitening_path)):
+        others[name] = listed_images(source) if source else []
+    model = (args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
+    backbone, made_with, _ = evaluation.open_model(*model, args.seed, args.imsize)
+    path = evaluation.result_file(args.output_dir, args.pretrained_weights, "copydays")
+
+    rank, world_size, device = utils.init_distributed(args.dist_url)
+    backbone.to(device)
+    if rank == 0:
+        for name, size in COPYDAYS_SIZES.items():
+            if len(blocks[name]) != size:
+                print(f"note: {name} has {len(blocks[name])} images, the official one {size}", flush=True)
+        if 0 < len(others["whitening"]) < 2 * backbone.embed_dim:
+            found = f"{len(others['whitening'])} images do not span the {2 * backbone.embed_dim} dimensions"
+            print(f"warning: whitening: {found} of the features, give more", file=sys.stderr, flush=True)
+    transform = T.Compose([T.Resize((args.imsize, args.imsize), InterpolationMode.BICUBIC), to_pixels()])
+    features = {}
+    for name, paths in {**blocks, **others}.items():
+        if paths:
+            features[name] = extract_features(
+                lambda images: copy_features(backbone, images),
+                ImageList(paths, transform, upright=False),
+                device,
+                args.batch_size_per_gpu,
+                args.num_workers,
+                name,
+            )
+    if rank == 0:
+        whiten = Whitening(features["whitening"]) if others["whitening"] else lambda x: x
+        parts = [features[name] for name in ("original", "distractors") if name in features]
+        database = F.normalize(whiten(torch.cat(parts)))
+        score = {}
+        for name in positives:
+            queries = F.normalize(whiten(features[name]))
+            score[name] = mean_average_precision(queries @ database.T, positives[name], args.topk)
+            print(f"copy detection, {name}: mAP {score[name]:.3f}", flush=True)
+        images = {name: len(paths) for name, paths in {**blocks, **others}.items()}
+        evaluation.write_result(path, {"map": score, "images": images}, made_with, vars(args))
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with utils.one_line_errors():
+        main()

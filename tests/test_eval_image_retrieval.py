@@ -1,0 +1,142 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval_image_retrieval
+from eval_image_retrieval import retrieval_features, score
+from utils import UserError
+from vision_transformer import vit_micro
+
+
+@pytest.mark.parametrize(("protocol", "name"), [("easy", "E"), ("medium", "M"), ("hard", "H")])
+def test_golden_scores(golden, protocol, name):
+    data = golden("eval.npz")
+    expected = data["meta"]["retrieval"][name]
+    scored = score(data["sim"], data["meta"]["gnd"], protocol)
+    assert scored["map"] == pytest.approx(expected["map"], abs=1e-6)
+    assert scored["aps"] == pytest.approx(expected["aps"], abs=1e-6)
+    assert scored["mp"] == pytest.approx(expected["mp_at_1_5_10"], abs=1e-6)
+
+
+def test_nothing_relevant_has_no_score():
+    scored = score(np.eye(3), [{"easy": [], "hard": [1], "junk": []}] * 3, "easy")
+    assert scored == {"map": None, "mp": None, "aps": [None] * 3}
+
+
+def test_features_of_several_scales():
+    network = vit_micro(8, img_size=32).eval()
+    images = torch.randn(1, 3, 50, 37)
+    with torch.no_grad():
+        total = network(images)[:, 0]
+        for scale in (2**-0.5, 0.5):
+            total = total + network(torch.nn.functional.interpolate(images, scale_factor=scale, mode="bilinear"))[:, 0]
+        torch.testing.assert_close(retrieval_features(network, images, True), total / total.norm())
+        small = images[..., :12]  # half of it is less than a patch
+        assert retrieval_features(network, small, True).shape == (1, 96)
+
+
+def evaluate(folder, tmp_path, *words, dataset="roxford5k"):
+    options = f"--data_path {folder} --dataset {dataset} --num_workers 0 --pretrained_weights none --arch vit_micro"
+    eval_image_retrieval.main([*f"{options} --patch_size 8 --output_dir {tmp_path}".split(), *map(str, words)])
+    return json.loads((tmp_path / f"{dataset}.json").read_text())
+
+
+def test_settings_of_the_two_data_sets():
+    def settings(words):
+        args = eval_image_retrieval.parse_arguments(f"--data_path x --pretrained_weights none {words}".split())
+        return args.imsize, args.multiscale
+
+    assert settings("--dataset roxford5k") == (224, False)
+    assert settings("--dataset rparis6k") == (512, True)
+    assert settings("--dataset rparis6k --imsize 300 --multiscale 0") == (300, False)
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_whole_protocol_against_a_naive_one(retrieval_folder, tmp_path, capsys, crop):
+    result = evaluate(retrieval_folder, tmp_path, "--imsize", 96, "--crop_queries", crop)
+    torch.manual_seed(0)
+    network = vit_micro(8, img_size=96).eval()
+    contents = pickle.loads((retrieval_folder / "roxford5k/gnd_roxford5k.pkl").read_bytes())
+
+    def feature(name, box=None):
+        image = Image.open(retrieval_folder / f"roxford5k/jpg/{name}.jpg").convert("RGB")
+        image = image.crop(box) if box else image
+        if max(image.size) > 96:  # thumbnails are not enlarged
+            image.thumbnail((96, 96), Image.Resampling.LANCZOS)
+        pixels = (np.asarray(image) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        with torch.no_grad():
+            cls = network(torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None])[0, 0].double().numpy()
+        return cls / np.linalg.norm(cls)
+
+    database = np.stack([feature(name) for name in contents["imlist"]])
+    precisions = []
+    for name, entry in zip(contents["qimlist"], contents["gnd"], strict=True):
+        order = np.argsort(-(database @ feature(name, entry["bbx"] if crop else None)))
+        order = [i for i in order if i not in entry["junk"]]
+        ap, found = 0.0, 0
+        for rank, i in enumerate(order):
+            if i in entry["easy"] or i in entry["hard"]:
+                ap += ((1.0 if rank == 0 else found / rank) + (found + 1) / (rank + 1)) / 8
+                found += 1
+        precisions.append(ap)
+    assert result["aps"]["medium"] == pytest.approx(precisions, abs=1e-6)
+    assert result["map"]["medium"] == pytest.approx(np.mean(precisions), abs=1e-6)
+    assert f"roxford5k medium: mAP {100 * result['map']['medium']:.2f}, mP@1" in capsys.readouterr().out
+
+
+def test_places_are_found_and_shuffled_names_are_not(retrieval_folder, tmp_path):
+    """A network finds most views of a place, even without training; with their names mixed up it finds few."""
+    right = evaluate(retrieval_folder, tmp_path, dataset="rparis6k")
+    assert right["images"] == {"queries": 6, "database": 30}
+    mixed = tmp_path / "mixed/rparis6k"
+    (mixed / "jpg").mkdir(parents=True)
+    (mixed / "gnd_rparis6k.pkl").symlink_to(retrieval_folder / "rparis6k/gnd_rparis6k.pkl")
+    paths = sorted((retrieval_folder / "rparis6k/jpg").glob("place*.jpg"))
+    others = np.random.default_rng(0).permutation(paths)
+    for path, other in zip(paths, others, strict=True):
+        (mixed / "jpg" / path.name).symlink_to(other)
+    for path in (retrieval_folder / "rparis6k/jpg").glob("query*.jpg"):
+        (mixed / "jpg" / path.name).symlink_to(path)
+    wrong = evaluate(tmp_path / "mixed", tmp_path, dataset="rparis6k")
+    for protocol in ("easy", "medium", "hard"):
+        assert right["map"][protocol] > 0.7
+        assert wrong["map"][protocol] < 0.4
+
+
+def test_bad_input_is_named(tmp_path):
+    def message(*words):
+        with pytest.raises(UserError) as error:
+            evaluate(tmp_path, tmp_path, *words)
+        return str(error.value)
+
+    folder = tmp_path / "roxford5k"
+    layout = f"expected {folder}/gnd_roxford5k.pkl and {folder}/jpg/*.jpg"
+    assert message() == f"no ground truth {folder}/gnd_roxford5k.pkl: {layout}"
+    (folder / "jpg").mkdir(parents=True)
+
+    def write(contents):
+        (folder / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(contents))
+
+    write([1])
+    assert "is no ground truth of roxford5k" in message()
+    entry = {"bbx": [0, 0, 5, 5], "easy": [0], "hard": [], "junk": []}
+    contents = {"imlist": ["a", "b"], "qimlist": ["q"], "gnd": [entry]}
+    write(contents)
+    assert message() == f"3 images are missing, the first is {folder}/jpg/q.jpg: {layout}"
+    write({**contents, "gnd": [{**entry, "easy": []}]})
+    assert "query q has no relevant image" in message()
+    write({**contents, "gnd": [{**entry, "junk": [2]}]})
+    assert "query q names image 2 of 2" in message()
+    write({**contents, "gnd": []})
+    assert "has 1 queries, but relevance for 0" in message()
+    write(contents)
+    for name in "abq":
+        Image.new("RGB", (30, 20)).save(folder / f"jpg/{name}.jpg")
+    assert evaluate(tmp_path, tmp_path)["map"]["hard"] is None
+    assert "images of side 4 are smaller than a patch of 8 pixels" in message("--imsize", 4)
+    (folder / "jpg/b.jpg").write_bytes(b"broken")
+    assert f"cannot read image {folder}/jpg/b.jpg" in message()
