@@ -57,6 +57,40 @@ def test_knn_of_two_processes_is_that_of_one(photo_folder, tmp_path, run_script,
     assert one["knn"] == two["knn"]
 
 
+def test_copy_detection_of_two_processes_is_that_of_one(copydays_folder, tmp_path, run_script, torchrun):
+    options = ["--data_path", copydays_folder / "copydays", "--whitening_path", copydays_folder / "whitening"]
+    options += ["--distractors_path", copydays_folder / "distractors", "--imsize", 64, "--num_workers", 1]
+    options += ["--pretrained_weights", "none", "--arch", "vit_micro", "--batch_size_per_gpu", 5]
+    run_script("eval_copy_detection.py", *options, "--output_dir", tmp_path / "one")
+    run_script("eval_copy_detection.py", *options, "--output_dir", tmp_path / "two", launcher=torchrun)
+    one, two = (json.loads((tmp_path / name / "copydays.json").read_text()) for name in ("one", "two"))
+    assert one["map"] == two["map"]
+
+
+def test_retrieval_of_two_processes_is_that_of_one(retrieval_folder, tmp_path, run_script, torchrun):
+    options = ["--data_path", retrieval_folder, "--dataset", "rparis6k", "--num_workers", 1]
+    options += ["--pretrained_weights", "none", "--arch", "vit_micro"]
+    run_script("eval_image_retrieval.py", *options, "--output_dir", tmp_path / "one")
+    run_script("eval_image_retrieval.py", *options, "--output_dir", tmp_path / "two", launcher=torchrun)
+    one, two = (json.loads((tmp_path / name / "rparis6k.json").read_text()) for name in ("one", "two"))
+    assert [one[kind] for kind in ("map", "mp", "aps")] == [two[kind] for kind in ("map", "mp", "aps")]
+
+
+@pytest.mark.parametrize("more", [[], ["--cache_features"]])
+def test_linear_evaluation_of_two_processes_is_that_of_one(photo_folder, tmp_path, run_script, torchrun, more):
+    """12 images in steps of 10: in the last step the second process has none."""
+    options = ["--data_path", photo_folder, "--num_workers", 1, "--pretrained_weights", "none", "--arch", "vit_micro"]
+    options += ["--crop_size", 32, "--epochs", 3, "--lr", 2, *more]
+    run_script("eval_linear.py", *options, "--batch_size_per_gpu", 10, "--output_dir", tmp_path / "one")
+    two = ["--batch_size_per_gpu", 5, "--output_dir", tmp_path / "two"]
+    run_script("eval_linear.py", *options, *two, launcher=torchrun)
+    one, two = (json.loads((tmp_path / name / "linear_folder.json").read_text()) for name in ("one", "two"))
+    for a, b in zip(one["history"], two["history"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["top1"] == pytest.approx(b["top1"], abs=0.1)
+    assert one["history"][0]["loss"] != one["history"][2]["loss"]
+
+
 def test_features_of_uneven_parts_keep_their_order(photo_folder, tmp_path, run_script, torchrun):
     """7 images on 2 processes in batches of 3."""
     script = tmp_path / "extract.py"
@@ -117,7 +151,11 @@ def test_demo_recipe_learns(tmp_path, run_script):
     assert "K=20" in output
 
 
-@pytest.mark.parametrize("script", ["main_lgssl.py", "eval_knn.py", "patch_matching.py"])
+@pytest.mark.parametrize(
+    "script",
+    "main_lgssl.py eval_linear.py eval_knn.py eval_copy_detection.py eval_image_retrieval.py reproduce.py datasets.py "
+    "patch_matching.py".split(),
+)
 def test_help_is_complete(run_script, script):
     assert "default:" in run_script(script, "--help").stdout
 

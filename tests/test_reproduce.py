@@ -1,0 +1,273 @@
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import main_lgssl
+import reproduce
+from reproduce import PAPER, ROOT, recipe_arguments
+from utils import UserError
+
+PAPER_TEXT = ROOT.parent / "shared" / "paper.md"
+RECIPES = sorted({row["recipe"] for table in PAPER["tables"].values() for row in table["rows"].values()})
+TINY = "--global_crops_size 32 --local_crops_size 32 --local_crops_number 2 --out_dim 24 --num_workers 0 --epochs 1"
+
+
+def papers_rows(number):
+    """Return the rows of a table of the paper that are DINO's or its own: (text, numbers)."""
+    lines = PAPER_TEXT.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"Table {number} The "))
+    rows = []
+    for line in lines[start + 2 :]:
+        if "\t" not in line:
+            break
+        text = re.sub(r"</?b>|\$|\\", "", line)
+        without_lambda = re.sub(r"lambda ?= ?0\.\d", "", text)
+        numbers = [float(word) for word in re.findall(r"\d+\.\d+", without_lambda)]
+        if numbers and (re.search("Ours|DINO", text) or number in (7, 8)):  # these two name the method once
+            rows.append((text, numbers))
+    return rows
+
+
+@pytest.mark.skipif(not PAPER_TEXT.exists(), reason="the paper's text is not here")
+@pytest.mark.parametrize("number", range(1, 9))
+def test_numbers_are_the_papers(number):
+    table = PAPER["tables"][f"table{number}"]
+    rows = papers_rows(number)
+    assert [numbers for _, numbers in rows] == [row["paper"] for row in table["rows"].values()]
+    for (text, _), row in zip(rows, table["rows"].values(), strict=True):
+        args = recipe_arguments(row["recipe"])
+        loss = "cls" if "DINO" in text else next(
+            (name for name in ("mean", "sum", "lambda") if name in text.lower()), "mean"
+        )  # fmt: skip
+        assert args.loss == loss
+        if loss == "lambda":
+            assert args.lambda_cls == float(re.search(r"lambda ?= ?(0\.\d)", text)[1])
+        arch = re.search("ViT-(Tiny|Small|Base)", text)
+        if arch:
+            assert args.arch == f"vit_{arch[1].lower()}"
+        patch = re.search(r"\t(8|16|32)\t|/(8|16|32)\b", text)
+        if patch:
+            assert args.patch_size == int(patch[1] or patch[2])
+
+
+def test_recipes_are_what_their_names_say():
+    files = {path.stem for path in (ROOT / "recipes").glob("*.args")}
+    assert files == {*RECIPES, "choices", "digits", "study"}
+    assert len(RECIPES) == 22
+    for recipe in RECIPES:
+        data, arch, patch, loss = re.fullmatch(r"(\w+)_vit_([a-z]+)(\d+)_(\S+)", recipe).groups()
+        args = recipe_arguments(recipe)
+        assert args.dataset == {"imagenet1k": "folder"}.get(data, data)
+        assert (args.arch, args.patch_size) == (f"vit_{arch}", int(patch))
+        assert args.epochs == (50 if data == "imagenet1k" else 200)
+        if loss == "dino":
+            assert (args.loss, args.geometry, args.image_size) == ("cls", "image", 0)
+        else:
+            name, value = re.fullmatch(r"([a-z]+)([\d.]*)", loss).groups()
+            assert (args.loss, args.geometry, args.image_size) == (name, "batch", 256)
+            assert name != "lambda" or args.lambda_cls == float(value)
+        # section 4.1.2
+        assert (args.optimizer, args.warmup_epochs, args.weight_decay, args.weight_decay_end) == (
+            "adamw",
+            10,
+            0.04,
+            0.4,
+        )
+        temperatures = (args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs)
+        assert temperatures == (0.04, 0.07, 30)
+        assert 10 <= args.batch_size_per_gpu <= 40
+        # shared, by all but what the name says
+        assert (args.out_dim, args.lr, args.momentum_teacher, args.matching) == (10000, 5e-4, 0.996, "paper")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8, 16, 160])
+def test_the_batch_is_the_same_on_any_number_of_processes(processes):
+    for recipe, largest in (("cifar10_vit_tiny16_mean", 40), ("imagenet100_vit_base8_mean", 10)):
+        step = reproduce.pretraining_step(recipe, Path("DATA"), Path("runs"), processes)
+        args = main_lgssl.parse_arguments([str(word) for word in step.words[1:]])
+        assert args.batch_size_per_gpu * args.accum_steps * processes == 160
+        assert args.batch_size_per_gpu <= largest
+    with pytest.raises(UserError, match="--nproc_per_node 3 does not divide"):
+        reproduce.pretraining_step(recipe, Path("DATA"), Path("runs"), 3)
+
+
+def test_show_prints_the_commands(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    reproduce.main(f"show table6 --row mean-32 --data_root D --runs {tmp_path} --nproc_per_node 4 -- --seed 3".split())
+    folder = f"{tmp_path}/cifar10_vit_tiny32_mean"
+    launcher = "torchrun --standalone --nproc_per_node=4"
+    data = "--dataset cifar10 --data_path D/cifar10"
+    assert capsys.readouterr().out.splitlines() == [
+        "# table6, Ours (ViT-Tiny/32, mean)",
+        f"{launcher} main_lgssl.py @recipes/cifar10_vit_tiny32_mean.args --data_path D/cifar10 --batch_size_per_gpu 40 "
+        f"--accum_steps 1 --output_dir {folder} --seed 3",
+        f"{launcher} eval_linear.py {data} --pretrained_weights {folder}/checkpoint.pth",
+        f"{launcher} eval_knn.py {data} --pretrained_weights {folder}/checkpoint.pth",
+    ]
+    reproduce.main(f"show table5 --row mean-cifar10 mean-imagenet1k --data_root D --runs {tmp_path}".split())
+    output = capsys.readouterr().out
+    assert output.count(f"python datasets.py D/imagenet --output_dir {tmp_path}/lists") == 2
+    assert output.count(f"--whitening_path {tmp_path}/lists/whitening.txt") == 1
+    assert output.count("--whitening_path D/imagenet/train") == 1
+    assert output.count("python eval_image_retrieval.py --data_path D --dataset rparis6k") == 2
+    for line in output.splitlines():  # each command is one that its script understands
+        if line.startswith("python eval"):
+            script, *words = line.split()[1:]
+            next(m for m in reproduce.EVALUATIONS.values() if f"{m.__name__}.py" == script).parse_arguments(words)
+
+
+def write_result(path, contents, recipe, epoch=None, batch_size=160, **changed):
+    args = {**vars(recipe_arguments(recipe)), "epoch": epoch or recipe_arguments(recipe).epochs}
+    contents = {**contents, "pretraining": {**args, "batch_size": batch_size, **changed}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(contents, default=str))
+
+
+def test_report_has_every_row_and_the_differences(tmp_path):
+    words = ["--pretrained_weights", "x", "--dataset", "cifar10"]
+    knn = {"knn": {"10": {"top1": 80.0}, "20": {"top1": 82.51}}}
+    knn["args"] = vars(reproduce.eval_knn.parse_arguments(words))
+    linear = {"top1": 79.1, "args": vars(reproduce.eval_linear.parse_arguments([*words, "--cache_features"]))}
+    folder, recipe = tmp_path / "cifar10_vit_tiny16_mean", "cifar10_vit_tiny16_mean"
+    write_result(folder / "knn_cifar10.json", knn, recipe, batch_size=40, seed=7)
+    write_result(folder / "linear_cifar10.json", linear, recipe)
+    write_result(tmp_path / "cifar10_vit_tiny16_sum/knn_cifar10.json", knn, "cifar10_vit_tiny16_sum", epoch=9)
+    oxford = {"map": {"medium": 0.09, "hard": 0.01}}
+    words = ["--data_path", "D", "--dataset", "roxford5k", "--pretrained_weights", "x"]
+    oxford["args"] = vars(reproduce.eval_image_retrieval.parse_arguments(words))
+    write_result(folder / "roxford5k.json", oxford, recipe)
+    text = reproduce.report(tmp_path)
+    row = "| Ours (ViT-Tiny/16, mean) | 78.10 / 79.10 (+1.00) [1] | 82.51 / 80.00 (-2.51) [2] | "
+    assert row + "82.41 / 82.51 (+0.10) [2] |" in text
+    assert "[1] linear: --cache_features True instead of False." in text
+    assert "[2] knn: a total batch of 40 instead of 160, --seed 7 instead of 0." in text
+    paper_only = "| Ours (ViT-Tiny/16, sum) | 78.58 / not run | 78.86 / not run | 78.52 / not run |"
+    assert paper_only in text  # that pretraining had not ended
+    row = "| CIFAR-10: Ours (ViT-Tiny/16, mean) | 0.591 / not run | 8.34 / 9.00 (+0.66) | 1.63 / 1.00 (-0.63) | "
+    assert row + "21.18 / not run | 5.11 / not run |" in text
+    rows = sum(len(table["rows"]) for table in PAPER["tables"].values())
+    assert len(re.findall(r"^\| .* / ", text, re.MULTILINE)) == rows == 41
+    contradiction = "is 87.51 / 84.44 / 84.91 in table1 and 75.29 / 76.38 / 76.24 in table6."
+    assert text.count(contradiction) == 1
+    assert len(reproduce.recurring_differences()) == 1
+
+
+def test_list_says_what_is_done(tmp_path, capsys):
+    folder = tmp_path / "cifar10_vit_tiny16_dino"
+    folder.mkdir()
+    (folder / "args.json").write_text('{"epochs": 200}')
+    (folder / "log.txt").write_text('{"epoch": 48}\n{"epoch": 49}\n')
+    (folder / "checkpoint.pth").touch()
+    write_result(folder / "linear_cifar10.json", {"top1": 1.0}, "cifar10_vit_tiny16_dino")
+    reproduce.main(["list", "--runs", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    line = "  dino              cifar10_vit_tiny16_dino       pretraining 25%, linear done, knn -"
+    assert lines.count(line) == 2  # in tables 1 and 6
+    assert sum("vit" in line for line in lines if line.startswith("  ")) == 41
+    assert "digits: the miniature study, five seeds of each row" in lines
+
+
+def test_study_report_is_mean_and_standard_deviation(tmp_path):
+    values = [70.0, 71.5, 75.0]
+    for seed, value in enumerate(values):
+        folder = tmp_path / f"digits/mean-{seed}"
+        folder.mkdir(parents=True)
+        (folder / "linear_digits.json").write_text(json.dumps({"top1": value}))
+    (folder / "knn_digits.json").write_text('{"knn": {"10": {"top1": 60.0}, "20": {"top1": 61.0}}}')
+    lines = reproduce.study_report(tmp_path)
+    cell = f"{sum(values) / 3:.1f} ± {statistics.stdev(values):.1f}"
+    assert lines[-1] == f"| Ours, mean | 1 to 3 | {cell} | 60.0 | 61.0 |"
+    assert len(lines) == 5
+    assert reproduce.study_report(tmp_path / "none") == []
+
+
+def test_bad_input_is_named(tmp_path, capsys):
+    def message(words):
+        with pytest.raises((UserError, SystemExit)) as error:
+            reproduce.main([*words.split(), "--runs", str(tmp_path / "runs")])
+        return str(error.value) + capsys.readouterr().err
+
+    assert "table3 has no row mean, expected some of dino-tiny, mean-tiny" in message("show table3 --row mean")
+    assert "run table3 needs --data_root" in message("run table3")
+    assert "show needs a table: table1, " in message("show")
+    (tmp_path / "imagenet/train").mkdir(parents=True)
+    root = f"--data_root {tmp_path}"
+    assert f"no {tmp_path}/cifar10/cifar-10-batches-py/data_batch_1: expected below" in message(f"run table1 {root}")
+    assert f"no {tmp_path}/copydays/strong: expected" in message(f"run table5 --row dino-imagenet1k {root}")
+    (tmp_path / "copydays/strong").mkdir(parents=True)
+    assert f"no {tmp_path}/roxford5k/gnd_roxford5k.pkl" in message(f"run table5 --row dino-imagenet1k {root}")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_takes_a_step(photo_folder, tmp_path, recipe):
+    options = f"{TINY} --dataset folder --data_path {photo_folder} --batch_size_per_gpu 12 --accum_steps 1"
+    main_lgssl.main([f"@{ROOT}/recipes/{recipe}.args", *options.split(), "--output_dir", str(tmp_path)])
+    (log,) = map(json.loads, (tmp_path / "log.txt").read_text().splitlines())
+    assert 0 < log["train_loss"] < 100
+    (tmp_path / "checkpoint.pth").unlink()  # up to 1.4 GB
+    (tmp_path / "checkpoint0000.pth").unlink()
+
+
+@pytest.fixture
+def data_root(tmp_path, copydays_folder, retrieval_folder):
+    """Return a folder with all data sets but CIFAR-10 in their true layouts, ImageNet with 2 + 1 images a class."""
+    for name in (ROOT / "recipes" / "imagenet100_cmc.txt").read_text().split():
+        for split, count in (("train", 2), ("val", 1)):
+            folder = tmp_path / "data/imagenet" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                colour = tuple(hash((name, i, c)) % 256 for c in range(3))
+                Image.new("RGB", (40, 40), colour).save(folder / f"{i}.JPEG")
+    (tmp_path / "data/copydays").symlink_to(copydays_folder / "copydays")
+    for name in ("roxford5k", "rparis6k"):
+        (tmp_path / "data" / name).symlink_to(retrieval_folder / name)
+    # What datasets.py would draw from an ImageNet of full size
+    (tmp_path / "runs/lists").mkdir(parents=True)
+    for name in ("whitening", "distractors"):
+        paths = (copydays_folder / name).glob("*.jpg")
+        (tmp_path / f"runs/lists/{name}.txt").write_text("".join(f"{path}\n" for path in paths))
+    return tmp_path / "data"
+
+
+@pytest.mark.slow
+def test_rows_run_from_data_to_report(data_root, tmp_path, run_script):
+    options = ["--data_root", data_root, "--runs", tmp_path / "runs"]
+    tiny = ["--", *TINY.split(), "--batch_size_per_gpu", 20, "--accum_steps", 2]
+    run_script("reproduce.py", "run", "table5", "--row", "mean-imagenet100", *options, *tiny)
+    output = run_script("reproduce.py", "run", "table3", "--row", "mean-tiny", *options, "--nproc_per_node", 2).stdout
+    assert "accum_steps 2 --output_dir" in output
+    assert output.count("# done") == 1  # the pretraining, which both tables have
+    output = run_script("reproduce.py", "show", "table3", "--row", "mean-tiny", *options).stdout
+    assert output.count("# done") == 3
+    run_script("reproduce.py", "report", "--runs", tmp_path / "runs", "--output", tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    assert len(re.findall(r"\| \d+\.\d+ / \d+\.\d+ \([+-]\d+\.\d+\) \[\d\] (?=\|)", text)) == 5 + 3 + 3
+    assert "a total batch of 40 instead of 160" in text
+    assert "--epochs 1 instead of 200" in text
+    assert text.count("knn: ") == 2  # in tables 3 and 8
+    assert "--imsize" not in text
+
+
+@pytest.mark.slow
+def test_study_runs_and_goes_on(tmp_path, run_script):
+    words = ["reproduce.py", "run", "digits", "--row", "untrained", "pixels", "mean", "dino-image", "--runs", tmp_path]
+    output = run_script(*words, "--seeds", 1, "--jobs", 2, "--", "--epochs", 1).stdout
+    rows = re.findall(r"^\| (.*?) \| 1 \|", output, re.MULTILINE)
+    assert rows == ["untrained", "raw pixels", "DINO, crops drawn per image", "Ours, mean"]
+    before = (tmp_path / "digits/mean-0/checkpoint.pth").stat().st_mtime
+    output = run_script(*words, "--seeds", 2, "--jobs", 2, "--", "--epochs", 1).stdout
+    assert (tmp_path / "digits/mean-0/checkpoint.pth").stat().st_mtime == before
+    assert re.search(r"^\| raw pixels \| 2 \| 9\d\.\d ± \d\.\d \| 9\d\.\d ± 0\.0 \|", output, re.MULTILINE)
+    args = [json.loads((tmp_path / f"digits/{row}-1/args.json").read_text()) for row in ("mean", "dino-image")]
+    assert [(a["loss"], a["geometry"], a["seed"]) for a in args] == [("mean", "batch", 1), ("cls", "image", 1)]
+    untrained = json.loads((tmp_path / "digits/untrained-1/knn_digits.json").read_text())
+    assert untrained["args"]["seed"] == 1
+    state = torch.load(tmp_path / "digits/mean-1/checkpoint.pth", weights_only=True)
+    assert state["epoch"] == 1
