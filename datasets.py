@@ -10,6 +10,7 @@ writes the two lists of images that copy detection needs, see `copydays_lists`.
 
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -252,7 +253,9 @@ def copydays_lists(root, count_whitening=20000, count_distractors=10000, seed=0,
     folder = ImageFolder(root)
     left_out = {path.name for path in _listed_folders(folder.root, classes)}
     paths = [
-        path for path, label in zip(folder.paths, folder.labels, strict=True) if folder.classes[label] not in left_out
+        path
+        for path, label in zip(folder.paths, folder.labels, strict=True)
+        if label >= 0 and folder.classes[label] not in left_out
     ]
     count = count_whitening + count_distractors
     if len(paths) < count:
@@ -294,7 +297,7 @@ class RevisitedRetrieval:
                 for entry in contents["gnd"]
             ]
             self.boxes = [tuple(float(value) for value in entry["bbx"]) for entry in contents["gnd"]]
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{path} is no ground truth of {name}: expected imlist, qimlist, and gnd with easy, hard, junk and bbx"
             ) from error
@@ -314,30 +317,100 @@ class RevisitedRetrieval:
             raise UserError(f"{len(missing)} images are missing, the first is {missing[0]}: {layout}")
 
 
-# What NumPy needs to unpickle arrays and numbers, under the names of NumPy 1 and 2.
-_PICKLED_NUMPY = {
-    (f"numpy.{core}.{module}", name)
-    for core in ("core", "_core")
-    for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
-} | {("numpy", "ndarray"), ("numpy", "dtype")}
-_PICKLED_SETS = {(module, name) for module in ("builtins", "__builtin__") for name in ("set", "frozenset")}
+class _PickledDtype:
+    """Stands for a NumPy dtype of plain numbers, strings or objects."""
+
+    def __init__(self, code, *_):
+        if not re.fullmatch(r"[?biufcSUO]\d*", str(code)):
+            raise pickle.UnpicklingError(f"it holds a NumPy dtype {code}")
+        self.code, self.byteorder = str(code), "="
+
+    def __setstate__(self, state):
+        self.byteorder = "<>"[state[1] == ">"]
+
+    def read(self, raw, shape, order="C"):
+        if self.code.startswith("O"):
+            values = np.empty(len(raw), object)
+            values[:] = [_plain(value) for value in raw]
+        else:
+            values = np.frombuffer(raw, np.dtype(self.code).newbyteorder(self.byteorder)).copy()
+        return values.reshape(shape, order=order)
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles plain containers, numbers, strings and NumPy arrays, and executes nothing else."""
+class _PickledArray:
+    """Stands for a NumPy array, whose contents arrive as its state."""
 
-    def find_class(self, module, name):
-        if (module, name) in _PICKLED_NUMPY | _PICKLED_SETS:
-            return super().find_class(module, name)
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes the bytes of an array in protocol 2
-            return _latin1_bytes
-        raise pickle.UnpicklingError(f"it holds {module}.{name}")
+    def __setstate__(self, state):
+        _, shape, dtype, is_fortran, raw = state
+        if isinstance(raw, str):  # written by Python 2
+            raw = raw.encode("latin1")
+        self.value = dtype.read(raw, shape, "F" if is_fortran else "C")
+
+
+class _Maker:
+    """Stands for a function or class that a pickle names: it can be called, and nothing else."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __call__(self, *args):
+        return self.make(*args)
+
+    def __setstate__(self, state):
+        raise pickle.UnpicklingError("it changes a function")
+
+
+def _array_from_buffer(buffer, dtype, shape, order="C", *_):
+    array = _PickledArray()
+    array.value = dtype.read(buffer, shape, order)
+    return array
+
+
+def _scalar(dtype, raw):
+    return dtype.read(raw.encode("latin1") if isinstance(raw, str) else raw, (1,))[0].item()
 
 
 def _latin1_bytes(text, encoding):
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it holds text in {encoding}")
     return text.encode("latin1")
+
+
+# What plain containers and NumPy's arrays need, by the names of Python 2 and 3 and of NumPy 1 and 2. Nothing of NumPy
+# itself is handed out: states that a file makes up can corrupt its memory.
+_MAKERS = {
+    ("_codecs", "encode"): _latin1_bytes,  # how Python 3 writes the bytes of an array in protocol 2
+    ("numpy", "ndarray"): lambda *_: _PickledArray(),
+    ("numpy", "dtype"): _PickledDtype,
+}
+for _module in ("builtins", "__builtin__"):
+    _MAKERS |= {(_module, "set"): set, (_module, "frozenset"): frozenset, (_module, "bytes"): lambda: b""}
+for _module in ("numpy.core", "numpy._core"):
+    _MAKERS[_module + ".multiarray", "_reconstruct"] = lambda *_: _PickledArray()
+    _MAKERS[_module + ".multiarray", "scalar"] = _scalar
+    _MAKERS[_module + ".numeric", "_frombuffer"] = _array_from_buffer
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Unpickles plain containers, numbers, strings and NumPy arrays, and executes nothing else."""
+
+    def find_class(self, module, name):
+        if (module, name) not in _MAKERS:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}")
+        return _Maker(_MAKERS[module, name])
+
+
+def _plain(value):
+    """Put arrays in the place of what stands for them, and refuse anything that is not plain."""
+    if isinstance(value, _PickledArray):
+        return value.value
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return type(value)(_plain(item) for item in value)
+    if value is None or isinstance(value, str | bytes | bytearray | int | float | complex | np.ndarray):
+        return value
+    raise pickle.UnpicklingError(f"it holds a {type(value).__name__.strip('_')}")
 
 
 def read_plain_pickle(path):
@@ -348,7 +421,7 @@ def read_plain_pickle(path):
     """
     try:
         with open(path, "rb") as file:
-            return _PlainUnpickler(file, encoding="latin1").load()
+            return _plain(_PlainUnpickler(file, encoding="latin1").load())
     except Exception as error:  # a damaged pickle can make the unpickler raise nearly anything
         reason = str(error) if isinstance(error, pickle.UnpicklingError) else "it is damaged"
         raise UserError(

@@ -407,7 +407,7 @@ def list_tables(runs):
         evaluations = dict.fromkeys(COLUMNS[column][1] for column in table["columns"])
         for row, entry in table["rows"].items():
             steps = evaluation_steps(entry["recipe"], evaluations, Path("DATA"), runs)
-            state = [f"pretraining {progress(runs / entry['recipe']):.0%}"]
+            state = [f"pretraining {int(100 * progress(runs / entry['recipe']))}%"]
             state += [f"{step.name} {'done' if step.done() else '-'}" for step in steps if step.name != "lists"]
             print(f"  {row:17} {entry['recipe']:29} {', '.join(state)}")
     print("digits: the miniature study, five seeds of each row")

@@ -230,7 +230,15 @@ class Hostile:
 def test_plain_pickles_are_read(tmp_path, protocol):
     contents = {
         "names": ["a", "ü"],
-        "arrays": [np.arange(3), np.zeros((2, 2), np.float32), np.array(["x", "y"]), np.array([[1], 2], object)],
+        "arrays": [
+            np.array([], np.int64),
+            np.asfortranarray(np.eye(3)[:2]),
+            np.arange(3, dtype=">i4"),
+            np.arange(3),
+            np.zeros((2, 2), np.float32),
+            np.array(["x", "y"]),
+            np.array([[1], 2], object),
+        ],
         "others": (1, 2.5, None, True, {3, 4}, frozenset([5]), np.float64(6.5), np.int32(7), b"bytes"),
     }
     (tmp_path / "p.pkl").write_bytes(pickle.dumps(contents, protocol))
