@@ -42,7 +42,7 @@ class Whitening:
     """
 
     def __init__(self, features):
-        self.mean = features.mean(0, dtype=torch.float64)  # [D]
+        self.mean = sum(part.sum(0, dtype=torch.float64) for part in features.split(4096)) / len(features)  # [D]
         covariance = sum(part.double().T @ part.double() for part in features.split(4096)) / len(features)
         values, vectors = torch.linalg.eigh(covariance)
         self.projection = vectors * values.clamp(min=1e-5 * values.max()) ** -0.5  # [D, D]
@@ -113,9 +113,10 @@ def main(argv=None):
     rank, world_size, device = utils.init_distributed(args.dist_url)
     backbone.to(device)
     if rank == 0:
-        for name, size in COPYDAYS_SIZES.items():
-            if len(blocks[name]) != size:
-                print(f"note: {name} has {len(blocks[name])} images, the official one {size}", flush=True)
+        for name, paths in blocks.items():
+            size = COPYDAYS_SIZES.get(name, COPYDAYS_SIZES["original"])
+            if len(paths) != size:
+                print(f"note: {name} has {len(paths)} images, the official one {size}", flush=True)
         if 0 < len(others["whitening"]) < 2 * backbone.embed_dim:
             found = f"{len(others['whitening'])} images do not span the {2 * backbone.embed_dim} dimensions"
             print(f"warning: whitening: {found} of the features, give more", file=sys.stderr, flush=True)

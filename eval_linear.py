@@ -26,8 +26,8 @@ from features import eval_transform, extract_features, to_pixels
 from utils import UserError, bool_flag, cosine_schedule, number
 
 # Arguments that may differ when a run goes on, or when its weights are evaluated.
-MAY_CHANGE = "pretrained_weights data_path download output_dir batch_size_per_gpu num_workers val_freq evaluate".split()
-MAY_CHANGE += ["dist_url", "local_rank"]
+MAY_CHANGE = "pretrained_weights download output_dir batch_size_per_gpu num_workers val_freq evaluate".split()
+MAY_CHANGE += ["dist_url", "local_rank", "arch", "patch_size", "checkpoint_key"]
 
 
 def linear_features(backbone, images, n_last_blocks, avgpool_patchtokens):
@@ -164,8 +164,8 @@ def main(argv=None):
         raise UserError(f"--num_labels {args.num_labels} is fewer than the {num_classes} classes of the data set")
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, f"linear_{args.dataset}")
     dim = backbone.embed_dim * (args.n_last_blocks + args.avgpool_patchtokens)
-    weights = evaluation.fingerprint(backbone)
-    state = load_state(args.evaluate, path, vars(args), weights, (args.num_labels, dim))
+    fingerprint = evaluation.fingerprint(backbone, parts)
+    state = load_state(args.evaluate, path, vars(args), fingerprint, (args.num_labels, dim))
 
     rank, world_size, device = utils.init_distributed(args.dist_url)
     backbone.to(device)
@@ -261,7 +261,7 @@ def main(argv=None):
                 "best_classifier": best_classifier,
                 "history": history,
                 "batch_size": batch_size,
-                "weights": weights,
+                "fingerprint": fingerprint,
                 "args": vars(args),
             }
             checkpoints.save(contents, path.with_suffix(".pth"))
@@ -291,19 +291,21 @@ def classifier_state(state):
     return {name.removeprefix("module.").removeprefix("linear."): value for name, value in state.items()}
 
 
-def load_state(evaluate, path, args, weights, shape):
+def load_state(evaluate, path, args, fingerprint, shape):
     """Read the state of an earlier run, or None where there is none.
 
     Args:
         evaluate: None, True or the file of linear weights.
         path: of the result.
-        weights: fingerprint of the backbone.
+        fingerprint: of the backbone and the data.
         shape: of the classifier's weights, (classes, dimension).
 
     Raises:
         UserError: it is of another run, or its classifier does not fit.
     """
     file = Path(evaluate) if isinstance(evaluate, str) else path and path.with_suffix(".pth")
+    if evaluate and file is None:
+        raise UserError("--evaluate needs --output_dir, or the file of linear weights")
     if file is None or not file.exists():
         if evaluate:
             raise UserError(f"--evaluate found no linear weights at {file}: train them first, or name their file")
@@ -317,8 +319,8 @@ def load_state(evaluate, path, args, weights, shape):
         raise UserError(f"{file} holds {found}, expected a weight of {shape} and a bias: another network or data set")
     if evaluate:
         return state
-    if state.get("weights") != weights:
-        raise UserError(f"{file} was trained on other weights: move it away, or give another --output_dir")
+    if state.get("fingerprint") != fingerprint:
+        raise UserError(f"{file} was trained on other weights or images: move it away, or give another --output_dir")
     checkpoints.refuse_other_run(state["args"], args, MAY_CHANGE, file)
     return state
 

@@ -135,10 +135,12 @@ def write_result(path, result, made_with, args):
     print(f"written to {path}", flush=True)
 
 
-def fingerprint(network):
-    """Return a hash of a network's weights."""
+def fingerprint(network, parts):
+    """Return a hash of a network's weights, and of the classes and labels of the data sets in `parts`."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.cpu().contiguous().numpy().tobytes())
+    for split, part in parts.items():
+        digest.update(repr((split, part.classes, part.labels)).encode())
     return digest.hexdigest()

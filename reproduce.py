@@ -253,7 +253,7 @@ def changed_settings(recipe, step, result):
     skip = [*main_lgssl.MAY_CHANGE, "batch_size_per_gpu", "accum_steps", "precision"]
     evaluation = vars(EVALUATIONS[step.name].parse_arguments(list(map(str, step.words[1:]))))
     evaluation = {name: value for name, value in evaluation.items() if value is not None}
-    skip_there = [*eval_linear.MAY_CHANGE, "whitening_path", "distractors_path", "classes"]
+    skip_there = [*eval_linear.MAY_CHANGE, "data_path", "whitening_path", "distractors_path", "classes"]
     for expected, actual, ignored in ((wanted, found, skip), (evaluation, result["args"], skip_there)):
         differences += [
             f"--{name} {actual.get(name)} instead of {value}"
@@ -277,6 +277,10 @@ def report(runs):
             cells = []
             for (_, evaluation, value, form), paper in zip(columns, row["paper"], strict=True):
                 result = read_result(steps[evaluation].result)
+                try:
+                    value(result)
+                except (KeyError, TypeError):  # nothing, or not this number
+                    result = None
                 if result is None:
                     cells.append(f"{paper:{form}} / not run")
                     continue

@@ -197,4 +197,11 @@ def test_bad_input_is_named(photo_folder, weights, tmp_path):
     contents = torch.load(weights, weights_only=True)
     contents["teacher"]["cls_token"] += 1
     torch.save(contents, weights)
-    assert "was trained on other weights" in message()
+    assert "was trained on other weights or images" in message()
+
+
+def test_other_images_are_not_taken_for_those_of_an_earlier_run(photo_folder, weights, tmp_path):
+    run(weights, photo_folder)
+    (tmp_path / "other").symlink_to(photo_folder)
+    with pytest.raises(UserError, match=f"--data_path {photo_folder} there, {tmp_path}/other here"):
+        run(weights, tmp_path / "other")
