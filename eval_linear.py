@@ -168,6 +168,12 @@ def main(argv=None):
     state = load_state(args.evaluate, path, vars(args), fingerprint, (args.num_labels, dim))
 
     rank, world_size, device = utils.init_distributed(args.dist_url)
+    batch_size, images = args.batch_size_per_gpu * world_size, len(parts["train"])
+    if state and not args.evaluate and state["batch_size"] != batch_size:
+        raise UserError(
+            f"{path.with_suffix('.pth')} was trained with {state['batch_size']} images a step, found {batch_size}: "
+            "start as many processes with as large batches as before"
+        )
     backbone.to(device)
 
     @torch.no_grad()
@@ -191,7 +197,6 @@ def main(argv=None):
             dist.destroy_process_group()
         return
 
-    batch_size, images = args.batch_size_per_gpu * world_size, len(parts["train"])
     if args.cache_features:
         train = extract("train")
         if world_size > 1:
@@ -225,11 +230,6 @@ def main(argv=None):
     optimizer = torch.optim.SGD(classifier.parameters(), lr=lr, momentum=0.9)
     start_epoch, best, best_classifier, history = 0, {"top1": -1.0}, None, []
     if state:
-        if state["batch_size"] != batch_size:
-            raise UserError(
-                f"{path.with_suffix('.pth')} was trained with {state['batch_size']} images a step, found {batch_size}: "
-                "start as many processes with as large batches as before"
-            )
         classifier.load_state_dict(classifier_state(state["state_dict"]))
         optimizer.load_state_dict(state["optimizer"])
         start_epoch, best, history = state["epoch"], state["best"], state["history"]

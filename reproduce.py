@@ -57,11 +57,11 @@ EVALUATIONS = {
     "rparis6k": eval_image_retrieval,
 }
 LAYOUTS = {
-    "cifar10": "cifar-10-batches-py/data_batch_1",
-    "imagenet": "train",
-    "copydays": "strong",
-    "roxford5k": "gnd_roxford5k.pkl",
-    "rparis6k": "gnd_rparis6k.pkl",
+    "cifar10": ["cifar-10-batches-py/data_batch_1"],
+    "imagenet": ["train", "val"],
+    "copydays": ["original", "strong"],
+    "roxford5k": ["gnd_roxford5k.pkl", "jpg"],
+    "rparis6k": ["gnd_rparis6k.pkl", "jpg"],
 }
 TREE = (
     "cifar10/cifar-10-batches-py, imagenet/{train,val}/CLASS, copydays/{original,strong}, "
@@ -427,11 +427,12 @@ def check_data(steps, data_root):
             continue
         for word in map(str, step.words):
             folder = Path(word)
-            needed = LAYOUTS.get(folder.name) if folder.parent == data_root else None
+            needed = LAYOUTS.get(folder.name, []) if folder.parent == data_root else []
             if word == str(data_root):  # a retrieval benchmark
                 folder, needed = data_root / step.name, LAYOUTS[step.name]
-            if needed and not (folder / needed).exists():
-                raise UserError(f"no {folder / needed}: expected below {data_root} {TREE}")
+            missing = [name for name in needed if not (folder / name).exists()]
+            if missing:
+                raise UserError(f"no {folder / missing[0]}: expected below {data_root} {TREE}")
 
 
 def run_step(step, processes):

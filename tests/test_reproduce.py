@@ -195,11 +195,13 @@ def test_bad_input_is_named(tmp_path, capsys):
     assert "table3 has no row mean, expected some of dino-tiny, mean-tiny" in message("show table3 --row mean")
     assert "run table3 needs --data_root" in message("run table3")
     assert "show needs a table: table1, " in message("show")
-    (tmp_path / "imagenet/train").mkdir(parents=True)
+    for split in ("train", "val"):
+        (tmp_path / "imagenet" / split).mkdir(parents=True)
     root = f"--data_root {tmp_path}"
     assert f"no {tmp_path}/cifar10/cifar-10-batches-py/data_batch_1: expected below" in message(f"run table1 {root}")
-    assert f"no {tmp_path}/copydays/strong: expected" in message(f"run table5 --row dino-imagenet1k {root}")
-    (tmp_path / "copydays/strong").mkdir(parents=True)
+    assert f"no {tmp_path}/copydays/original: expected" in message(f"run table5 --row dino-imagenet1k {root}")
+    for block in ("original", "strong"):
+        (tmp_path / "copydays" / block).mkdir(parents=True)
     assert f"no {tmp_path}/roxford5k/gnd_roxford5k.pkl" in message(f"run table5 --row dino-imagenet1k {root}")
     assert not (tmp_path / "runs").exists()
 
