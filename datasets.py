@@ -61,6 +61,7 @@ class ImageFolder(Dataset):
 
     Attributes:
         root: the folder of the part that is read.
+        upright: see `read_image`.
         paths: of the images.
         classes: names of the class folders, the label being the place in this list.
         labels: int per image; -1 for an image that lies in no class folder.
@@ -72,7 +73,7 @@ class ImageFolder(Dataset):
             raise UserError(f"no folder {root}: --data_path takes a folder of images, with or without class subfolders")
         if (root / "train").is_dir() and (root / "val").is_dir():
             root = root / split
-        self.root, self.transform, self.least_side = root, transform, least_side
+        self.root, self.transform, self.least_side, self.upright = root, transform, least_side, True
         if classes_file is not None:
             folders, loose = _listed_folders(root, classes_file), []
         else:
@@ -93,7 +94,7 @@ class ImageFolder(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        image = read_image(self.paths[index], self.least_side)
+        image = read_image(self.paths[index], self.least_side, self.upright)
         return (self.transform(image) if self.transform else image), self.labels[index]
 
 
@@ -306,7 +307,14 @@ class RevisitedRetrieval:
         )
         if len(self.queries) != len(self.relevance):
             raise UserError(f"{path} has {len(self.queries)} queries, but relevance for {len(self.relevance)}")
-        for query, relevance in zip(names["qimlist"], self.relevance, strict=True):
+        if not self.queries:
+            raise UserError(f"{path} has no queries")
+        for query, relevance, box in zip(names["qimlist"], self.relevance, self.boxes, strict=True):
+            if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
+                raise UserError(f"{path}: query {query} has the box {box}, expected left, top, right, bottom")
+            both = set(relevance["easy"] + relevance["hard"]) & set(relevance["junk"])
+            if both or set(relevance["easy"]) & set(relevance["hard"]):
+                raise UserError(f"{path}: query {query} has images that are more than one of easy, hard and junk")
             wrong = [i for part in relevance.values() for i in part if not 0 <= i < len(self.database)]
             if wrong:
                 raise UserError(f"{path}: query {query} names image {wrong[0]} of {len(self.database)}")

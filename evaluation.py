@@ -96,6 +96,7 @@ def open_parts(dataset, data_path, transforms, classes=None, download=False):
             f"{data_path} has no subfolders train and val, expected {data_path}/train/CLASS/IMAGE and .../val/..."
         )
     for split, part in parts.items():
+        part.upright = False  # DINO's evaluations do not look at the EXIF tag
         if min(part.labels) < 0:
             raise UserError(
                 f"the {split} images of {data_path} have no labels, expected {data_path}/{split}/CLASS/IMAGE"
