@@ -243,7 +243,7 @@ def main(argv=None):
         bar.update()
         if rank > 0:
             continue
-        if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
+        if epoch % args.val_freq == 0 or epoch + 1 == args.epochs:
             top1, top5 = accuracy(classifier, *val)
             history.append({"epoch": epoch + 1, "loss": loss, "top1": top1, "top5": top5})
             if top1 > best["top1"]:

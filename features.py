@@ -31,7 +31,7 @@ def extract_features(network, dataset, device, batch_size=64, num_workers=2, tit
     """Apply a network to all images of a data set.
 
     Each process takes every world_size-th image, so that none is computed twice; the results are gathered once. Memory:
-    the features of a process's own images, and on rank 0 all of them twice while they are gathered.
+    the features of a process's own images; rank 0 of several holds up to three times all of them at the end.
 
     Args:
         network: images [B, 3, H, W] -> features [B, D].
