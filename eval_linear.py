@@ -76,6 +76,20 @@ def train_one_epoch(classifier, optimizer, batches):
     return float(loss_sum) / images
 
 
+def train(classifier, optimizer, order, batches, epochs, lr, start_epoch=0):
+    """Train with a learning rate on a cosine from `lr` to 0, and give (epoch, mean loss) after each epoch.
+
+    Args:
+        order: BatchOrder behind the batches.
+        batches: called once an epoch, gives the batches of `train_one_epoch`.
+    """
+    for epoch in range(start_epoch, epochs):
+        order.epoch = epoch
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_schedule(epoch, epochs, lr, 0.0)
+        yield epoch, train_one_epoch(classifier, optimizer, batches())
+
+
 def cached_batches(order, features, labels):
     """Give the batches of `train_one_epoch` from all features [n, D] and labels [n], in the order of a BatchOrder."""
     for _, _, indices in order:
@@ -198,7 +212,7 @@ def main(argv=None):
         return
 
     if args.cache_features:
-        train = extract("train")
+        train_features = extract("train")
         if world_size > 1:
             dist.destroy_process_group()  # what remains is one process's work
         if rank > 0:
@@ -217,7 +231,7 @@ def main(argv=None):
 
     def batches():
         if args.cache_features:
-            yield from cached_batches(order, *train)
+            yield from cached_batches(order, *train_features)
             return
         sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
         for (pixels, labels), size in zip(loader, sizes, strict=True):
@@ -235,11 +249,7 @@ def main(argv=None):
         start_epoch, best, history = state["epoch"], state["best"], state["history"]
         best_classifier = state["best_classifier"]
     bar = tqdm(total=args.epochs, initial=start_epoch, unit="epoch", disable=rank > 0 or not sys.stderr.isatty())
-    for epoch in range(start_epoch, args.epochs):
-        order.epoch = epoch
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_schedule(epoch, args.epochs, lr, 0.0)
-        loss = train_one_epoch(classifier, optimizer, batches())
+    for epoch, loss in train(classifier, optimizer, order, batches, args.epochs, lr, start_epoch):
         bar.update()
         if rank > 0:
             continue

@@ -205,12 +205,11 @@ def raw_pixels(seed, folder):
     classifier = eval_linear.new_classifier(64, 10, seed)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=0.0, momentum=0.9)
     lr, best = args.lr * args.batch_size_per_gpu / 256, 0.0
-    for epoch in range(args.epochs):
-        order.epoch = epoch
-        optimizer.param_groups[0]["lr"] = utils.cosine_schedule(epoch, args.epochs, lr, 0.0)
-        eval_linear.train_one_epoch(
-            classifier, optimizer, eval_linear.cached_batches(order, features["train"], labels["train"])
-        )
+
+    def batches():
+        return eval_linear.cached_batches(order, features["train"], labels["train"])
+
+    for _ in eval_linear.train(classifier, optimizer, order, batches, args.epochs, lr):
         best = max(best, eval_linear.accuracy(classifier, features["val"], labels["val"])[0])
     neighbours = {
         k: {"top1": eval_knn.knn_accuracy(units["train"], labels["train"], units["val"], labels["val"], k)[0]}
@@ -278,13 +277,11 @@ def report(runs):
             for (_, evaluation, value, form), paper in zip(columns, row["paper"], strict=True):
                 result = read_result(steps[evaluation].result)
                 try:
-                    value(result)
+                    ours = value(result)
                 except (KeyError, TypeError):  # nothing, or not this number
-                    result = None
-                if result is None:
                     cells.append(f"{paper:{form}} / not run")
                     continue
-                cells.append(f"{paper:{form}} / {value(result):{form}} ({value(result) - paper:+{form}})")
+                cells.append(f"{paper:{form}} / {ours:{form}} ({ours - paper:+{form}})")
                 changed = changed_settings(row["recipe"], steps[evaluation], result)
                 if changed:
                     note = f"{evaluation}: {changed}"
