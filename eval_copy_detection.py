@@ -52,22 +52,6 @@ class Whitening:
         return ((features.double() - self.mean) @ self.projection).float()
 
 
-def average_precision(ranks, count):
-    """Return the average precision of one query as the Holidays and Copydays package computes it.
-
-    The area under the precision-recall curve by trapezoids.
-
-    Args:
-        ranks: ascending places of the relevant images in the result, from 0; those that were found.
-        count: number of relevant images, found or not.
-    """
-    total = 0.0
-    for found, rank in enumerate(ranks):
-        before = 1.0 if rank == 0 else found / rank
-        total += (before + (found + 1) / (rank + 1)) / (2 * count)
-    return total
-
-
 def mean_average_precision(similarity, positives, topk=0):
     """Return the mean over the queries of their average precision.
 
@@ -78,7 +62,7 @@ def mean_average_precision(similarity, positives, topk=0):
     """
     ranking = similarity.topk(min(topk or similarity.shape[1], similarity.shape[1])).indices.numpy()
     precisions = [
-        average_precision(np.flatnonzero(np.isin(row, relevant)).tolist(), len(relevant))
+        evaluation.average_precision(np.flatnonzero(np.isin(row, relevant)).tolist(), len(relevant))
         for row, relevant in zip(ranking, positives, strict=True)
     ]
     return sum(precisions) / len(precisions)
@@ -142,7 +126,7 @@ def main(argv=None):
             score[name] = mean_average_precision(queries @ database.T, positives[name], args.topk)
             print(f"copy detection, {name}: mAP {score[name]:.3f}", flush=True)
         images = {name: len(paths) for name, paths in {**blocks, **others}.items()}
-        evaluation.write_result(path, {"map": score, "images": images}, made_with, vars(args))
+        evaluation.write_result(path, {"map": score, "images": images}, made_with, args)
     if world_size > 1:
         dist.destroy_process_group()
 

@@ -14,7 +14,6 @@ from PIL import Image
 import evaluation
 import utils
 from datasets import ImageList, RevisitedRetrieval
-from eval_copy_detection import average_precision
 from features import extract_features, to_pixels
 from utils import bool_flag, number
 
@@ -78,7 +77,7 @@ def score(similarity, relevance, protocol):
             continue
         kept = column[~np.isin(column, ignored)]
         ranks = np.flatnonzero(np.isin(kept, relevant))
-        aps.append(average_precision(ranks.tolist(), len(relevant)))
+        aps.append(evaluation.average_precision(ranks.tolist(), len(relevant)))
         precisions.append([precision_at(ranks, cutoff) for cutoff in CUTOFFS])
     known = [ap for ap in aps if ap is not None]
     if not known:
@@ -93,7 +92,6 @@ class Shrink:
         self.side, self.to_pixels = side, to_pixels()
 
     def __call__(self, image):
-        image = image.copy()
         image.thumbnail((self.side, self.side), Image.Resampling.LANCZOS)
         return self.to_pixels(image)
 
@@ -172,7 +170,7 @@ def main(argv=None):
                 at = ", ".join(f"mP@{cutoff} {100 * p:.2f}" for cutoff, p in zip(CUTOFFS, scored["mp"], strict=True))
                 print(f"{args.dataset} {protocol}: mAP {100 * scored['map']:.2f}, {at}", flush=True)
         result["images"] = {name: len(part) for name, part in parts.items()}
-        evaluation.write_result(path, result, made_with, vars(args))
+        evaluation.write_result(path, result, made_with, args)
     if world_size > 1:
         dist.destroy_process_group()
 

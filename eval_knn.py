@@ -90,7 +90,7 @@ def main(argv=None):
             )
             result["knn"][k] = {"top1": top1, "top5": top5}
             print(f"k-NN (K={k}): top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
-        evaluation.write_result(path, result, made_with, vars(args))
+        evaluation.write_result(path, result, made_with, args)
     if world_size > 1:
         dist.destroy_process_group()
 

@@ -155,34 +155,66 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
+def protocol_of(args, backbone, made_with, num_classes):
+    """Return the settings whose default depends on the network, its pretraining or the data set.
+
+    Raises:
+        UserError: more blocks than the network has, or fewer outputs than classes, are asked for.
+    """
+    base = backbone.embed_dim == 768
+    defaults = {
+        "n_last_blocks": 1 if base else 4,
+        "avgpool_patchtokens": base,
+        "flip_prob": made_with.get("flip_prob", 0.5),
+        "num_labels": num_classes,
+    }
+    given = vars(args)
+    protocol = {name: default if given[name] is None else given[name] for name, default in defaults.items()}
+    if protocol["n_last_blocks"] > len(backbone.blocks):
+        found = f"--n_last_blocks {protocol['n_last_blocks']} is more than the network's {len(backbone.blocks)}"
+        raise UserError(found)
+    if protocol["num_labels"] < num_classes:
+        found = f"--num_labels {protocol['num_labels']} is fewer than the {num_classes} classes of the data set"
+        raise UserError(found)
+    return protocol
+
+
+class Validations:
+    """The validations of a run, and the weights of the best.
+
+    Attributes:
+        history: a dictionary of each.
+        best: {"top1", "top5", "epoch"} of the first with the highest top-1.
+        best_classifier: its weights.
+    """
+
+    def __init__(self):
+        self.history, self.best, self.best_classifier = [], {"top1": -1.0}, None
+
+    def add(self, classifier, val, epoch, loss):
+        """Validate on val = (features, labels) after so many epochs."""
+        top1, top5 = accuracy(classifier, *val)
+        self.history.append({"epoch": epoch, "loss": loss, "top1": top1, "top5": top5})
+        if top1 > self.best["top1"]:
+            self.best = {"top1": top1, "top5": top5, "epoch": epoch}
+            self.best_classifier = {name: value.clone() for name, value in classifier.state_dict().items()}
+
+
 def main(argv=None):
     args = parse_arguments(argv)
     model = (args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
     backbone, made_with, crop_size = evaluation.open_model(*model, args.seed, args.crop_size)
-    base = backbone.embed_dim == 768
-    if args.n_last_blocks is None:
-        args.n_last_blocks = 1 if base else 4
-    if args.avgpool_patchtokens is None:
-        args.avgpool_patchtokens = base
-    if args.n_last_blocks > len(backbone.blocks):
-        raise UserError(f"--n_last_blocks {args.n_last_blocks} is more than the network's {len(backbone.blocks)}")
-    if args.flip_prob is None:
-        args.flip_prob = made_with.get("flip_prob", 0.5)
     plain = eval_transform(crop_size)
     transforms = {"train": plain if args.cache_features else None, "val": plain}
     parts = evaluation.open_parts(args.dataset, args.data_path, transforms, args.classes, args.download)
-    num_classes = len(parts["train"].classes)
-    if args.num_labels is None:
-        args.num_labels = num_classes
-    if args.num_labels < num_classes:
-        raise UserError(f"--num_labels {args.num_labels} is fewer than the {num_classes} classes of the data set")
+    protocol = protocol_of(args, backbone, made_with, len(parts["train"].classes))
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, f"linear_{args.dataset}")
-    dim = backbone.embed_dim * (args.n_last_blocks + args.avgpool_patchtokens)
-    fingerprint = evaluation.fingerprint(backbone, parts)
-    state = load_state(args.evaluate, path, vars(args), fingerprint, (args.num_labels, dim))
+    dim = backbone.embed_dim * (protocol["n_last_blocks"] + protocol["avgpool_patchtokens"])
+    run = {"fingerprint": evaluation.fingerprint(backbone, parts), "args": {**vars(args), **protocol}}
+    state = load_state(args.evaluate, path, run, (protocol["num_labels"], dim))
 
     rank, world_size, device = utils.init_distributed(args.dist_url)
-    batch_size, images = args.batch_size_per_gpu * world_size, len(parts["train"])
+    batch_size = args.batch_size_per_gpu * world_size
     if state and not args.evaluate and state["batch_size"] != batch_size:
         raise UserError(
             f"{path.with_suffix('.pth')} was trained with {state['batch_size']} images a step, found {batch_size}: "
@@ -192,7 +224,9 @@ def main(argv=None):
 
     @torch.no_grad()
     def network(images):
-        return linear_features(backbone, images, args.n_last_blocks, args.avgpool_patchtokens)
+        if len(images) == 0:  # a process may have no image of the last step
+            return images.new_empty(0, dim)
+        return linear_features(backbone, images, protocol["n_last_blocks"], protocol["avgpool_patchtokens"])
 
     def extract(split):
         batches = (device, args.batch_size_per_gpu, args.num_workers)
@@ -201,7 +235,7 @@ def main(argv=None):
 
     # The backbone is frozen and validation images are not augmented: their features are computed once.
     val = extract("val")
-    classifier = new_classifier(dim, args.num_labels, args.seed).to(device)
+    classifier = new_classifier(dim, protocol["num_labels"], args.seed).to(device)
     if args.evaluate:
         if rank == 0:
             classifier.load_state_dict(state["best_classifier"])
@@ -211,6 +245,7 @@ def main(argv=None):
             dist.destroy_process_group()
         return
 
+    images = len(parts["train"])
     if args.cache_features:
         train_features = extract("train")
         if world_size > 1:
@@ -218,10 +253,13 @@ def main(argv=None):
         if rank > 0:
             return
         order = BatchOrder(images, batch_size, seed=args.seed, drop_last=False)
+
+        def batches():
+            return cached_batches(order, *train_features)
     else:
         order = BatchOrder(images, args.batch_size_per_gpu, 1, rank, world_size, args.seed, drop_last=False)
         loader = DataLoader(
-            AugmentedBatches(parts["train"], crop_size, args.flip_prob, args.seed),
+            AugmentedBatches(parts["train"], crop_size, protocol["flip_prob"], args.seed),
             sampler=order,
             batch_size=None,  # a key of the order is a whole batch
             num_workers=args.num_workers,
@@ -229,54 +267,43 @@ def main(argv=None):
             persistent_workers=args.num_workers > 0,
         )
 
-    def batches():
-        if args.cache_features:
-            yield from cached_batches(order, *train_features)
-            return
-        sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
-        for (pixels, labels), size in zip(loader, sizes, strict=True):
-            pixels = pixels.to(device, non_blocking=True)
-            # A process may have no image of the last step.
-            features = network(pixels) if len(pixels) else pixels.new_empty(0, dim)
-            yield features, labels.to(device, non_blocking=True), size
+        def batches():
+            for start, (pixels, labels) in zip(range(0, images, batch_size), loader, strict=True):
+                features = network(pixels.to(device, non_blocking=True))
+                yield features, labels.to(device, non_blocking=True), min(batch_size, images - start)
 
     lr = args.lr * batch_size / 256
     optimizer = torch.optim.SGD(classifier.parameters(), lr=lr, momentum=0.9)
-    start_epoch, best, best_classifier, history = 0, {"top1": -1.0}, None, []
+    validations, start_epoch = Validations(), 0
     if state:
         classifier.load_state_dict(classifier_state(state["state_dict"]))
         optimizer.load_state_dict(state["optimizer"])
-        start_epoch, best, history = state["epoch"], state["best"], state["history"]
-        best_classifier = state["best_classifier"]
+        vars(validations).update(state["validations"])
+        start_epoch = state["epoch"]
     bar = tqdm(total=args.epochs, initial=start_epoch, unit="epoch", disable=rank > 0 or not sys.stderr.isatty())
     for epoch, loss in train(classifier, optimizer, order, batches, args.epochs, lr, start_epoch):
         bar.update()
         if rank > 0:
             continue
         if epoch % args.val_freq == 0 or epoch + 1 == args.epochs:
-            top1, top5 = accuracy(classifier, *val)
-            history.append({"epoch": epoch + 1, "loss": loss, "top1": top1, "top5": top5})
-            if top1 > best["top1"]:
-                best = {"top1": top1, "top5": top5, "epoch": epoch + 1}
-                best_classifier = {name: value.clone() for name, value in classifier.state_dict().items()}
+            validations.add(classifier, val, epoch + 1, loss)
+            top1, best = validations.history[-1]["top1"], validations.best["top1"]
             if bar.disable:
                 print(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  top-1 {top1:.2f} %", flush=True)
-            bar.set_postfix({"loss": f"{loss:.3f}", "top-1": f"{top1:.2f}", "best": f"{best['top1']:.2f}"})
+            bar.set_postfix({"loss": f"{loss:.3f}", "top-1": f"{top1:.2f}", "best": f"{best:.2f}"})
         if path is not None:
             contents = {
+                **run,
                 "epoch": epoch + 1,
                 "state_dict": {f"module.linear.{name}": value for name, value in classifier.state_dict().items()},
                 "optimizer": optimizer.state_dict(),
-                "best": best,
-                "best_classifier": best_classifier,
-                "history": history,
+                "validations": vars(validations),
                 "batch_size": batch_size,
-                "fingerprint": fingerprint,
-                "args": vars(args),
             }
             checkpoints.save(contents, path.with_suffix(".pth"))
     bar.close()
     if rank == 0:
+        best = validations.best
         cached = ", features of un-augmented images" if args.cache_features else ""
         print(
             f"linear: top-1 {best['top1']:.2f} %, top-5 {best['top5']:.2f} % "
@@ -287,11 +314,12 @@ def main(argv=None):
             **best,
             "training_images": "not augmented, features cached" if args.cache_features else "augmented",
             "images": {split: len(part) for split, part in parts.items()},
+            "protocol": protocol,
             "crop_size": crop_size,
             "batch_size": batch_size,
-            "history": history,
+            "history": validations.history,
         }
-        evaluation.write_result(path, result, made_with, vars(args))
+        evaluation.write_result(path, result, made_with, args)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -301,13 +329,13 @@ def classifier_state(state):
     return {name.removeprefix("module.").removeprefix("linear."): value for name, value in state.items()}
 
 
-def load_state(evaluate, path, args, fingerprint, shape):
+def load_state(evaluate, path, run, shape):
     """Read the state of an earlier run, or None where there is none.
 
     Args:
         evaluate: None, True or the file of linear weights.
         path: of the result.
-        fingerprint: of the backbone and the data.
+        run: {"fingerprint": of the backbone and the data, "args": all settings}.
         shape: of the classifier's weights, (classes, dimension).
 
     Raises:
@@ -323,15 +351,16 @@ def load_state(evaluate, path, args, fingerprint, shape):
     state = checkpoints.load_file(file)
     if "state_dict" not in state:
         raise UserError(f"{file} was not written by eval_linear.py: expected its linear weights, or DINO's")
-    state.setdefault("best_classifier", classifier_state(state["state_dict"]))
+    ours = state.get("validations", {}).get("best_classifier")
+    state["best_classifier"] = ours or classifier_state(state["state_dict"])  # DINO's are those of the best epoch
     found = {name: tuple(value.shape) for name, value in state["best_classifier"].items()}
     if found != {"weight": shape, "bias": shape[:1]}:
         raise UserError(f"{file} holds {found}, expected a weight of {shape} and a bias: another network or data set")
     if evaluate:
         return state
-    if state.get("fingerprint") != fingerprint:
+    if state.get("fingerprint") != run["fingerprint"]:
         raise UserError(f"{file} was trained on other weights or images: move it away, or give another --output_dir")
-    checkpoints.refuse_other_run(state["args"], args, MAY_CHANGE, file)
+    checkpoints.refuse_other_run(state["args"], run["args"], MAY_CHANGE, file)
     return state
 
 

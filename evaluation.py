@@ -1,4 +1,4 @@
-"""What the evaluations share: the options that name a model, its loading, and the JSON result."""
+"""What the evaluations share: their options, the loading of model and images, average precision, the JSON result."""
 
 import hashlib
 import json
@@ -107,6 +107,22 @@ def open_parts(dataset, data_path, transforms, classes=None, download=False):
     return parts
 
 
+def average_precision(ranks, count):
+    """Return the average precision of one query as the Holidays and Copydays package computes it.
+
+    The area under the precision-recall curve by trapezoids.
+
+    Args:
+        ranks: ascending places of the relevant images in the result, from 0; those that were found.
+        count: number of relevant images, found or not.
+    """
+    total = 0.0
+    for found, rank in enumerate(ranks):
+        before = 1.0 if rank == 0 else found / rank
+        total += (before + (found + 1) / (rank + 1)) / (2 * count)
+    return total
+
+
 def result_file(output_dir, pretrained_weights, name):
     """Return the path of a result, NAME.json in `output_dir` or beside the weights; None for a random network alone.
 
@@ -126,10 +142,17 @@ def result_file(output_dir, pretrained_weights, name):
 
 
 def write_result(path, result, made_with, args):
-    """Write a result with all settings, the pretraining's as far as they are known; without a path nothing."""
+    """Write a result with all settings, the pretraining's as far as they are known; without a path nothing.
+
+    Args:
+        path: as `result_file` gives it.
+        result: dictionary.
+        made_with: as `open_model` gives it.
+        args: namespace of the evaluation's arguments.
+    """
     if path is None:
         return
-    contents = {**result, "pretraining": made_with, "args": args}
+    contents = {**result, "pretraining": made_with, "args": vars(args)}
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(contents, indent=2, default=str) + "\n")
     temporary.replace(path)

@@ -6,12 +6,13 @@
     python reproduce.py run digits                                          the miniature study
     python reproduce.py report --output results.md                          the tables: paper, ours, difference
 
-What follows `--` goes to main_lgssl.py, for instance `-- --precision bf16`. The report says which settings a run
-changed.
+What follows `--` goes to main_lgssl.py, for instance `-- --precision bf16`. The report says which settings of a run,
+and which numbers of images, are not the paper's.
 """
 
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -30,13 +31,15 @@ import eval_linear
 import main_lgssl
 import utils
 from datasets import BatchOrder, build_dataset
+from evaluation import write_result
 from features import to_pixels
 from utils import UserError, number
 
 ROOT = Path(__file__).parent
 PAPER = json.loads((ROOT / "recipes" / "paper.json").read_text(encoding="utf-8"))
-# The batch of recipes/choices.args on the released code's four GPUs. On fewer or more processes it stays the same.
-TOTAL_BATCH = 160
+# The batches of recipes/choices.args and of eval_linear.py on the released code's four GPUs. On fewer or more processes
+# they stay the same.
+TOTAL_BATCH, LINEAR_BATCH = 160, 512
 
 # column: (title, evaluation, value of its result, format)
 COLUMNS = {
@@ -55,6 +58,20 @@ EVALUATIONS = {
     "copydays": eval_copy_detection,
     "roxford5k": eval_image_retrieval,
     "rparis6k": eval_image_retrieval,
+}
+SCRIPTS = {f"{module.__name__}.py": module for module in (main_lgssl, *EVALUATIONS.values())}
+# What moves with the data, or with the number of processes: no change of a run's settings.
+PLACES = "data_path whitening_path distractors_path classes pretrained_weights output_dir".split()
+PLACES += "batch_size_per_gpu accum_steps num_workers".split()
+# Numbers of images behind the paper's numbers, by data set.
+IMAGES = {
+    "cifar10": {"train": 50000, "val": 10000},
+    "imagenet100": {"train": 126689, "val": 5000},
+    "folder": {"train": 1281167, "val": 50000},
+    "copydays": {"original": 157, "strong": 229, "distractors": 10000, "whitening": 20000},
+    "roxford5k": {"queries": 70, "database": 4993},
+    "rparis6k": {"queries": 70, "database": 6322},
+    "digits": {"train": 1400, "val": 397},
 }
 LAYOUTS = {
     "cifar10": ["cifar-10-batches-py/data_batch_1"],
@@ -96,12 +113,20 @@ class Step:
     words: list
     result: Path
 
+    def settings(self):
+        """Return the arguments that the words stand for."""
+        script, *words = self.rooted_words()
+        return SCRIPTS[script].parse_arguments(words)
+
     def done(self):
+        """Return whether it has ended, with these settings."""
         if self.name == "lists":
             return self.result.is_file()
         if self.name == "pretraining":
-            return progress(self.result.parent) == 1.0
-        return read_result(self.result) is not None
+            run = self.result.parent
+            return progress(run) == 1.0 and not differences(vars(self.settings()), read_json(run / "args.json"))
+        result = read_result(self.result)
+        return result is not None and not differences(vars(self.settings()), result["args"])
 
     def line(self, processes):
         launcher = f"torchrun --standalone --nproc_per_node={processes} " if processes > 1 else "python "
@@ -112,8 +137,40 @@ class Step:
         launcher = [sys.executable]
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        script, *words = map(str, self.words)
-        return [*launcher, str(ROOT / script), *(word.replace("@recipes", f"@{ROOT / 'recipes'}") for word in words)]
+        script, *words = self.rooted_words()
+        return [*launcher, str(ROOT / script), *words]
+
+    def rooted_words(self):
+        return [re.sub("^@recipes", f"@{ROOT / 'recipes'}", str(word)) for word in self.words]
+
+
+@dataclass
+class Setup:
+    """Where the data and the runs are, and what a user changes.
+
+    Attributes:
+        data_root, runs: folders.
+        processes: each evaluation and pretraining runs in so many.
+        classes: file of the classes of ImageNet-100; None for the recipes' own.
+        extra: further words for main_lgssl.py.
+    """
+
+    data_root: Path
+    runs: Path
+    processes: int = 1
+    classes: str | None = None
+    extra: tuple = ()
+
+    def data_words(self, dataset):
+        """Return the options that name a data set's images."""
+        words = ["--data_path", self.data_root / ("cifar10" if dataset == "cifar10" else "imagenet")]
+        return words + (["--classes", self.classes] if self.classes and dataset == "imagenet100" else [])
+
+    def share(self, total, whose):
+        """Return a process's share of a total batch."""
+        if total % self.processes:
+            raise UserError(f"--nproc_per_node {self.processes} does not divide {whose} batch of {total}")
+        return total // self.processes
 
 
 def recipe_arguments(recipe):
@@ -121,64 +178,65 @@ def recipe_arguments(recipe):
     return main_lgssl.parse_arguments([f"@{ROOT / 'recipes' / recipe}.args"])
 
 
-def pretraining_step(recipe, data_root, runs, processes=1, extra=()):
+def pretraining_step(recipe, setup):
     """Return the pretraining of a recipe with its batch shared out among any number of processes."""
     args = recipe_arguments(recipe)
-    if TOTAL_BATCH % processes:
-        raise UserError(f"--nproc_per_node {processes} does not divide the recipes' batch of {TOTAL_BATCH}")
-    share = TOTAL_BATCH // processes
+    share = setup.share(TOTAL_BATCH, "the recipes'")
     batch_size = next(size for size in range(min(args.batch_size_per_gpu, share), 0, -1) if share % size == 0)
-    words = ["main_lgssl.py", f"@recipes/{recipe}.args"]
-    words += ["--data_path", data_folder(args.dataset, data_root)]
+    words = ["main_lgssl.py", f"@recipes/{recipe}.args", *setup.data_words(args.dataset)]
     words += ["--batch_size_per_gpu", batch_size, "--accum_steps", share // batch_size]
-    words += ["--output_dir", runs / recipe, *extra]
-    return Step("pretraining", words, runs / recipe / "checkpoint.pth")
+    words += ["--output_dir", setup.runs / recipe, *setup.extra]
+    return Step("pretraining", words, setup.runs / recipe / "checkpoint.pth")
 
 
-def data_folder(dataset, data_root):
-    return data_root / {"cifar10": "cifar10"}.get(dataset, "imagenet")
-
-
-def evaluation_steps(recipe, names, data_root, runs):
+def evaluation_steps(recipe, names, setup):
     """Return the evaluations of a recipe, and before them the drawing of the lists that copy detection needs."""
     dataset = recipe_arguments(recipe).dataset
-    weights = ["--pretrained_weights", runs / recipe / "checkpoint.pth"]
+    folder, lists, data_root = setup.runs / recipe, setup.runs / "lists", setup.data_root
     steps = []
     for name in names:
         if name in ("linear", "knn"):
-            words = ["--dataset", dataset, "--data_path", data_folder(dataset, data_root)]
+            words = ["--dataset", dataset, *setup.data_words(dataset)]
+            if name == "linear":
+                words += ["--batch_size_per_gpu", setup.share(LINEAR_BATCH, "the linear evaluation's")]
             result = f"{name}_{dataset}.json"
         elif name == "copydays":
-            lists = runs / "lists"
             words = ["datasets.py", data_root / "imagenet", "--output_dir", lists]
+            words += ["--classes", setup.classes] if setup.classes else []
             steps.append(Step("lists", words, lists / "distractors.txt"))
-            # Section 4.3.1: the whitening of networks trained on ImageNet-1K is learned on all of it.
-            whole = recipe.startswith("imagenet1k")
             words = ["--data_path", data_root / "copydays", "--distractors_path", lists / "distractors.txt"]
-            words += ["--whitening_path", data_root / "imagenet" / "train" if whole else lists / "whitening.txt"]
+            whitening = data_root / "imagenet" / "train" if whitened_on_all(recipe) else lists / "whitening.txt"
+            words += ["--whitening_path", whitening]
             result = "copydays.json"
         else:
             words = ["--data_path", data_root, "--dataset", name]
             result = f"{name}.json"
         script = f"{EVALUATIONS[name].__name__}.py"
-        steps.append(Step(name, [script, *words, *weights], runs / recipe / result))
+        weights = ["--pretrained_weights", folder / "checkpoint.pth"]
+        steps.append(Step(name, [script, *words, *weights], folder / result))
     return steps
 
 
-def row_steps(table, row, data_root, runs, processes=1, extra=()):
+def whitened_on_all(recipe):
+    """Section 4.3.1: the whitening of networks trained on ImageNet-1K is learned on all of it."""
+    return recipe.startswith("imagenet1k")
+
+
+def row_steps(table, row, setup):
     """Return all steps of one row of a table of the paper."""
     columns, recipe = PAPER["tables"][table]["columns"], PAPER["tables"][table]["rows"][row]["recipe"]
     names = dict.fromkeys(COLUMNS[column][1] for column in columns)
-    evaluations = evaluation_steps(recipe, names, data_root, runs)
-    return [pretraining_step(recipe, data_root, runs, processes, extra), *evaluations]
+    return [pretraining_step(recipe, setup), *evaluation_steps(recipe, names, setup)]
 
 
 def study_steps(row, seed, runs, extra=()):
-    """Return the steps of one row of the miniature study with one seed; the raw pixels need none."""
+    """Return the steps of one row of the miniature study with one seed; those of the raw pixels are `raw_pixels`."""
     options = STUDY[row][1]
     folder = runs / "digits" / f"{row}-{seed}"
     steps = []
-    if row == "untrained":
+    if row == "pixels":
+        model = ["--pretrained_weights", "none"]
+    elif row == "untrained":
         model = ["--pretrained_weights", "none", "--arch", "vit_micro", "--patch_size", 8, "--crop_size", 32]
     else:
         words = ["main_lgssl.py", "@recipes/study.args", *options.split(), "--seed", seed, "--output_dir", folder]
@@ -191,104 +249,152 @@ def study_steps(row, seed, runs, extra=()):
     return steps
 
 
-def raw_pixels(seed, folder):
-    """Evaluate the digits' own 8×8 pixels, normalised as for a network, in place of features."""
+def raw_pixels(linear, knn):
+    """Take the two evaluations' steps with the digits' own 8×8 pixels, normalised as for a network, as features."""
     features, labels = {}, {}
     pixels = to_pixels()
     for split in ("train", "val"):
         dataset = build_dataset("digits", split=split, transform=lambda image: pixels(image)[0].flatten())
         features[split] = torch.stack([image for image, _ in dataset])  # [n, 64]
         labels[split] = torch.tensor(dataset.labels)
+    images = {split: len(part) for split, part in labels.items()}
     units = {split: F.normalize(values) for split, values in features.items()}
-    args = eval_linear.parse_arguments(["--pretrained_weights", "none", *STUDY_LINEAR])
-    order = BatchOrder(len(labels["train"]), args.batch_size_per_gpu, seed=seed, drop_last=False)
-    classifier = eval_linear.new_classifier(64, 10, seed)
+    args = linear.settings()
+    batch_size = args.batch_size_per_gpu
+    order = BatchOrder(images["train"], batch_size, seed=args.seed, drop_last=False)
+    classifier = eval_linear.new_classifier(64, 10, args.seed)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=0.0, momentum=0.9)
-    lr, best = args.lr * args.batch_size_per_gpu / 256, 0.0
+    best = 0.0
 
     def batches():
         return eval_linear.cached_batches(order, features["train"], labels["train"])
 
-    for _ in eval_linear.train(classifier, optimizer, order, batches, args.epochs, lr):
+    for _ in eval_linear.train(classifier, optimizer, order, batches, args.epochs, args.lr * batch_size / 256):
         best = max(best, eval_linear.accuracy(classifier, features["val"], labels["val"])[0])
-    neighbours = {
-        k: {"top1": eval_knn.knn_accuracy(units["train"], labels["train"], units["val"], labels["val"], k)[0]}
-        for k in (10, 20)
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "knn_digits.json").write_text(json.dumps({"knn": neighbours}) + "\n")
-    (folder / "linear_digits.json").write_text(json.dumps({"top1": best}) + "\n")
+    linear.result.parent.mkdir(parents=True, exist_ok=True)
+    result = {"top1": best, "batch_size": batch_size, "images": images}
+    write_result(linear.result, result, {}, args)
+    args = knn.settings()
+    neighbours = {}
+    for k in args.nb_knn:
+        top1, top5 = eval_knn.knn_accuracy(units["train"], labels["train"], units["val"], labels["val"], k)
+        neighbours[k] = {"top1": top1, "top5": top5}
+    write_result(knn.result, {"knn": neighbours, "images": images}, {}, args)
 
 
 # --- results
 
 
+def read_json(path):
+    """Return the dictionary in a file; an empty one where there is none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def progress(run):
     """Return the share of its epochs that a pretraining has done."""
+    epochs = read_json(run / "args.json").get("epochs")
     try:
-        epochs = json.loads((run / "args.json").read_text())["epochs"]
         lines = (run / "log.txt").read_text().splitlines()
         done = json.loads(lines[-1])["epoch"] + 1 if lines and (run / "checkpoint.pth").is_file() else 0
     except (OSError, ValueError, KeyError):
         return 0.0
-    return done / epochs
+    return done / epochs if epochs else 0.0
 
 
 def read_result(path):
     """Return an evaluation's result; None where there is none, or only of a pretraining that had not ended."""
-    try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+    result = read_json(path)
     pretraining = result.get("pretraining", {})
-    return result if pretraining.get("epoch") == pretraining.get("epochs") else None
+    return result if "args" in result and pretraining.get("epoch") == pretraining.get("epochs") else None
 
 
-def changed_settings(recipe, step, result):
-    """Return what of a result's pretraining and evaluation is not as the recipe and the protocol have it, as text."""
-    wanted, found = vars(recipe_arguments(recipe)), dict(result["pretraining"])
-    total = found.get("batch_size")
-    differences = [] if total in (None, TOTAL_BATCH) else [f"a total batch of {total} instead of {TOTAL_BATCH}"]
-    skip = [*main_lgssl.MAY_CHANGE, "batch_size_per_gpu", "accum_steps", "precision"]
-    evaluation = vars(EVALUATIONS[step.name].parse_arguments(list(map(str, step.words[1:]))))
-    evaluation = {name: value for name, value in evaluation.items() if value is not None}
-    skip_there = [*eval_linear.MAY_CHANGE, "data_path", "whitening_path", "distractors_path", "classes"]
-    for expected, actual, ignored in ((wanted, found, skip), (evaluation, result["args"], skip_there)):
-        differences += [
-            f"--{name} {actual.get(name)} instead of {value}"
-            for name, value in expected.items()
-            if name not in ignored and actual.get(name) != value
-        ]
-    return ", ".join(differences)
+def differences(expected, found):
+    """Return the settings of `found` that are not the expected ones, as texts; where the run is, is no setting."""
+    ignored = {*main_lgssl.MAY_CHANGE, *PLACES}
+    return [
+        f"--{name} {found.get(name)} instead of {'its default' if value is None else value}"
+        for name, value in expected.items()
+        if name not in ignored and found.get(name) != value
+    ]
+
+
+def changed_settings(pretraining, total_batch, step, images):
+    """Return what in the result of a step is not as the recipe, the protocol and the data set have it, as texts.
+
+    Args:
+        pretraining: the recipe's settings.
+        total_batch: of the pretraining.
+        step: an evaluation with a result.
+        images: numbers of images, by part of the data set.
+    """
+    result = read_result(step.result)
+    changed = []
+    if result["pretraining"]:  # not a random network
+        found = result["pretraining"].get("batch_size", total_batch)
+        changed += [f"a total batch of {found} instead of {total_batch}"] if found != total_batch else []
+        changed += differences(pretraining, result["pretraining"])
+    wanted = step.settings()
+    if step.name == "linear" and result["batch_size"] != wanted.batch_size_per_gpu:
+        changed += [f"{result['batch_size']} images a step instead of {wanted.batch_size_per_gpu}"]
+    changed += differences(vars(wanted), result["args"])
+    return changed + [
+        f"{result['images'].get(part, 0)} {part} images instead of {number}"
+        for part, number in images.items()
+        if result["images"].get(part, 0) != number
+    ]
+
+
+class Notes:
+    """Numbered notes below a table, the same text once."""
+
+    def __init__(self):
+        self.texts = []
+
+    def mark(self, evaluation, changes):
+        """Return what to add to a cell: a reference to the note, or nothing where nothing was changed."""
+        if not changes:
+            return ""
+        text = f"{evaluation}: {', '.join(changes)}."
+        if text not in self.texts:
+            self.texts.append(text)
+        return f" [{self.texts.index(text) + 1}]"
+
+    def lines(self):
+        return [f"[{i}] {text}" for i, text in enumerate(self.texts, 1)]
 
 
 def report(runs):
     """Return the tables of the paper, and of the miniature study where it was run, in Markdown."""
     lines = ["Each cell: the paper's number / ours (difference).", ""]
+    setup = Setup(Path("DATA"), runs)
     for name, table in PAPER["tables"].items():
         columns = [COLUMNS[column] for column in table["columns"]]
         lines += [f"### {name.capitalize().replace('e', 'e ', 1)}. {table['title']}", ""]
         lines += ["| method | " + " | ".join(title for title, *_ in columns) + " |", "|---|" + "---|" * len(columns)]
-        notes = []
+        notes = Notes()
         for row in table["rows"].values():
+            recipe = row["recipe"]
             names = dict.fromkeys(evaluation for _, evaluation, *_ in columns)
-            steps = {step.name: step for step in evaluation_steps(row["recipe"], names, Path("DATA"), runs)}
+            steps = {step.name: step for step in evaluation_steps(recipe, names, setup)}
+            pretraining = vars(recipe_arguments(recipe))
             cells = []
             for (_, evaluation, value, form), paper in zip(columns, row["paper"], strict=True):
-                result = read_result(steps[evaluation].result)
+                step = steps[evaluation]
                 try:
-                    ours = value(result)
+                    ours = value(read_result(step.result))
                 except (KeyError, TypeError):  # nothing, or not this number
                     cells.append(f"{paper:{form}} / not run")
                     continue
-                cells.append(f"{paper:{form}} / {ours:{form}} ({ours - paper:+{form}})")
-                changed = changed_settings(row["recipe"], steps[evaluation], result)
-                if changed:
-                    note = f"{evaluation}: {changed}"
-                    notes += [note] * (note not in notes)
-                    cells[-1] += f" [{notes.index(note) + 1}]"
+                images = IMAGES[pretraining["dataset"] if evaluation in ("linear", "knn") else evaluation]
+                if evaluation == "copydays" and whitened_on_all(recipe):
+                    images = {**images, "whitening": IMAGES["folder"]["train"]}
+                mark = notes.mark(evaluation, changed_settings(pretraining, TOTAL_BATCH, step, images))
+                cells.append(f"{paper:{form}} / {ours:{form}} ({ours - paper:+{form}}){mark}")
             lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
-        lines += ["", *(f"[{i}] {note}." for i, note in enumerate(notes, 1)), ""] if notes else [""]
+        lines += ["", *notes.lines(), ""] if notes.texts else [""]
     lines += ["### Where the paper contradicts itself", ""]
     lines += [f"- {text}" for text in recurring_differences() + PAPER["contradictions"]]
     study = study_report(runs)
@@ -312,29 +418,33 @@ def recurring_differences():
 
 def study_report(runs):
     """Return the lines of the miniature study's table: mean ± standard deviation over the seeds that were run."""
-    rows = []
+    rows, notes = [], Notes()
     for row, (label, _) in STUDY.items():
-        values = {column: [] for column in STUDY_COLUMNS}
+        values, marks = ({column: [] for column in STUDY_COLUMNS} for _ in range(2))
         for folder in sorted((runs / "digits").glob(f"{row}-[0-9]*")):
+            *pretraining, linear, knn = study_steps(row, folder.name.removeprefix(f"{row}-"), runs)
+            wanted = vars(pretraining[0].settings()) if pretraining else {}
             for column, found in values.items():
                 _, evaluation, value, _ = COLUMNS[column]
-                result = read_result(folder / f"{evaluation}_digits.json")
+                step = linear if evaluation == "linear" else knn
+                result = read_result(step.result)
                 if result is not None:
                     found.append(value(result))
+                    total = wanted.get("batch_size_per_gpu")
+                    mark = notes.mark(evaluation, changed_settings(wanted, total, step, IMAGES["digits"]))
+                    marks[column] += [mark] * (mark not in marks[column])
         counts = sorted({len(found) for found in values.values()})
         if counts[-1] > 0:
-            cells = [spread(found) for found in values.values()]
+            cells = [spread(found) + "".join(marks[column]) for column, found in values.items()]
             seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
             rows.append(f"| {label} | {seeds} | " + " | ".join(cells) + " |")
     if not rows:
         return []
     titles = " | ".join(COLUMNS[column][0] for column in STUDY_COLUMNS)
-    heading = ["### Miniature study on digits: top-1 accuracy in %, mean ± standard deviation over the seeds", ""]
-    heading += [
-        "The linear classifier is trained on cached features of un-augmented images, at a learning rate of 0.5.",
-        "",
-    ]
-    return [*heading, f"| method | seeds | {titles} |", "|---|---|" + "---|" * len(STUDY_COLUMNS), *rows]
+    lines = ["### Miniature study on digits: top-1 accuracy in %, mean ± standard deviation over the seeds", ""]
+    lines += ["The linear classifier is trained on cached features of un-augmented images, at a learning rate of 0.5."]
+    lines += ["", f"| method | seeds | {titles} |", "|---|---|" + "---|" * len(STUDY_COLUMNS), *rows]
+    return lines + (["", *notes.lines()] if notes.texts else [])
 
 
 def spread(values):
@@ -357,6 +467,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--data_root", help=f"folder that holds {TREE}, as far as they are needed")
     parser.add_argument("--runs", default="runs", help="folder of all runs and results")
     parser.add_argument("--nproc_per_node", type=number(int, 1), default=1, help="processes; the batch is shared out")
+    parser.add_argument("--classes", help="file of 100 class folders; default: recipes/imagenet100_cmc.txt")
     parser.add_argument("--seeds", type=number(int, 1), default=5, help="number of seeds (digits)")
     parser.add_argument(
         "--jobs", type=number(int, 1), help="runs at a time (digits); default: the CPU cores, at most 8"
@@ -366,6 +477,8 @@ def parse_arguments(argv=None):
     args.extra = argv[split + 1 :]
     if args.command in ("show", "run") and args.table is None:
         parser.error(f"{args.command} needs a table: {', '.join(PAPER['tables'])} or digits")
+    if args.row and args.table is None:
+        parser.error(f"--row {args.row[0]} needs a table")
     rows = STUDY if args.table == "digits" else PAPER["tables"][args.table]["rows"] if args.table else {}
     unknown = [row for row in args.row or [] if row not in rows]
     if unknown:
@@ -393,10 +506,10 @@ def main(argv=None):
     elif args.table == "digits":
         run_study(args.row, args.seeds, runs, args.jobs or min(os.cpu_count(), 8), args.extra, args.command == "show")
     else:
-        data_root = Path(args.data_root or "DATA")
-        steps = {row: row_steps(args.table, row, data_root, runs, args.nproc_per_node, args.extra) for row in args.row}
+        setup = Setup(Path(args.data_root or "DATA"), runs, args.nproc_per_node, args.classes, tuple(args.extra))
+        steps = {row: row_steps(args.table, row, setup) for row in args.row}
         if args.command == "run":
-            check_data(sum(steps.values(), []), data_root)
+            check_data(sum(steps.values(), []), setup.data_root)
         for row, its_steps in steps.items():
             print(f"# {args.table}, {PAPER['tables'][args.table]['rows'][row]['method']}", flush=True)
             for step in its_steps:
@@ -411,13 +524,14 @@ def list_tables(runs):
         print(f"{name}: {table['title']}")
         evaluations = dict.fromkeys(COLUMNS[column][1] for column in table["columns"])
         for row, entry in table["rows"].items():
-            steps = evaluation_steps(entry["recipe"], evaluations, Path("DATA"), runs)
+            steps = evaluation_steps(entry["recipe"], evaluations, Setup(Path("DATA"), runs))
             state = [f"pretraining {int(100 * progress(runs / entry['recipe']))}%"]
             state += [f"{step.name} {'done' if step.done() else '-'}" for step in steps if step.name != "lists"]
             print(f"  {row:17} {entry['recipe']:29} {', '.join(state)}")
     print("digits: the miniature study, five seeds of each row")
     for row in STUDY:
-        done = len(list((runs / "digits").glob(f"{row}-[0-9]*/knn_digits.json")))
+        seeds = [folder.name.removeprefix(f"{row}-") for folder in (runs / "digits").glob(f"{row}-[0-9]*")]
+        done = sum(all(step.done() for step in study_steps(row, seed, runs)) for seed in seeds)
         print(f"  {row:17} {'study':29} {done} seeds done")
 
 
@@ -449,10 +563,12 @@ def run_study(rows, seeds, runs, jobs, extra, only_show):
 
     def one(row, seed):
         folder = runs / "digits" / f"{row}-{seed}"
+        steps = study_steps(row, seed, runs, extra)
         if row == "pixels":
-            raw_pixels(seed, folder)
+            if not all(step.done() for step in steps):
+                raw_pixels(*steps)
         else:
-            for step in study_steps(row, seed, runs, extra):
+            for step in steps:
                 if step.done():
                     continue
                 folder.mkdir(parents=True, exist_ok=True)
@@ -467,7 +583,7 @@ def run_study(rows, seeds, runs, jobs, extra, only_show):
         for row, seed in work:
             print(f"# digits, {STUDY[row][0]}, seed {seed}")
             for step in study_steps(row, seed, runs, extra) if row != "pixels" else []:
-                print(step.line(1))
+                print(step.line(1) + ("    # done" if step.done() else ""))
         return
     with ThreadPoolExecutor(jobs) as pool:
         tasks = [pool.submit(one, *key) for key in work]

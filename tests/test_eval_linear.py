@@ -112,7 +112,8 @@ def test_result_has_the_best_epoch_and_all_settings(photo_folder, weights, capsy
     assert (result["top1"], result["epoch"]) == (best["top1"], best["epoch"])
     assert result["training_images"] == "augmented"
     assert (result["pretraining"]["arch"], result["pretraining"]["epoch"]) == ("vit_micro", 7)
-    assert (result["args"]["n_last_blocks"], result["args"]["flip_prob"]) == (4, 0.0)
+    protocol = {"n_last_blocks": 4, "avgpool_patchtokens": False, "flip_prob": 0.0, "num_labels": 2}
+    assert result["protocol"] == protocol
     line = f"linear: top-1 {best['top1']:.2f} %, top-5 100.00 % (best of 3 epochs: number {best['epoch']})"
     assert line in capsys.readouterr().out
 
@@ -120,7 +121,7 @@ def test_result_has_the_best_epoch_and_all_settings(photo_folder, weights, capsy
     assert f"linear: top-1 {best['top1']:.2f} %" in capsys.readouterr().out
     # the same weights as DINO writes them
     state = torch.load(weights.parent / "linear_folder.pth", weights_only=True)
-    linear = {f"module.linear.{name}": value for name, value in state["best_classifier"].items()}
+    linear = {f"module.linear.{name}": value for name, value in state["validations"]["best_classifier"].items()}
     torch.save({"state_dict": linear}, weights.parent / "dino.pth")
     run(weights, photo_folder, "--evaluate", weights.parent / "dino.pth")
     assert f"linear: top-1 {best['top1']:.2f} %" in capsys.readouterr().out

@@ -88,12 +88,20 @@ def test_recipes_are_what_their_names_say():
 @pytest.mark.parametrize("processes", [1, 2, 4, 8, 16, 160])
 def test_the_batch_is_the_same_on_any_number_of_processes(processes):
     for recipe, largest in (("cifar10_vit_tiny16_mean", 40), ("imagenet100_vit_base8_mean", 10)):
-        step = reproduce.pretraining_step(recipe, Path("DATA"), Path("runs"), processes)
+        setup = reproduce.Setup(Path("DATA"), Path("runs"), processes)
+        step = reproduce.pretraining_step(recipe, setup)
         args = main_lgssl.parse_arguments([str(word) for word in step.words[1:]])
         assert args.batch_size_per_gpu * args.accum_steps * processes == 160
         assert args.batch_size_per_gpu <= largest
-    with pytest.raises(UserError, match="--nproc_per_node 3 does not divide"):
-        reproduce.pretraining_step(recipe, Path("DATA"), Path("runs"), 3)
+        if processes < 160:
+            (step,) = reproduce.evaluation_steps(recipe, ["linear"], setup)
+            assert step.settings().batch_size_per_gpu * processes == 512
+    setup.processes = 3
+    with pytest.raises(UserError, match="--nproc_per_node 3 does not divide the recipes' batch of 160"):
+        reproduce.pretraining_step(recipe, setup)
+    setup.processes = 5
+    with pytest.raises(UserError, match="--nproc_per_node 5 does not divide the linear evaluation's batch of 512"):
+        reproduce.evaluation_steps(recipe, ["linear"], setup)
 
 
 def test_show_prints_the_commands(capsys, tmp_path, monkeypatch):
@@ -106,7 +114,7 @@ def test_show_prints_the_commands(capsys, tmp_path, monkeypatch):
         "# table6, Ours (ViT-Tiny/32, mean)",
         f"{launcher} main_lgssl.py @recipes/cifar10_vit_tiny32_mean.args --data_path D/cifar10 --batch_size_per_gpu 40 "
         f"--accum_steps 1 --output_dir {folder} --seed 3",
-        f"{launcher} eval_linear.py {data} --pretrained_weights {folder}/checkpoint.pth",
+        f"{launcher} eval_linear.py {data} --batch_size_per_gpu 128 --pretrained_weights {folder}/checkpoint.pth",
         f"{launcher} eval_knn.py {data} --pretrained_weights {folder}/checkpoint.pth",
     ]
     reproduce.main(f"show table5 --row mean-cifar10 mean-imagenet1k --data_root D --runs {tmp_path}".split())
@@ -121,35 +129,46 @@ def test_show_prints_the_commands(capsys, tmp_path, monkeypatch):
             next(m for m in reproduce.EVALUATIONS.values() if f"{m.__name__}.py" == script).parse_arguments(words)
 
 
-def write_result(path, contents, recipe, epoch=None, batch_size=160, **changed):
-    args = {**vars(recipe_arguments(recipe)), "epoch": epoch or recipe_arguments(recipe).epochs}
-    contents = {**contents, "pretraining": {**args, "batch_size": batch_size, **changed}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(contents, default=str))
+def write_result(runs, recipe, evaluation, contents, *changes, epoch=None, batch_size=160, **changed):
+    """Write a result as the evaluation would, with the paper's settings but for the changes."""
+    (step,) = (s for s in reproduce.evaluation_steps(recipe, [evaluation], setup_in(runs)) if s.name == evaluation)
+    step.words += changes
+    args = recipe_arguments(recipe)
+    images = reproduce.IMAGES[args.dataset if evaluation in ("linear", "knn") else evaluation]
+    pretraining = {**vars(args), "epoch": epoch or args.epochs, "batch_size": batch_size, **changed}
+    contents = {"images": images, **contents, "pretraining": pretraining, "args": vars(step.settings())}
+    step.result.parent.mkdir(parents=True, exist_ok=True)
+    step.result.write_text(json.dumps(contents, default=str))
+
+
+def setup_in(runs):
+    return reproduce.Setup(Path("DATA"), runs)
 
 
 def test_report_has_every_row_and_the_differences(tmp_path):
-    words = ["--pretrained_weights", "x", "--dataset", "cifar10"]
     knn = {"knn": {"10": {"top1": 80.0}, "20": {"top1": 82.51}}}
-    knn["args"] = vars(reproduce.eval_knn.parse_arguments(words))
-    linear = {"top1": 79.1, "args": vars(reproduce.eval_linear.parse_arguments([*words, "--cache_features"]))}
-    folder, recipe = tmp_path / "cifar10_vit_tiny16_mean", "cifar10_vit_tiny16_mean"
-    write_result(folder / "knn_cifar10.json", knn, recipe, batch_size=40, seed=7)
-    write_result(folder / "linear_cifar10.json", linear, recipe)
-    write_result(tmp_path / "cifar10_vit_tiny16_sum/knn_cifar10.json", knn, "cifar10_vit_tiny16_sum", epoch=9)
-    oxford = {"map": {"medium": 0.09, "hard": 0.01}}
-    words = ["--data_path", "D", "--dataset", "roxford5k", "--pretrained_weights", "x"]
-    oxford["args"] = vars(reproduce.eval_image_retrieval.parse_arguments(words))
-    write_result(folder / "roxford5k.json", oxford, recipe)
+    recipe = "cifar10_vit_tiny16_mean"
+    write_result(tmp_path, recipe, "knn", knn, batch_size=40, seed=7)
+    linear = {"top1": 79.1, "batch_size": 128}
+    write_result(tmp_path, recipe, "linear", linear, "--cache_features", "--n_last_blocks", "1")
+    write_result(tmp_path, "cifar10_vit_tiny16_sum", "knn", knn, epoch=9)
+    write_result(tmp_path, recipe, "roxford5k", {"map": {"medium": 0.09, "hard": 0.01}})
+    images = {"original": 157, "strong": 229, "whitening": 0, "distractors": 10000}
+    write_result(tmp_path, recipe, "copydays", {"map": {"strong": 0.6}, "images": images})
+    whitened = {"map": {"strong": 0.7}, "images": {**images, "whitening": 1281167}}
+    write_result(tmp_path, "imagenet1k_vit_base16_mean", "copydays", whitened)
     text = reproduce.report(tmp_path)
     row = "| Ours (ViT-Tiny/16, mean) | 78.10 / 79.10 (+1.00) [1] | 82.51 / 80.00 (-2.51) [2] | "
     assert row + "82.41 / 82.51 (+0.10) [2] |" in text
-    assert "[1] linear: --cache_features True instead of False." in text
+    note = "[1] linear: 128 images a step instead of 512, --n_last_blocks 1 instead of its default, "
+    assert note + "--cache_features True instead of False." in text
     assert "[2] knn: a total batch of 40 instead of 160, --seed 7 instead of 0." in text
     paper_only = "| Ours (ViT-Tiny/16, sum) | 78.58 / not run | 78.86 / not run | 78.52 / not run |"
     assert paper_only in text  # that pretraining had not ended
-    row = "| CIFAR-10: Ours (ViT-Tiny/16, mean) | 0.591 / not run | 8.34 / 9.00 (+0.66) | 1.63 / 1.00 (-0.63) | "
-    assert row + "21.18 / not run | 5.11 / not run |" in text
+    row = "| CIFAR-10: Ours (ViT-Tiny/16, mean) | 0.591 / 0.600 (+0.009) [1] | 8.34 / 9.00 (+0.66) | "
+    assert row + "1.63 / 1.00 (-0.63) | 21.18 / not run | 5.11 / not run |" in text
+    assert "[1] copydays: 0 whitening images instead of 20000." in text
+    assert re.search(r"^\| ImageNet-1K: Ours.* / 0.700 \([+-]0.\d+\) \| ", text, re.MULTILINE)
     rows = sum(len(table["rows"]) for table in PAPER["tables"].values())
     assert len(re.findall(r"^\| .* / ", text, re.MULTILINE)) == rows == 41
     contradiction = "is 87.51 / 84.44 / 84.91 in table1 and 75.29 / 76.38 / 76.24 in table6."
@@ -158,12 +177,14 @@ def test_report_has_every_row_and_the_differences(tmp_path):
 
 
 def test_list_says_what_is_done(tmp_path, capsys):
-    folder = tmp_path / "cifar10_vit_tiny16_dino"
+    recipe = "cifar10_vit_tiny16_dino"
+    folder = tmp_path / recipe
     folder.mkdir()
     (folder / "args.json").write_text('{"epochs": 200}')
     (folder / "log.txt").write_text('{"epoch": 48}\n{"epoch": 49}\n')
     (folder / "checkpoint.pth").touch()
-    write_result(folder / "linear_cifar10.json", {"top1": 1.0}, "cifar10_vit_tiny16_dino")
+    write_result(tmp_path, recipe, "linear", {"top1": 1.0})
+    write_result(tmp_path, recipe, "knn", {"knn": {}}, "--nb_knn", "5")  # of other neighbours
     reproduce.main(["list", "--runs", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     line = "  dino              cifar10_vit_tiny16_dino       pretraining 25%, linear done, knn -"
@@ -172,17 +193,47 @@ def test_list_says_what_is_done(tmp_path, capsys):
     assert "digits: the miniature study, five seeds of each row" in lines
 
 
+def test_a_pretraining_is_done_with_its_settings_alone(tmp_path):
+    step = reproduce.pretraining_step("cifar10_vit_tiny16_dino", setup_in(tmp_path))
+    folder = step.result.parent
+    folder.mkdir()
+    (folder / "log.txt").write_text('{"epoch": 199}\n')
+    step.result.touch()
+    for changed, done in (({}, True), ({"accum_steps": 9}, True), ({"lr": 0.1}, False), ({"epochs": 300}, False)):
+        (folder / "args.json").write_text(json.dumps({**vars(step.settings()), **changed}, default=str))
+        assert step.done() == done
+
+
+def test_other_classes_reach_all_steps(tmp_path, capsys):
+    reproduce.main(f"show table5 --row mean-imagenet100 --classes C --runs {tmp_path}".split())
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("--classes C" in line for line in lines) == 2  # pretraining and lists, the others see other images
+    reproduce.main(f"show table3 --row mean-tiny --classes C --runs {tmp_path}".split())
+    assert capsys.readouterr().out.count("--classes C") == 3
+
+
 def test_study_report_is_mean_and_standard_deviation(tmp_path):
     values = [70.0, 71.5, 75.0]
+
+    def write(step, contents, *changes):
+        step.words += changes
+        contents |= {"images": reproduce.IMAGES["digits"], "args": vars(step.settings())}
+        contents["pretraining"] = {**vars(pretraining.settings()), "epoch": 24, "batch_size": 32}
+        step.result.parent.mkdir(parents=True, exist_ok=True)
+        step.result.write_text(json.dumps(contents, default=str))
+
     for seed, value in enumerate(values):
-        folder = tmp_path / f"digits/mean-{seed}"
-        folder.mkdir(parents=True)
-        (folder / "linear_digits.json").write_text(json.dumps({"top1": value}))
-    (folder / "knn_digits.json").write_text('{"knn": {"10": {"top1": 60.0}, "20": {"top1": 61.0}}}')
+        pretraining, linear, knn = reproduce.study_steps("mean", seed, tmp_path)
+        write(linear, {"top1": value, "batch_size": 128}, *(["--epochs", "9"] if seed == 1 else []))
+    write(knn, {"knn": {"10": {"top1": 60.0}, "20": {"top1": 61.0}}})
     lines = reproduce.study_report(tmp_path)
     cell = f"{sum(values) / 3:.1f} ± {statistics.stdev(values):.1f}"
-    assert lines[-1] == f"| Ours, mean | 1 to 3 | {cell} | 60.0 | 61.0 |"
-    assert len(lines) == 7
+    assert lines[-3:] == [
+        f"| Ours, mean | 1 to 3 | {cell} [1] | 60.0 | 61.0 |",
+        "",
+        "[1] linear: --epochs 9 instead of 100.",
+    ]
+    assert len(lines) == 9
     assert reproduce.study_report(tmp_path / "none") == []
 
 
@@ -195,6 +246,7 @@ def test_bad_input_is_named(tmp_path, capsys):
     assert "table3 has no row mean, expected some of dino-tiny, mean-tiny" in message("show table3 --row mean")
     assert "run table3 needs --data_root" in message("run table3")
     assert "show needs a table: table1, " in message("show")
+    assert "--row mean needs a table" in message("list --row mean")
     for split in ("train", "val"):
         (tmp_path / "imagenet" / split).mkdir(parents=True)
     root = f"--data_root {tmp_path}"
@@ -243,10 +295,12 @@ def test_rows_run_from_data_to_report(data_root, tmp_path, run_script):
     options = ["--data_root", data_root, "--runs", tmp_path / "runs"]
     tiny = ["--", *TINY.split(), "--batch_size_per_gpu", 20, "--accum_steps", 2]
     run_script("reproduce.py", "run", "table5", "--row", "mean-imagenet100", *options, *tiny)
-    output = run_script("reproduce.py", "run", "table3", "--row", "mean-tiny", *options, "--nproc_per_node", 2).stdout
+    output = run_script(
+        "reproduce.py", "run", "table3", "--row", "mean-tiny", *options, "--nproc_per_node", 2, *tiny
+    ).stdout
     assert "accum_steps 2 --output_dir" in output
     assert output.count("# done") == 1  # the pretraining, which both tables have
-    output = run_script("reproduce.py", "show", "table3", "--row", "mean-tiny", *options).stdout
+    output = run_script("reproduce.py", "show", "table3", "--row", "mean-tiny", *options, *tiny).stdout
     assert output.count("# done") == 3
     run_script("reproduce.py", "report", "--runs", tmp_path / "runs", "--output", tmp_path / "report.md")
     text = (tmp_path / "report.md").read_text()
