@@ -477,6 +477,19 @@ def read_image(path, least_side=None, upright=True):
         ) from error
 
 
+def image_size(path):
+    """Return (width, height) as a file's header says them.
+
+    Raises:
+        UserError: it has no such header.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"cannot read image {path}: {str(error).splitlines()[0]}") from error
+
+
 def to_uint8(image):
     """Turn a PIL image into a uint8 tensor [3, H, W]; in memory the colours of a pixel lie together."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -538,9 +551,11 @@ def main(argv=None):
     lists = copydays_lists(args.imagenet, args.whitening, args.distractors, args.seed, args.classes)
     folder = Path(args.output_dir)
     for name, paths in zip(("whitening", "distractors"), lists, strict=True):
+        temporary = folder / f"{name}.txt.tmp"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{name}.txt").write_text("".join(f"{path}\n" for path in paths))
+            temporary.write_text("".join(f"{path}\n" for path in paths))
+            temporary.replace(folder / f"{name}.txt")
         except OSError as error:
             raise UserError(f"cannot write to --output_dir {folder}: {error.strerror}") from error
         print(f"{len(paths)} images in {folder / name}.txt", flush=True)

@@ -13,9 +13,9 @@ from PIL import Image
 
 import evaluation
 import utils
-from datasets import ImageList, RevisitedRetrieval
+from datasets import ImageList, RevisitedRetrieval, image_size
 from features import extract_features, to_pixels
-from utils import bool_flag, number
+from utils import UserError, bool_flag, number
 
 # What counts as relevant, and what is taken out of the ranking, in each of the three protocols.
 PROTOCOLS = {
@@ -91,21 +91,36 @@ class Shrink:
     def __init__(self, side):
         self.side, self.to_pixels = side, to_pixels()
 
-    def __call__(self, image):
-        image.thumbnail((self.side, self.side), Image.Resampling.LANCZOS)
+    def __call__(self, image, factor=1.0):
+        side = self.side * factor
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
         return self.to_pixels(image)
 
 
 class CroppedQueries(ImageList):
-    """Queries cut to their boxes, (left, top, right, bottom) in pixels, before the transform."""
+    """Queries cut to their boxes, (left, top, right, bottom) in pixels, and shrunk as much as the whole images."""
 
-    def __init__(self, paths, boxes, transform):
+    def __init__(self, paths, boxes, shrink):
         super().__init__(paths, None, upright=False)
-        self.boxes, self.after = boxes, transform
+        self.boxes, self.shrink = boxes, shrink
 
     def __getitem__(self, index):
         image, label = super().__getitem__(index)
-        return self.after(image.crop(self.boxes[index])), label
+        part = image.crop(self.boxes[index])
+        return self.shrink(part, max(part.size) / max(image.size)), label
+
+
+def check_sizes(paths, boxes, side, patch_size):
+    """Raise UserError where an image, or the part of it in its box, is thinner than a patch once it is shrunk."""
+    for path, box in zip(paths, boxes, strict=True):
+        size = image_size(path)
+        part = (box[2] - box[0], box[3] - box[1]) if box else size
+        thickness = min(part) * min(1, side / max(size))
+        if thickness < patch_size:
+            raise UserError(
+                f"{path} is {thickness:.1f} pixels thin at --imsize {side}, a patch of the network {patch_size}: "
+                "take a larger --imsize, or leave the image out"
+            )
 
 
 def parse_arguments(argv=None):
@@ -138,6 +153,9 @@ def main(argv=None):
     model = (args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
     backbone, made_with, _ = evaluation.open_model(*model, args.seed, args.imsize)
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, args.dataset)
+    boxes = benchmark.boxes if args.crop_queries else [None] * len(benchmark.queries)
+    for paths, their_boxes in ((benchmark.queries, boxes), (benchmark.database, [None] * len(benchmark.database))):
+        check_sizes(paths, their_boxes, args.imsize, max(backbone.patch_embed.patch_size))
 
     rank, world_size, device = utils.init_distributed(args.dist_url)
     backbone.to(device)

@@ -20,8 +20,8 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k, te
 
     Similarity is the dot product: L2-normalise the features first for the cosine. Test features are taken in chunks, so
     that no more than 2^26 similarities (256 MiB) are held at a time. ImageNet-1K with ViT-B needs 3.9 GB for the 1.28 M
-    training features of 768 numbers, 0.15 GB for the test features, and up to 1 GB beside them; on rank 0 of several
-    processes 12 GB for a moment, see `extract_features`.
+    training features of 768 numbers, 0.15 GB for the test features, and up to 1 GB beside them; rank 0 of several
+    processes holds its own share twice while they are gathered.
 
     Args:
         train_features: [n, D].

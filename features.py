@@ -4,12 +4,15 @@ import sys
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision.transforms.v2 as T
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
 from augment import MEAN, STD
+
+GATHERED_ROWS = 8192  # of each process at a time
 
 
 def to_pixels():
@@ -31,7 +34,7 @@ def extract_features(network, dataset, device, batch_size=64, num_workers=2, tit
     """Apply a network to all images of a data set.
 
     Each process takes every world_size-th image, so that none is computed twice; the results are gathered once. Memory:
-    the features of a process's own images; rank 0 of several holds up to three times all of them at the end.
+    the features of a process's own images, and on rank 0 all of them at the end.
 
     Args:
         network: images [B, 3, H, W] -> features [B, D].
@@ -62,15 +65,17 @@ def _gather_interleaved(features, total, rank, world_size, device):
     # A process without an image does not know the feature dimension: all agree on the largest.
     dim = torch.tensor(0 if features is None else features.shape[1], device=device)
     dist.all_reduce(dim, dist.ReduceOp.MAX)
-    padded = torch.zeros(-(-total // world_size), int(dim), device=device)
-    if features is not None:
-        padded[: len(features)] = features.to(device)
-    gathered = [torch.empty_like(padded) for _ in range(world_size)] if rank == 0 else None
-    dist.gather(padded, gathered)
-    if rank > 0:
-        return None
-    everything = torch.empty(total, int(dim))
-    for r, part in enumerate(gathered):
-        place = everything[r::world_size]
-        place.copy_(part[: len(place)])
+    if features is None:
+        features = torch.empty(0, int(dim))
+    everything = torch.empty(total, int(dim)) if rank == 0 else None
+    most = -(-total // world_size)  # samples of a process
+    for start in range(0, most, GATHERED_ROWS):
+        rows = slice(start, min(start + GATHERED_ROWS, most))
+        own = features[rows].to(device)
+        padded = F.pad(own, (0, 0, 0, rows.stop - start - len(own)))
+        gathered = [torch.empty_like(padded) for _ in range(world_size)] if rank == 0 else None
+        dist.gather(padded, gathered)
+        for r, part in enumerate(gathered or []):
+            place = everything[r::world_size][rows]
+            place.copy_(part[: len(place)])
     return everything

@@ -64,9 +64,12 @@ def test_whole_protocol_against_a_naive_one(retrieval_folder, tmp_path, capsys, 
 
     def feature(name, box=None):
         image = Image.open(retrieval_folder / f"roxford5k/jpg/{name}.jpg").convert("RGB")
-        image = image.crop(box) if box else image
-        if max(image.size) > 96:  # thumbnails are not enlarged
-            image.thumbnail((96, 96), Image.Resampling.LANCZOS)
+        side = 96
+        if box:  # shrunk as much as the whole image would be
+            side *= max(box[2] - box[0], box[3] - box[1]) / max(image.size)
+            image = image.crop(box)
+        if max(image.size) > side:  # thumbnails are not enlarged
+            image.thumbnail((side, side), Image.Resampling.LANCZOS)
         pixels = (np.asarray(image) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
         with torch.no_grad():
             cls = network(torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None])[0, 0].double().numpy()
@@ -86,6 +89,28 @@ def test_whole_protocol_against_a_naive_one(retrieval_folder, tmp_path, capsys, 
     assert result["aps"]["medium"] == pytest.approx(precisions, abs=1e-6)
     assert result["map"]["medium"] == pytest.approx(np.mean(precisions), abs=1e-6)
     assert f"roxford5k medium: mAP {100 * result['map']['medium']:.2f}, mP@1" in capsys.readouterr().out
+
+
+def test_images_are_shrunk_with_lanczos_and_never_enlarged(photographs):
+    small = photographs[0].copy()
+    small.thumbnail((96, 96), Image.Resampling.LANCZOS)
+    for image in (photographs[0], small):
+        pixels = eval_image_retrieval.Shrink(96)(image.copy()).permute(1, 2, 0).numpy()
+        levels = 255 * (pixels * [0.229, 0.224, 0.225] + [0.485, 0.456, 0.406])
+        np.testing.assert_allclose(levels, np.asarray(small), atol=1e-3)
+
+
+def test_several_scales_reach_the_features(retrieval_folder, tmp_path, monkeypatch):
+    seen = []
+
+    def features(backbone, images, multiscale):
+        seen.append(multiscale)
+        return images.mean((2, 3))
+
+    monkeypatch.setattr(eval_image_retrieval, "retrieval_features", features)
+    evaluate(retrieval_folder, tmp_path)
+    evaluate(retrieval_folder, tmp_path, "--multiscale", True)
+    assert seen == [False] * 36 + [True] * 36
 
 
 def test_places_are_found_and_shuffled_names_are_not(retrieval_folder, tmp_path):
@@ -146,3 +171,8 @@ def test_bad_input_is_named(tmp_path):
     assert "images of side 4 are smaller than a patch of 8 pixels" in message("--imsize", 4)
     (folder / "jpg/b.jpg").write_bytes(b"broken")
     assert f"cannot read image {folder}/jpg/b.jpg" in message()
+    Image.new("RGB", (300, 10)).save(folder / "jpg/b.jpg")
+    thin = f"{folder}/jpg/b.jpg is 7.5 pixels thin at --imsize 224, a patch of the network 8"
+    assert message().startswith(thin)
+    Image.new("RGB", (300, 20)).save(folder / "jpg/b.jpg")
+    assert f"{folder}/jpg/q.jpg is 5.0 pixels thin" in message("--crop_queries", "true")

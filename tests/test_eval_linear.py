@@ -1,11 +1,13 @@
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import eval_knn
 import eval_linear
 from datasets import BatchOrder, build_dataset
 from eval_linear import AugmentedBatches, accuracy, cached_batches, linear_features, new_classifier, train_one_epoch
@@ -199,6 +201,46 @@ def test_bad_input_is_named(photo_folder, weights, tmp_path):
     contents["teacher"]["cls_token"] += 1
     torch.save(contents, weights)
     assert "was trained on other weights or images" in message()
+
+
+def test_vit_base_has_its_own_features():
+    def protocol(dim, *words, **made_with):
+        args = eval_linear.parse_arguments(["--pretrained_weights", "none", *words])
+        backbone = SimpleNamespace(embed_dim=dim, blocks=range(12))
+        return tuple(eval_linear.protocol_of(args, backbone, made_with, 10).values())
+
+    assert protocol(192) == protocol(384) == (4, False, 0.5, 10)
+    assert protocol(768) == (1, True, 0.5, 10)
+    assert protocol(768, "--avgpool_patchtokens", "false", "--n_last_blocks", "2") == (2, False, 0.5, 10)
+    assert protocol(192, flip_prob=0.0) == (4, False, 0.0, 10)
+    assert protocol(192, "--flip_prob", "1", "--num_labels", "12", flip_prob=0.0) == (4, False, 1.0, 12)
+
+
+def test_training_images_are_flipped_as_asked(photo_folder):
+    dataset = build_dataset("folder", photo_folder)
+    never, always = (AugmentedBatches(dataset, 32, p, seed=3)[(0, 0, [4, 7])][0] for p in (0.0, 1.0))
+    torch.testing.assert_close(never.flip(-1), always, rtol=0, atol=0.05)
+
+
+def test_cifar10(cifar10_folder, tmp_path):
+    options = [
+        "--dataset",
+        "cifar10",
+        "--data_path",
+        cifar10_folder,
+        "--pretrained_weights",
+        "none",
+        "--num_workers",
+        0,
+    ]
+    options += ["--arch", "vit_micro", "--patch_size", 8, "--crop_size", 32, "--output_dir", tmp_path]
+    options = list(map(str, options))
+    eval_linear.main([*options, "--epochs", "5", "--lr", "1"])
+    eval_knn.main([*options, "--nb_knn", "5"])
+    linear, knn = (json.loads((tmp_path / f"{name}_cifar10.json").read_text()) for name in ("linear", "knn"))
+    assert linear["images"] == knn["images"] == {"train": 60, "val": 12}
+    assert linear["protocol"]["num_labels"] == 10
+    assert linear["top1"] == knn["knn"]["5"]["top1"] == 100
 
 
 def test_other_images_are_not_taken_for_those_of_an_earlier_run(photo_folder, weights, tmp_path):

@@ -92,17 +92,18 @@ def test_linear_evaluation_of_two_processes_is_that_of_one(photo_folder, tmp_pat
 
 
 def test_features_of_uneven_parts_keep_their_order(photo_folder, tmp_path, run_script, torchrun):
-    """7 images on 2 processes in batches of 3."""
+    """7 images on 2 processes in batches of 3, gathered two from each at a time."""
     script = tmp_path / "extract.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(photo_folder.parent)!r}); sys.path.insert(0, '.')\n"
         "import torch, utils\n"
-        "from features import extract_features\n"
+        "import features\n"
+        "features.GATHERED_ROWS = 2\n"
         "rank, world_size, device = utils.init_distributed()\n"
         "images = [(torch.full((3, 4, 4), float(i)), 0) for i in range(7)]\n"
-        "features = extract_features(lambda x: x.mean((2, 3)), images, device, 3, 0)\n"
-        "assert (features is None) == (rank > 0)\n"
-        f"features is None or torch.save(features, {str(tmp_path / 'features.pth')!r})\n"
+        "found = features.extract_features(lambda x: x.mean((2, 3)), images, device, 3, 0)\n"
+        "assert (found is None) == (rank > 0)\n"
+        f"found is None or torch.save(found, {str(tmp_path / 'features.pth')!r})\n"
     )
     run_script(script, launcher=torchrun)
     features = torch.load(tmp_path / "features.pth")
@@ -169,6 +170,12 @@ def test_user_errors_exit_with_2_and_one_line(photo_folder, tmp_path, run_script
         (["main_lgssl.py", *TINY, "--data_path", tmp_path / "bad", "--batch_size_per_gpu", 2, "--output_dir", tmp_path],
          "cannot read image"),
         (["eval_knn.py", "--dataset", "digits", "--pretrained_weights", tmp_path / "absent.pth"], "no checkpoint at"),
+        (["eval_linear.py", "--data_path", photo_folder, "--pretrained_weights", "none", "--n_last_blocks", 13],
+         "--n_last_blocks 13 is more"),
+        (["eval_copy_detection.py", "--data_path", tmp_path, "--pretrained_weights", "none"], "no images in"),
+        (["eval_image_retrieval.py", "--data_path", tmp_path, "--pretrained_weights", "none"], "no ground truth"),
+        (["reproduce.py", "run", "table1", "--data_root", tmp_path], "no "),
+        (["datasets.py", photo_folder], ""),
     ]  # fmt: skip
     for words, message in cases:
         process = run_script(*words, check=False)
@@ -177,6 +184,29 @@ def test_user_errors_exit_with_2_and_one_line(photo_folder, tmp_path, run_script
         assert len(lines) == 1, process.stderr
         assert lines[0].startswith(f"{words[0]}: error: {message}")
         assert UserError.__name__ not in lines[0]
-    process = run_script(*cases[1][0], check=False, launcher=torchrun, timeout=120)
-    assert process.returncode != 0
-    assert "main_lgssl.py: error: cannot read image" in process.stderr
+    for words, message in (cases[1], cases[3], cases[5]):
+        process = run_script(*words, check=False, launcher=torchrun, timeout=120)
+        assert process.returncode != 0
+        assert f"{words[0]}: error: {message}" in process.stderr
+
+
+def test_a_linear_evaluation_in_two_processes_goes_on(photo_folder, tmp_path, run_script, torchrun):
+    options = ["--data_path", photo_folder, "--num_workers", 0, "--pretrained_weights", "none", "--arch", "vit_micro"]
+    options += ["--crop_size", 32, "--epochs", 3, "--lr", 2, "--batch_size_per_gpu", 5]
+    run_script("eval_linear.py", *options, "--output_dir", tmp_path / "whole", launcher=torchrun)
+    script = tmp_path / "stopped.py"  # after two epochs
+    script.write_text(
+        "import sys; sys.path.insert(0, '.')\n"
+        "import checkpoints, eval_linear\n"
+        "save = checkpoints.save\n"
+        "def save_and_stop(contents, path):\n"
+        "    save(contents, path)\n"
+        "    if contents['epoch'] == 2: sys.exit(3)\n"
+        "checkpoints.save = save_and_stop\n"
+        "eval_linear.main(sys.argv[1:])\n"
+    )
+    stopped = run_script(script, *options, "--output_dir", tmp_path / "parts", launcher=torchrun, check=False)
+    assert stopped.returncode != 0
+    run_script("eval_linear.py", *options, "--output_dir", tmp_path / "parts", launcher=torchrun)
+    whole, parts = (json.loads((tmp_path / name / "linear_folder.json").read_text()) for name in ("whole", "parts"))
+    assert whole["history"] == parts["history"]
