@@ -1,4 +1,3 @@
-import os
 import pickle
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from datasets import (
     build_dataset,
     listed_images,
     read_image,
-    read_plain_pickle,
 )
 from utils import UserError
 
@@ -203,59 +201,6 @@ def test_batch_order_shares_the_same_samples_among_any_number_of_processes(world
     samples = [sum((batch[2] for batch in seen if batch[0] == epoch), []) for epoch in (0, 1)]
     assert len(set(samples[0])) == 18
     assert samples[0] != samples[1]
-
-
-class Hostile:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (os.system, (f"touch {self.path}",))
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_plain_pickles_are_read(tmp_path, protocol):
-    contents = {
-        "names": ["a", "ü"],
-        "arrays": [
-            np.array([], np.int64),
-            np.asfortranarray(np.eye(3)[:2]),
-            np.arange(3, dtype=">i4"),
-            np.arange(3),
-            np.zeros((2, 2), np.float32),
-            np.array(["x", "y"]),
-            np.array([[1], 2], object),
-        ],
-        "others": (1, 2.5, None, True, {3, 4}, frozenset([5]), np.float64(6.5), np.int32(7), b"bytes"),
-    }
-    (tmp_path / "p.pkl").write_bytes(pickle.dumps(contents, protocol))
-    read = read_plain_pickle(tmp_path / "p.pkl")
-    assert (read["names"], read["others"]) == (contents["names"], contents["others"])
-    for array, expected in zip(read["arrays"], contents["arrays"], strict=True):
-        np.testing.assert_array_equal(array, expected)
-
-
-def test_pickles_of_numpy_1_and_python_2_are_read(tmp_path):
-    contents = b"(dS'easy'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
-    contents += b"(I1\n(I2\ntcnumpy\ndtype\n(S'u1'\nI0\nI1\ntRI00\nS'\\x01\\xff'\ntbs."
-    (tmp_path / "p.pkl").write_bytes(contents)
-    np.testing.assert_array_equal(read_plain_pickle(tmp_path / "p.pkl")["easy"], [1, 255])
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_other_pickles_are_refused_by_name_and_not_executed(tmp_path, protocol):
-    path = tmp_path / "p.pkl"
-    path.write_bytes(pickle.dumps({"gnd": [Hostile(tmp_path / "executed")]}, protocol))
-    with pytest.raises(UserError, match=f"it holds {os.name}.system; expected plain containers, numbers, strings"):
-        read_plain_pickle(path)
-    assert not (tmp_path / "executed").exists()
-    for name in ("os\nsystem", "builtins\neval", "numpy\nload", "numpy.core.multiarray\nfrombuffer"):
-        path.write_bytes(f"c{name}\n(S'true'\ntR.".encode())
-        with pytest.raises(UserError, match=f"it holds {name.replace(chr(10), '.')}; expected"):
-            read_plain_pickle(path)
-    path.write_bytes(b"\x80\x04\x95")
-    with pytest.raises(UserError, match="cannot read"):
-        read_plain_pickle(path)
 
 
 def test_lists_of_images(tmp_path, gradient):

@@ -1,0 +1,92 @@
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from plain_pickle import read_plain_pickle
+from utils import UserError
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_pickles_are_read(tmp_path, protocol):
+    contents = {
+        "names": ["a", "ü"],
+        "arrays": [
+            np.array([], np.int64),
+            np.asfortranarray(np.eye(3)[:2]),
+            np.arange(3, dtype=">i4"),
+            np.arange(3),
+            np.zeros((2, 2), np.float32),
+            np.array(["x", "y"]),
+            np.array([[1], 2], object),
+        ],
+        "others": (1, 2.5, None, True, {3, 4}, frozenset([5]), np.float64(6.5), np.int32(7), b"bytes"),
+    }
+    (tmp_path / "p.pkl").write_bytes(pickle.dumps(contents, protocol))
+    read = read_plain_pickle(tmp_path / "p.pkl")
+    assert (read["names"], read["others"]) == (contents["names"], contents["others"])
+    for array, expected in zip(read["arrays"], contents["arrays"], strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_pickles_of_numpy_1_and_python_2_are_read(tmp_path):
+    contents = b"(dS'easy'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+    contents += b"(I1\n(I2\ntcnumpy\ndtype\n(S'u1'\nI0\nI1\ntRI00\nS'\\x01\\xff'\ntbs."
+    (tmp_path / "p.pkl").write_bytes(contents)
+    np.testing.assert_array_equal(read_plain_pickle(tmp_path / "p.pkl")["easy"], [1, 255])
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_other_pickles_are_refused_by_name_and_not_executed(tmp_path, protocol):
+    path = tmp_path / "p.pkl"
+    path.write_bytes(pickle.dumps({"gnd": [Hostile(tmp_path / "executed")]}, protocol))
+    with pytest.raises(UserError, match=f"it holds {os.name}.system; expected plain containers, numbers, strings"):
+        read_plain_pickle(path)
+    assert not (tmp_path / "executed").exists()
+    for name in ("os\nsystem", "builtins\neval", "numpy\nload", "numpy.core.multiarray\nfrombuffer"):
+        path.write_bytes(f"c{name}\n(S'true'\ntR.".encode())
+        with pytest.raises(UserError, match=f"it holds {name.replace(chr(10), '.')}; expected"):
+            read_plain_pickle(path)
+    path.write_bytes(b"\x80\x04\x95")
+    with pytest.raises(UserError, match="cannot read"):
+        read_plain_pickle(path)
+
+
+def pickled_array(dtype, shape, raw, state=b"(I3\nS'<'\nNNNI-1\nI-1\nI0\ntb"):
+    """Return a pickle of an array whose parts are made up, as text of protocol 0."""
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+    dtype = b"cnumpy\ndtype\n(S'" + dtype + b"'\nI0\nI1\ntR" + state
+    return array + b"(I1\n" + shape + dtype + b"I00\n" + raw + b"tb."
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        pickled_array(b"V8", b"(I1\nt", b"S'12345678'\n"),
+        pickled_array(b"i8,O", b"(I1\nt", b"S'12345678'\n"),
+        pickled_array(b"i8", b"(I9\nt", b"S'12345678'\n"),
+        pickled_array(b"i8", b"(I1000000000\nI1000000000\nt", b"S''\n"),
+        pickled_array(b"i8", b"(I1\nt", b"S'1234567'\n"),
+        pickled_array(b"i8", b"(I1\nt", b"S'12345678'\n", state=b"I5\nb"),
+        pickled_array(b"U99999999999", b"(I1\nt", b"S'12345678'\n"),
+    ],
+)
+def test_made_up_arrays_are_refused(tmp_path, contents):
+    """They would make NumPy's own reading take other memory for its contents."""
+    (tmp_path / "p.pkl").write_bytes(contents)
+    with pytest.raises(UserError, match="cannot read .*; expected plain containers"):
+        read_plain_pickle(tmp_path / "p.pkl")
+
+
+def test_a_right_array_of_the_same_making_is_read(tmp_path):
+    (tmp_path / "p.pkl").write_bytes(pickled_array(b"i8", b"(I1\nt", b"S'\\x07\\x00\\x00\\x00\\x00\\x00\\x00\\x00'\n"))
+    np.testing.assert_array_equal(read_plain_pickle(tmp_path / "p.pkl"), [7])
