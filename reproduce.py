@@ -19,6 +19,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -36,7 +37,6 @@ from features import to_pixels
 from utils import UserError, number
 
 ROOT = Path(__file__).parent
-PAPER = json.loads((ROOT / "recipes" / "paper.json").read_text(encoding="utf-8"))
 # The batches of recipes/choices.args and of eval_linear.py on the released code's four GPUs. On fewer or more processes
 # they stay the same.
 TOTAL_BATCH, LINEAR_BATCH = 160, 512
@@ -100,6 +100,12 @@ STUDY = {
 }
 STUDY_COLUMNS = ("linear", "knn10", "knn20")
 STUDY_LINEAR = ["--cache_features", "--lr", "0.5", "--epochs", "100"]  # DINO's 0.001 is for 100 epochs of ImageNet
+
+
+@cache
+def paper():
+    """Return the paper's tables: {"tables": {name: {"title", "columns", "rows"}}, "contradictions"}."""
+    return json.loads((ROOT / "recipes" / "paper.json").read_text(encoding="utf-8"))
 
 
 # --- commands
@@ -224,7 +230,7 @@ def whitened_on_all(recipe):
 
 def row_steps(table, row, setup):
     """Return all steps of one row of a table of the paper."""
-    columns, recipe = PAPER["tables"][table]["columns"], PAPER["tables"][table]["rows"][row]["recipe"]
+    columns, recipe = paper()["tables"][table]["columns"], paper()["tables"][table]["rows"][row]["recipe"]
     names = dict.fromkeys(COLUMNS[column][1] for column in columns)
     return [pretraining_step(recipe, setup), *evaluation_steps(recipe, names, setup)]
 
@@ -370,7 +376,7 @@ def report(runs):
     """Return the tables of the paper, and of the miniature study where it was run, in Markdown."""
     lines = ["Each cell: the paper's number / ours (difference).", ""]
     setup = Setup(Path("DATA"), runs)
-    for name, table in PAPER["tables"].items():
+    for name, table in paper()["tables"].items():
         columns = [COLUMNS[column] for column in table["columns"]]
         lines += [f"### {name.capitalize().replace('e', 'e ', 1)}. {table['title']}", ""]
         lines += ["| method | " + " | ".join(title for title, *_ in columns) + " |", "|---|" + "---|" * len(columns)]
@@ -381,22 +387,22 @@ def report(runs):
             steps = {step.name: step for step in evaluation_steps(recipe, names, setup)}
             pretraining = vars(recipe_arguments(recipe))
             cells = []
-            for (_, evaluation, value, form), paper in zip(columns, row["paper"], strict=True):
+            for (_, evaluation, value, form), theirs in zip(columns, row["paper"], strict=True):
                 step = steps[evaluation]
                 try:
                     ours = value(read_result(step.result))
                 except (KeyError, TypeError):  # nothing, or not this number
-                    cells.append(f"{paper:{form}} / not run")
+                    cells.append(f"{theirs:{form}} / not run")
                     continue
                 images = IMAGES[pretraining["dataset"] if evaluation in ("linear", "knn") else evaluation]
                 if evaluation == "copydays" and whitened_on_all(recipe):
                     images = {**images, "whitening": IMAGES["folder"]["train"]}
                 mark = notes.mark(evaluation, changed_settings(pretraining, TOTAL_BATCH, step, images))
-                cells.append(f"{paper:{form}} / {ours:{form}} ({ours - paper:+{form}}){mark}")
+                cells.append(f"{theirs:{form}} / {ours:{form}} ({ours - theirs:+{form}}){mark}")
             lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
         lines += ["", *notes.lines(), ""] if notes.texts else [""]
     lines += ["### Where the paper contradicts itself", ""]
-    lines += [f"- {text}" for text in recurring_differences() + PAPER["contradictions"]]
+    lines += [f"- {text}" for text in recurring_differences() + paper()["contradictions"]]
     study = study_report(runs)
     return "\n".join(lines + (["", *study] if study else [])) + "\n"
 
@@ -404,7 +410,7 @@ def report(runs):
 def recurring_differences():
     """Return a sentence for each run that stands in two tables with different numbers in the same columns."""
     seen, sentences = {}, []
-    for name, table in PAPER["tables"].items():
+    for name, table in paper()["tables"].items():
         for row in table["rows"].values():
             key = (row["recipe"], tuple(table["columns"]))
             first, numbers = seen.setdefault(key, (name, row["paper"]))
@@ -462,7 +468,7 @@ def parse_arguments(argv=None):
     split = argv.index("--") if "--" in argv else len(argv)
     parser = utils.ArgumentParser(description=__doc__.splitlines()[0], epilog="-- OPTIONS go to main_lgssl.py.")
     parser.add_argument("command", choices=("list", "show", "run", "report"))
-    parser.add_argument("table", nargs="?", choices=(*PAPER["tables"], "digits"), help="table1 to table8, or digits")
+    parser.add_argument("table", nargs="?", choices=(*paper()["tables"], "digits"), help="table1 to table8, or digits")
     parser.add_argument("--row", nargs="+", help="rows of the table, as `list` names them; default: all")
     parser.add_argument("--data_root", help=f"folder that holds {TREE}, as far as they are needed")
     parser.add_argument("--runs", default="runs", help="folder of all runs and results")
@@ -476,10 +482,10 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv[:split])
     args.extra = argv[split + 1 :]
     if args.command in ("show", "run") and args.table is None:
-        parser.error(f"{args.command} needs a table: {', '.join(PAPER['tables'])} or digits")
+        parser.error(f"{args.command} needs a table: {', '.join(paper()['tables'])} or digits")
     if args.row and args.table is None:
         parser.error(f"--row {args.row[0]} needs a table")
-    rows = STUDY if args.table == "digits" else PAPER["tables"][args.table]["rows"] if args.table else {}
+    rows = STUDY if args.table == "digits" else paper()["tables"][args.table]["rows"] if args.table else {}
     unknown = [row for row in args.row or [] if row not in rows]
     if unknown:
         parser.error(f"{args.table} has no row {unknown[0]}, expected some of {', '.join(rows)}")
@@ -511,7 +517,7 @@ def main(argv=None):
         if args.command == "run":
             check_data(sum(steps.values(), []), setup.data_root)
         for row, its_steps in steps.items():
-            print(f"# {args.table}, {PAPER['tables'][args.table]['rows'][row]['method']}", flush=True)
+            print(f"# {args.table}, {paper()['tables'][args.table]['rows'][row]['method']}", flush=True)
             for step in its_steps:
                 processes = 1 if step.name == "lists" else args.nproc_per_node
                 print(step.line(processes) + ("    # done" if step.done() else ""), flush=True)
@@ -520,7 +526,7 @@ def main(argv=None):
 
 
 def list_tables(runs):
-    for name, table in PAPER["tables"].items():
+    for name, table in paper()["tables"].items():
         print(f"{name}: {table['title']}")
         evaluations = dict.fromkeys(COLUMNS[column][1] for column in table["columns"])
         for row, entry in table["rows"].items():

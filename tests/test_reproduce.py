@@ -9,11 +9,11 @@ from PIL import Image
 
 import main_lgssl
 import reproduce
-from reproduce import PAPER, ROOT, recipe_arguments
+from reproduce import ROOT, paper, recipe_arguments
 from utils import UserError
 
 PAPER_TEXT = ROOT.parent / "shared" / "paper.md"
-RECIPES = sorted({row["recipe"] for table in PAPER["tables"].values() for row in table["rows"].values()})
+RECIPES = sorted({row["recipe"] for table in paper()["tables"].values() for row in table["rows"].values()})
 TINY = "--global_crops_size 32 --local_crops_size 32 --local_crops_number 2 --out_dim 24 --num_workers 0 --epochs 1"
 
 
@@ -36,7 +36,7 @@ def papers_rows(number):
 @pytest.mark.skipif(not PAPER_TEXT.exists(), reason="the paper's text is not here")
 @pytest.mark.parametrize("number", range(1, 9))
 def test_numbers_are_the_papers(number):
-    table = PAPER["tables"][f"table{number}"]
+    table = paper()["tables"][f"table{number}"]
     rows = papers_rows(number)
     assert [numbers for _, numbers in rows] == [row["paper"] for row in table["rows"].values()]
     for (text, _), row in zip(rows, table["rows"].values(), strict=True):
@@ -169,7 +169,7 @@ def test_report_has_every_row_and_the_differences(tmp_path):
     assert row + "1.63 / 1.00 (-0.63) | 21.18 / not run | 5.11 / not run |" in text
     assert "[1] copydays: 0 whitening images instead of 20000." in text
     assert re.search(r"^\| ImageNet-1K: Ours.* / 0.700 \([+-]0.\d+\) \| ", text, re.MULTILINE)
-    rows = sum(len(table["rows"]) for table in PAPER["tables"].values())
+    rows = sum(len(table["rows"]) for table in paper()["tables"].values())
     assert len(re.findall(r"^\| .* / ", text, re.MULTILINE)) == rows == 41
     contradiction = "is 87.51 / 84.44 / 84.91 in table1 and 75.29 / 76.38 / 76.24 in table6."
     assert text.count(contradiction) == 1
