@@ -2,13 +2,15 @@
 
 import argparse
 import os
+import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file as load_safetensors
 
-from utils import UserError
+from utils import UserError, warn
 
 # What DINO's released full checkpoints hold besides tensors and plain values: their arguments, and NumPy scalars in the
 # optimizer's state, under the old and the new name of NumPy's module.
@@ -34,26 +36,113 @@ def load_file(path):
     try:
         if path.suffix == ".safetensors":
             return load_safetensors(path)
+        check_sums(path)
         with torch.serialization.safe_globals(DINO_GLOBALS):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     # A damaged file can make torch's unpickler raise nearly anything.
     except Exception as error:
-        reason = type(error).__name__
+        reason = str(error) if isinstance(error, zipfile.BadZipFile) else type(error).__name__
         raise UserError(f"{path} cannot be read as a checkpoint of tensors and plain values: {reason}") from error
     if not isinstance(contents, dict):
         raise UserError(f"{path} holds a {type(contents).__name__}, expected a dictionary of weights")
     return contents
 
 
-def save(contents, path):
-    """Write a checkpoint so that `path` is at every moment either the old or the new one, whole."""
+def check_sums(path):
+    """Raise BadZipFile where a checkpoint's check sums, which torch.save writes and torch.load ignores, are wrong."""
+    if not zipfile.is_zipfile(path):  # of before PyTorch 1.6, without sums
+        return
+    with zipfile.ZipFile(path) as file:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
+            raise zipfile.BadZipFile("a part of it is compressed")
+        damaged = file.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"its part {damaged} is damaged")
+
+
+def load_latest(path):
+    """Read a checkpoint, or where that cannot be read the one before it, with a warning.
+
+    Returns:
+        (contents, file that was read); (None, None) where there is neither
+
+    Raises:
+        UserError: as `load_file`, of both.
+    """
+    path = Path(path)
+    previous = previous_path(path)
+    if not path.exists():
+        return (load_file(previous), previous) if previous.exists() else (None, None)
+    try:
+        return load_file(path), path
+    except UserError as error:
+        if not previous.exists():
+            raise
+        contents = load_file(previous)
+        warn(f"{error}; the one before it is used, {previous}")
+        return contents, previous
+
+
+def previous_path(path):
+    """Return where the checkpoint before `path` is kept: checkpoint.pth -> checkpoint_previous.pth."""
+    return path.with_name(f"{path.stem}_previous{path.suffix}")
+
+
+def save(contents, path, keep_previous=False):
+    """Write a checkpoint so that `path` is at every moment either the old or the new one, whole.
+
+    Args:
+        contents: dictionary of tensors and plain values.
+        keep_previous: keep the old one at `previous_path`. Then there is room needed for three.
+
+    Raises:
+        UserError: it cannot be written; the old one is left.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            previous = previous_path(path)
+            previous.unlink(missing_ok=True)
+            try:
+                os.link(path, previous)
+            except OSError:  # a file system without hard links: for a moment the old one is at `previous` alone
+                path.replace(previous)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch reports a failed write as a RuntimeError of its zip writer.
+        if isinstance(error, RuntimeError) and not isinstance(error.__context__, OSError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error.__context__.strerror
+        temporary.unlink(missing_ok=True)
+        left = f"{path} of the last save is left" if path.exists() else "there is no earlier one"
+        raise UserError(f"cannot save {path}: {reason}; {left}: make room, and start the same command again") from error
+
+
+def sync_folder(folder):
+    """Make sure that renamed files keep their new names when the machine fails."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # not on every system can a folder be opened
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def remove_old(folder, keep_last):
+    """Remove all but the newest `keep_last` of the periodic checkpoints, checkpoint0000.pth and so on."""
+    numbered = [path for path in folder.glob("checkpoint*.pth") if re.fullmatch(r"checkpoint\d{4,}\.pth", path.name)]
+    for path in sorted(numbered, key=lambda path: int(path.stem.removeprefix("checkpoint")))[:-keep_last]:
+        path.unlink()
 
 
 def refuse_other_run(earlier, args, may_change, path):

@@ -23,6 +23,8 @@ from utils import UserError
 
 DATASETS = ("folder", "cifar10", "imagenet100", "digits")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+MOST_PIXELS = 2**26  # 8192×8192: 200 MB to decode; --on_bad_image says what happens to a larger one
 IMAGENET100_CLASSES = Path(__file__).parent / "recipes" / "imagenet100_cmc.txt"
 
 
@@ -335,21 +337,35 @@ def read_image(path, least_side=None, upright=True):
     """Decode an image of any PIL mode to RGB, transparent parts on white.
 
     Args:
+        least_side: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as far as both sides keep that many pixels.
         upright: turn it by its EXIF tag.
 
-    16-bit grayscale is scaled to 8 bits. Of several frames the first is taken. A JPEG is decoded at 1/2, 1/4 or 1/8 of
-    its size, as far as both sides keep `least_side` pixels.
+    What decodes, and what counts as bad:
+
+    | file | outcome |
+    |---|---|
+    | grayscale, palette, bilevel, CMYK, with transparency | decodes |
+    | 16-bit grayscale | decodes, scaled to 8 bits |
+    | animated, or of several pages | decodes, the first |
+    | 1×1, 20,000×10 | decodes |
+    | with a broken EXIF block | decodes, not turned |
+    | with a broken ICC profile | decodes; profiles are not applied |
+    | truncated, empty, no image, damaged | bad |
+    | more than MOST_PIXELS by its header | bad, and not decoded |
+    | of another format than FORMATS, whatever its name | bad: some of Pillow's decoders start other programs |
 
     Raises:
-        UserError: the file cannot be decoded.
+        UserError: it is bad.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels are more than {MOST_PIXELS}")
             if least_side:
                 image.draft(None, (least_side, least_side))
             image.load()
             if upright:
-                image = ImageOps.exif_transpose(image)
+                image = _turned_upright(image)
             if image.mode.startswith("I"):
                 levels = np.asarray(image, np.int64)
                 return Image.fromarray((levels.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
@@ -359,9 +375,19 @@ def read_image(path, least_side=None, upright=True):
                 return Image.alpha_composite(white, image).convert("RGB")
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        raise UserError(
-            f"cannot read image {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path, error):
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(f"cannot read image {path}: {reason}")
+
+
+def _turned_upright(image):
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the block is broken, and the image is as good without it
+        return image
 
 
 def image_size(path):
@@ -371,10 +397,10 @@ def image_size(path):
         UserError: it has no such header.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.size
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"cannot read image {path}: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        raise _unreadable(path, error) from error
 
 
 def to_uint8(image):
@@ -405,6 +431,7 @@ class BatchOrder(Sampler):
 
     Attributes:
         epoch: of the next iteration.
+        first_step: of the next iteration, within the epoch; those before are left out.
         steps: in an epoch.
     """
 
@@ -413,14 +440,14 @@ class BatchOrder(Sampler):
         self.rank, self.world_size, self.seed = rank, world_size, seed
         step_size = batch_size * accum_steps * world_size
         self.steps = length // step_size if drop_last else -(-length // step_size)
-        self.epoch = 0
+        self.epoch = self.first_step = 0
 
     def __len__(self):
-        return self.steps * self.accum_steps
+        return (self.steps - self.first_step) * self.accum_steps
 
     def __iter__(self):
         samples = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        for i in range(self.steps):
+        for i in range(self.first_step, self.steps):
             for part in range(self.accum_steps):
                 start = ((i * self.world_size + self.rank) * self.accum_steps + part) * self.batch_size
                 yield self.epoch, self.epoch * self.steps + i, samples[start : start + self.batch_size].tolist()

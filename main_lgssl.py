@@ -6,9 +6,12 @@
 `--loss cls` is DINO. A run whose output folder holds a checkpoint goes on from it.
 """
 
+import datetime
+import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -26,14 +29,16 @@ import checkpoints
 import utils
 from augment import MultiCrop, normalize
 from datasets import DATASETS, BatchOrder, ResizeToTensor, build_dataset
+from health import WATCH_FROM, measure
 from losses import LOSSES, LocalGlobalLoss, teacher_temperature
 from patch_matching import RULES, batch_table, match_views
+from preemption import EXIT_CODE, StopRequest, ignore_signals
 from utils import UserError, bool_flag, cosine_schedule, number
 from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead, architecture
 
 # Arguments that may differ when a run goes on; any other would make it another run.
 MAY_CHANGE = "data_path download output_dir num_workers log_every saveckp_freq dist_url local_rank".split()
-MAY_CHANGE += ["grad_checkpointing", "compile"]
+MAY_CHANGE += "grad_checkpointing compile save_every_steps keep_last dist_timeout on_bad_image max_bad_images".split()
 
 
 def parse_arguments(argv=None):
@@ -96,12 +101,18 @@ def parse_arguments(argv=None):
     add("--data_path", help="folder of images, or of CIFAR-10")
     add("--classes", help="file with the class folders to use, one a line")
     add("--download", action="store_true", help="fetch CIFAR-10 where it is missing")
+    add("--on_bad_image", choices=("error", "skip"), default="error", help="an image that cannot be read ends the run, "
+        "or the next one takes its place")
+    add("--max_bad_images", type=share, default=0.01, help="largest share of such images with --on_bad_image skip")
     add("--output_dir", default=".", help="folder of checkpoints and logs")
     add("--saveckp_freq", type=whole, default=20, help="epochs between two checkpoints that are kept; 0 keeps the last")
+    add("--save_every_steps", type=whole, default=0, help="steps between two saves within an epoch; 0 saves at its end")
+    add("--keep_last", type=whole, default=0, help="how many of the checkpoints of --saveckp_freq to keep; 0 is all")
     add("--log_every", type=natural, default=10, help="steps between two lines of the log")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all random numbers")
     add("--num_workers", type=whole, default=min(10, os.cpu_count()), help="data-loading processes per process")
     add("--dist_url", default="env://", help="where the processes meet")
+    add("--dist_timeout", type=natural, default=600, help="seconds that a process waits for another")
     add("--local_rank", "--local-rank", type=int, help="ignored, as the environment says it")
     # fmt: on
     args = parser.parse_args(argv)
@@ -122,13 +133,21 @@ def parse_arguments(argv=None):
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
+    """Run to the end and return None, or until a signal stops the run early, which is saved, and return the signal."""
+    with StopRequest() as stop:
+        return pretrain(parse_arguments(argv), stop)
+
+
+def pretrain(args, stop):
     transform = ResizeToTensor(args.image_size)
     least_side = 2 * args.image_size or None  # twice what is needed, so that pixels change by less than a level
     dataset = build_dataset(args.dataset, args.data_path, "train", transform, args.classes, args.download, least_side)
     output_dir = Path(args.output_dir)
-    checkpoint = open_output(output_dir, vars(args))
-    rank, world_size, device = utils.init_distributed(args.dist_url)
+    path = output_dir / "checkpoint.pth"
+    checkpoint, found = open_output(output_dir, vars(args))
+    timeout = datetime.timedelta(seconds=args.dist_timeout)
+    rank, world_size, device = utils.init_distributed(args.dist_url, timeout)
+    stop.join(timeout)
     batch_size = args.batch_size_per_gpu * args.accum_steps * world_size
     if len(dataset) < batch_size:
         accumulated, or_fewer = "", ""
@@ -154,13 +173,15 @@ def main(argv=None):
     )
     rule = None if args.loss == "cls" else args.matching
     order = BatchOrder(len(dataset), args.batch_size_per_gpu, args.accum_steps, rank, world_size, args.seed)
+    skip_bad = args.on_bad_image == "skip"
     loader = DataLoader(
-        BatchesOfViews(dataset, multi_crop, args.patch_size, rule, rank),
+        BatchesOfViews(dataset, multi_crop, args.patch_size, rule, rank, skip_bad),
         sampler=order,
         batch_size=None,  # a key of the order is a whole batch
         num_workers=args.num_workers,
         pin_memory=device.type == "cuda",
         persistent_workers=args.num_workers > 0,
+        worker_init_fn=ignore_signals,
     )
 
     # Networks and optimizer. The teacher starts as a copy of the student.
@@ -182,17 +203,38 @@ def main(argv=None):
     scaling = {} if args.precision == "fp16" else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
     scaler = torch.amp.GradScaler(device.type, **scaling)
 
+    images = [len(dataset), fingerprint(dataset)]
     saved = {"student": student, "teacher": teacher, "optimizer": optimizer, "loss": loss_function, "scaler": scaler}
-    start_epoch = 0
+    meters = Meters(device, args.precision, int(args.max_bad_images * len(dataset) + 1e-6))
+    start_step = 0
     if checkpoint:
         if checkpoint["batch_size"] != batch_size:
             raise UserError(
-                f"{output_dir / 'checkpoint.pth'} was trained with {checkpoint['batch_size']} images a step, found "
-                f"{batch_size} on {world_size} processes: start as many processes as before"
+                f"{found} was trained with {checkpoint['batch_size']} images a step, found {batch_size} on "
+                f"{world_size} processes: start as many processes as before"
             )
-        for name, part in saved.items():
-            part.load_state_dict(checkpoint[name])
-        start_epoch = checkpoint["epoch"]
+        if checkpoint["images"] != images:
+            raise UserError(
+                f"{found} was trained on {checkpoint['images'][0]} images, found {images[0]}, or of other names: give "
+                "the same images, or another --output_dir"
+            )
+        try:
+            for name, part in saved.items():
+                part.load_state_dict(checkpoint[name])
+            start_step = int(checkpoint["step"])
+            meters.load_state_dict(checkpoint["meters"], rank)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{found} does not fit this run: {reason}; give another --output_dir") from error
+        weights = [*student.state_dict().values(), *teacher.state_dict().values(), loss_function.center]
+        if not all(value.isfinite().all() for value in weights):
+            raise UserError(f"{found} holds weights that are not finite: remove it, the one before is used")
+    refuse_different_starts(start_step, device)
+    if rank == 0:
+        if found == checkpoints.previous_path(path) and path.exists():
+            path.replace(path.with_name("checkpoint_unreadable.pth"))
+        for unfinished in output_dir.glob("checkpoint*.pth.tmp"):
+            unfinished.unlink()
     del checkpoint  # as large as networks and optimizer together
     student.backbone.set_grad_checkpointing(args.grad_checkpointing)
     if args.compile:
@@ -217,18 +259,46 @@ def main(argv=None):
 
     report = None
     if rank == 0:
-        (output_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-        report = utils.Report(output_dir, start_epoch, args.epochs, order.steps)
+        utils.write_text(json.dumps(vars(args), indent=2) + "\n", output_dir / "args.json")
+        report = utils.Report(output_dir, start_step, args.epochs, order.steps, min(warmup_steps, WATCH_FROM))
         millions = sum(p.numel() for p in student.backbone.parameters()) / 1e6
         print(
             f"{args.arch}/{args.patch_size} ({millions:.1f} M parameters), loss {args.loss}, {len(dataset)} images, "
             f"batch {batch_size} on {world_size} x {device.type} in {args.precision}, {order.steps} steps an epoch"
-            + (f"; going on after epoch {start_epoch}" if start_epoch else ""),
+            + (f"; going on after step {start_step} of {total_steps}" if start_step else ""),
             flush=True,
         )
-    for epoch in range(start_epoch, args.epochs):
-        order.epoch = epoch
-        means = train_one_epoch(
+
+    def save(step, *more_names):
+        """Save the state after `step` steps; for all processes to call."""
+        meters.stop_at_bad_step(trained)
+        if skip_bad:
+            meters.share_bad_images()
+        state = meters.state_dict()
+        if rank == 0:
+            report.sync()
+            contents = {name: part.state_dict() for name, part in saved.items()}
+            contents |= {"meters": state, "epoch": step // order.steps, "step": step}
+            contents |= {"batch_size": batch_size, "images": images, "args": vars(args)}
+            for name in more_names:  # before the one that a run goes on from
+                checkpoints.save(contents, output_dir / name)
+            checkpoints.save(contents, path, keep_previous=True)
+            if args.keep_last:
+                checkpoints.remove_old(output_dir, args.keep_last)
+
+    def after_step(step):
+        """Save where it is time, and return whether to leave the epoch. At its end it is left, and saved, anyway."""
+        stop.check()
+        if (step + 1) % order.steps == 0:
+            return False
+        if stop.agreed or (args.save_every_steps and (step + 1) % args.save_every_steps == 0):
+            save(step + 1)
+        return stop.agreed is not None
+
+    trained = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
+    for epoch in range(start_step // order.steps, args.epochs):
+        order.epoch, order.first_step = epoch, max(start_step - epoch * order.steps, 0)
+        whole = train_one_epoch(
             loader,
             epoch,
             ddp_student,
@@ -238,6 +308,8 @@ def main(argv=None):
             scaler,
             schedules,
             teacher_temperature(epoch, *temperature_schedule),
+            meters,
+            steps=order.steps - order.first_step,
             accum_steps=args.accum_steps,
             seed=args.seed,
             clip_grad=args.clip_grad,
@@ -246,22 +318,30 @@ def main(argv=None):
             device=device,
             log_every=args.log_every,
             report=report,
+            after_step=after_step,
         )
+        if not whole:
+            break  # saved
+        end = (epoch + 1) * order.steps
+        means = meters.epoch_means()
         if rank == 0:
-            step = (epoch + 1) * order.steps
             for name in ("lr", "wd"):
-                means[name] = sum(map(schedules[name], range(step - order.steps, step))) / order.steps
+                means[name] = sum(map(schedules[name], range(end - order.steps, end))) / order.steps
             report.epoch(epoch, means)
-            contents = {name: part.state_dict() for name, part in saved.items()}
-            contents |= {"epoch": epoch + 1, "step": step, "batch_size": batch_size, "args": vars(args)}
-            checkpoints.save(contents, output_dir / "checkpoint.pth")
-            if args.saveckp_freq and epoch % args.saveckp_freq == 0:
-                checkpoints.save(contents, output_dir / f"checkpoint{epoch:04}.pth")
+        save(end, *([f"checkpoint{epoch:04}.pth"] if args.saveckp_freq and epoch % args.saveckp_freq == 0 else []))
+        if end == total_steps:
+            stop.agreed = None  # too late: nothing is left to do
+        if stop.agreed:
+            break
     if rank == 0:
         report.close()
-        print(f"done: {output_dir / 'checkpoint.pth'}, {output_dir / 'log.txt'}", flush=True)
+        if stop.agreed:
+            print(f"stopped early, as asked: the same command goes on from {path}", flush=True)
+        else:
+            print(f"done: {path}, {output_dir / 'log.txt'}", flush=True)
     if world_size > 1:
         dist.destroy_process_group()
+    return stop.agreed
 
 
 def train_one_epoch(
@@ -274,7 +354,9 @@ def train_one_epoch(
     scaler,
     schedules,
     temperature,
+    meters,
     *,
+    steps,
     accum_steps,
     seed,
     clip_grad,
@@ -283,52 +365,63 @@ def train_one_epoch(
     device,
     log_every,
     report,
+    after_step,
 ):
-    """Train for one epoch.
+    """Train for one epoch, or for what is left of it.
 
     Args:
-        loader: gives (step, crops, table) from BatchesOfViews, `accum_steps` of them with the same step.
+        loader: gives (step, crops, table, bad) from BatchesOfViews, `accum_steps` of them with the same step.
         student: BackboneWithHead, bare or wrapped for several processes.
         schedules: functions of the step: "lr", "wd" and the EMA's "momentum".
         temperature: τ_t.
+        meters: Meters.
+        steps: how many to train.
         seed: the key of stochastic depth beside step, rank and the part of the step.
         freeze_last_layer: leave the prototypes as they are.
         log_every: steps between two reports; the last step of an epoch always reports. Between them the CPU does not
             wait for the device (with AdamW).
         report: utils.Report on rank 0, otherwise None.
+        after_step: called with the step when it is done; returns whether to leave the epoch.
 
     Returns:
-        means of the epoch over steps and processes: {"loss", "matched_patches"}
+        whether the epoch was trained to its end
 
     A step whose loss or gradient is not finite changes no weight of the student. The next report ends the run and names
     the first such step, before anything is saved; with fp16, whose scaler lowers its scale, only for the loss.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     teacher_parameters, student_parameters = list(teacher.parameters()), list(student.parameters())
+    trained = [name.removeprefix("module.") for name, p in student.named_parameters() if p.requires_grad]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    steps = len(loader) // accum_steps
-    epoch_sums = torch.zeros(2)  # loss, matched patches per pair of views
-    interval_loss, interval_matched, interval_steps = torch.zeros((), device=device), 0.0, 0
-    first_bad = torch.full((2,), math.inf, device=device)  # first step whose loss, or a gradient, is not finite
-    interval_start = time.perf_counter()
+    interval_start, interval_steps = time.perf_counter(), 0
     batches = iter(loader)
-    for _ in range(steps):
+    for remaining in reversed(range(steps)):
         earlier_mean_z = []
         for part in range(accum_steps):
-            step, crops, table = next(batches)
+            step, crops, table, bad = next_batch(batches)
+            meters.new_bad_images |= bad
+            reports = (step + 1) % log_every == 0 or remaining == 0
             seed_networks(seed, step, rank, part)
             last = part == accum_steps - 1
+            health = {} if reports and last else None
             with nullcontext() if last or world_size == 1 else student.no_sync():
                 with torch.autocast(device.type, dtype) if dtype else nullcontext():
                     loss = batch_loss(
-                        student, teacher, loss_function, crops, table, temperature, device, accum_steps, earlier_mean_z
+                        student,
+                        teacher,
+                        loss_function,
+                        crops,
+                        table,
+                        temperature,
+                        device,
+                        accum_steps,
+                        earlier_mean_z,
+                        health,
                     )
                 # A loss that is not finite makes all gradients so, on all processes.
                 scaler.scale(loss * torch.where(loss.isfinite(), 1.0, math.nan)).backward()
-            interval_loss += loss.detach()
             images, view_pairs = count_pairs(crops)
-            interval_matched += (len(table.image) / (images * view_pairs) - 1) / accum_steps
-        interval_steps += 1
+            meters.add(loss.detach(), (len(table.image) / (images * view_pairs) - 1) / accum_steps)
 
         scheduled = {name: schedule(step) for name, schedule in schedules.items()}
         for group in optimizer.param_groups:
@@ -339,50 +432,171 @@ def train_one_epoch(
         if freeze_last_layer:
             for parameter in getattr(student, "module", student).head.last_layer.parameters():
                 parameter.grad = None
-        bad_gradient = ~norms.isfinite().all() & (precision != "fp16")
-        bad = torch.stack([~interval_loss.isfinite(), bad_gradient])
-        first_bad = torch.minimum(first_bad, torch.where(bad, float(step), math.inf))
+        meters.end_step(step, norms)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_(teacher_parameters, student_parameters, 1 - scheduled["momentum"])
+        interval_steps += 1
 
-        if (step + 1) % log_every == 0 or (step + 1) % steps == 0:
-            stop_at_bad_step(first_bad)
-            sums = utils.all_reduce_mean(torch.stack([interval_loss, interval_loss.new_tensor(interval_matched)])).cpu()
-            epoch_sums += sums
+        if reports:
+            meters.stop_at_bad_step(trained)
+            values = meters.end_interval({**health, "grad_norm": norms.norm()})
             seconds = (time.perf_counter() - interval_start) / interval_steps
             if report:
-                loss, matched = (sums / interval_steps).tolist()
                 rate = images * accum_steps * world_size / seconds
-                report.interval(
-                    epoch,
-                    step,
-                    seconds,
-                    {
-                        "loss": loss,
-                        **scheduled,
-                        "teacher_temp": temperature,
-                        "matched_patches": matched,
-                        "images_per_s": rate,
-                    },
-                )
-            interval_loss.zero_()
-            interval_matched, interval_steps = 0.0, 0
-            interval_start = time.perf_counter()
-    loss, matched = (epoch_sums / steps).tolist()
-    return {"loss": loss, "matched_patches": matched}
+                values = {"loss": values.pop("loss"), **scheduled, "teacher_temp": temperature, **values}
+                report.interval(epoch, step, seconds, {**values, "images_per_s": rate})
+            interval_start, interval_steps = time.perf_counter(), 0
+        if after_step(step):
+            return False
+    return True
 
 
-def stop_at_bad_step(first_bad):
-    """Exit on all processes where one of them has seen a step with a loss or a gradient that is not finite."""
-    if dist.is_initialized():
-        dist.all_reduce(first_bad, dist.ReduceOp.MIN)
-    loss, gradient = first_bad.tolist()
-    if min(loss, gradient) < math.inf:
-        what = "the loss" if loss <= gradient else "a gradient"
-        sys.exit(f"error: {what} is not finite at step {min(loss, gradient):.0f}; the weights were not saved")
+def next_batch(batches):
+    """Return the next item of a loader's iterator; UserError where the process that made it has died."""
+    try:
+        return next(batches)
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise the next error in this one
+        raise UserError(f"{utils.DEAD_WORKER} ({type(error).__name__})") from error
+
+
+class Meters:
+    """What a process adds up between two reports, and from the reports of an epoch.
+
+    It is saved with a checkpoint, so that a run that goes on reports what an undisturbed one would.
+
+    Args:
+        device: where the losses are. Adding up does not wait for it.
+        precision: "fp16" may leave out steps.
+        most_bad_images: how many images that cannot be read are borne.
+    """
+
+    # fp16: the scaler halves its scale in each step that it leaves out; 2^16 is where it starts.
+    MOST_SKIPPED = 30
+
+    def __init__(self, device, precision, most_bad_images=0):
+        self.fp16, self.most_bad_images = precision == "fp16", most_bad_images
+        self.loss = torch.zeros((), device=device)  # sum since the last report
+        self.matched, self.steps = 0.0, 0
+        self.skipped = torch.zeros(2, device=device)  # steps since the last report; in a row
+        # The first step with a loss that is not finite, with such a gradient, and of which parameter
+        self.bad = torch.full((3,), math.inf, device=device)
+        self.epoch = {}  # name: (sum over steps of the epoch, their number)
+        self.bad_images = {}  # {sample: why it cannot be read}, of all processes
+        self.new_bad_images = {}  # of this one, since the last report
+
+    def add(self, loss, matched):
+        """Add the loss of a batch, or of a part of it, and the matched patches of a pair of views."""
+        self.loss += loss
+        self.matched += matched
+
+    def end_step(self, step, norms):
+        """Look for what is not finite: the loss, or one of the gradients with these norms."""
+        is_bad = ~norms.isfinite()
+        any_bad = is_bad.any()
+        self.skipped = torch.stack([self.skipped[0] + any_bad, (self.skipped[1] + 1) * any_bad])
+        here = torch.stack([~self.loss.isfinite(), any_bad & (not self.fp16)])
+        found = torch.where(here, float(step), math.inf)
+        parameter = torch.where(self.bad[1].isinf() & here[1], is_bad.float().argmax(), self.bad[2])
+        self.bad = torch.cat([torch.minimum(self.bad[:2], found), parameter[None]])
+        self.steps += 1
+
+    def stop_at_bad_step(self, parameters):
+        """Exit on all processes where one of them has seen a loss or a gradient that is not finite.
+
+        Args:
+            parameters: names of the parameters in the order of their norms.
+        """
+        state = torch.cat([self.bad, self.skipped[1:]])
+        everyones = [state]
+        if dist.is_initialized():
+            everyones = [torch.empty_like(state) for _ in range(dist.get_world_size())]
+            dist.all_gather(everyones, state)
+        everyones = torch.stack(everyones).tolist()
+        step, kind, rank = min((bad[kind], kind, rank) for rank, bad in enumerate(everyones) for kind in (0, 1))
+        if step < math.inf:
+            what = ("the loss", f"the gradient of {parameters[int(everyones[rank][2]) if kind else 0]}")[kind]
+            ranks = [rank for rank, bad in enumerate(everyones) if bad[kind] == step]
+            where = f" on rank {', '.join(map(str, ranks))}" if dist.is_initialized() else ""
+            sys.exit(f"error: {what} is not finite at step {step:.0f}{where}; the weights were not saved")
+        in_a_row = max(row[3] for row in everyones)
+        if self.fp16 and in_a_row >= self.MOST_SKIPPED:
+            sys.exit(
+                f"error: fp16 left out the last {in_a_row:.0f} steps, whose gradients were not finite at any scale; "
+                "the weights were not saved: take a lower --lr, or --precision bf16"
+            )
+
+    def end_interval(self, values):
+        """Return the means since the last report, over all processes; None for what is not finite.
+
+        Args:
+            values: further 0-d tensors, of the last step alone.
+        """
+        count = self.loss.new_tensor(self.steps)
+        values = {"loss": self.loss / count, "matched_patches": self.loss.new_tensor(self.matched) / count, **values}
+        if self.fp16:
+            values["skipped_share"] = self.skipped[0] / count
+        new = self.new_bad_images.keys() - self.bad_images.keys()
+        values["new_bad_images"] = self.loss.new_tensor(len(new))
+        means = utils.all_reduce_mean(torch.stack([value.float() for value in values.values()])).tolist()
+        means = {name: mean if math.isfinite(mean) else None for name, mean in zip(values, means, strict=True)}
+        if means.pop("new_bad_images"):
+            self.share_bad_images()
+        for name, mean in means.items():
+            if mean is not None:
+                total, steps = self.epoch.get(name, (0.0, 0))
+                self.epoch[name] = (total + mean * self.steps, steps + self.steps)
+        self.loss, self.skipped = torch.zeros_like(self.loss), self.skipped * self.skipped.new_tensor([0.0, 1.0])
+        self.matched, self.steps = 0.0, 0
+        return means
+
+    def share_bad_images(self):
+        """Tell all processes of the images that cannot be read.
+
+        Raises:
+            UserError: they are too many.
+        """
+        everyones = [self.new_bad_images]
+        if dist.is_initialized():
+            everyones = [None] * dist.get_world_size()
+            dist.all_gather_object(everyones, self.new_bad_images)
+        for i, why in sorted(item for bad in everyones for item in bad.items()):
+            if i not in self.bad_images and (not dist.is_initialized() or dist.get_rank() == 0):
+                utils.warn(f"{why}; the next image takes its place")
+            self.bad_images[i] = why
+        self.new_bad_images = {}
+        if len(self.bad_images) > self.most_bad_images:
+            raise UserError(
+                f"{len(self.bad_images)} images cannot be read, more than the {self.most_bad_images} that "
+                f"--max_bad_images allows; the first: {next(iter(self.bad_images.values()))}"
+            )
+
+    def epoch_means(self):
+        """Return the means over an epoch's reports, each counted by its steps, and begin the next epoch."""
+        means = {name: total / steps for name, (total, steps) in self.epoch.items()}
+        self.epoch = {}
+        return means
+
+    def state_dict(self):
+        """Return the state of all processes; for all of them to call."""
+        own = [self.loss, *self.skipped, self.loss.new_tensor(self.matched, dtype=torch.float64)]
+        own = torch.stack([x.double() for x in [*own, self.loss.new_tensor(self.steps)]])
+        everyones = [own]
+        if dist.is_initialized():
+            everyones = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+            dist.all_gather(everyones, own)
+        state = {"interval": torch.stack(everyones).cpu(), "epoch": dict(self.epoch)}
+        return {**state, "bad_images": dict(self.bad_images)}
+
+    def load_state_dict(self, state, rank):
+        """Take on the state that a process had."""
+        own = state["interval"][rank].to(self.loss.device)
+        self.loss, self.skipped = own[0].to(self.loss.dtype), own[1:3].to(self.skipped.dtype)
+        self.matched, self.steps = own[3].item(), int(own[4])
+        self.epoch, self.bad_images = dict(state["epoch"]), dict(state["bad_images"])
 
 
 def count_pairs(crops):
@@ -392,13 +606,25 @@ def count_pairs(crops):
     return images, 2 * (views - 1)
 
 
-def batch_loss(student, teacher, loss_function, crops, table, temperature, device, accum_steps=1, earlier_mean_z=None):
+def batch_loss(
+    student,
+    teacher,
+    loss_function,
+    crops,
+    table,
+    temperature,
+    device,
+    accum_steps=1,
+    earlier_mean_z=None,
+    health=None,
+):
     """Return the loss of a batch, or of one of the `accum_steps` parts of a larger one, whose losses add up to its.
 
     Args:
         crops, table: from BatchesOfViews.
         earlier_mean_z: list with the teacher's mean bottleneck vectors of the parts before, to which this part's are
             added. The last part moves the center.
+        health: dictionary to fill with what `health.measure` finds.
     """
     images, view_pairs = count_pairs(crops)
     crops = [normalize(crop.to(device, non_blocking=True)) for crop in crops]
@@ -416,6 +642,10 @@ def batch_loss(student, teacher, loss_function, crops, table, temperature, devic
     mean_zs.append(mean_z)
     student_z, *student_prototypes = student(crops, student_row)
 
+    if health is not None:
+        first_views = crops[0][:images]
+        tokens = (student_z, teacher_z, student_prototypes, teacher_prototypes)
+        health.update(measure(teacher, first_views, *tokens, table, loss_function, temperature))
     is_cls = table.teacher_position[table.teacher_idx] == 0
     weight = loss_function.weights(is_cls, table.run_length, images * accum_steps * view_pairs)
     return loss_function(
@@ -435,39 +665,49 @@ def batch_loss(student, teacher, loss_function, crops, table, temperature, devic
 class BatchesOfViews(Dataset):
     """Whole batches by their key (epoch, step, sample indices): the work of the data-loading processes.
 
-    An item is (step, crops, table): the pixels of the views, uint8, as one tensor [2B, 3, S, S] of the global and one
-    [LB, 3, s, s] of the local ones, view after view, and the MatchTable of their tokens. Few tensors, since each one
-    that a process hands over holds a file descriptor.
+    An item is (step, crops, table, bad): the pixels of the views, uint8, as one tensor [2B, 3, S, S] of the global and
+    one [LB, 3, s, s] of the local ones, view after view; the MatchTable of their tokens; and {sample: why it cannot be
+    read}. Few tensors, since each one that a process hands over holds a file descriptor.
 
     Args:
         dataset: gives (image uint8 [3, H, W], label).
         rule: of `match_views`; None matches CLS alone.
+        skip_bad: put the next sample that can be read in the place of one that cannot.
     """
 
-    def __init__(self, dataset, multi_crop, patch_size, rule, rank):
-        self.dataset, self.multi_crop, self.patch_size, self.rule, self.rank = (
-            dataset,
-            multi_crop,
-            patch_size,
-            rule,
-            rank,
-        )
+    MOST_IN_A_ROW = 100  # bad samples
+
+    def __init__(self, dataset, multi_crop, patch_size, rule, rank, skip_bad=False):
+        self.dataset, self.multi_crop, self.patch_size, self.rule = dataset, multi_crop, patch_size, rule
+        self.rank, self.skip_bad = rank, skip_bad
 
     def __getitem__(self, key):
-        views = self.views(key)
+        bad = {}
+        views = self.views(key, bad)
         grids = [(view.pixels.shape[-2] // self.patch_size, view.pixels.shape[-1] // self.patch_size) for view in views]
         boxes, flips = torch.stack([view.boxes for view in views]), torch.stack([view.flips for view in views])
         matches = match_views(boxes, flips, grids, rule=self.rule)
         _, step, indices = key
         table = batch_table(matches, len(indices), [1 + rows * columns for rows, columns in grids])
         crops = [torch.cat([view.pixels for view in part]) for part in (views[:2], views[2:]) if part]
-        return step, crops, table
+        return step, crops, table, bad
 
-    def views(self, key):
-        """Return the views of MultiCrop of a batch."""
+    def views(self, key, bad=None):
+        """Return the views of MultiCrop of a batch; `bad` gets the samples that cannot be read."""
         epoch, step, indices = key
-        images = [self.dataset[i][0] for i in indices]
+        images = [self.image(i, {} if bad is None else bad) for i in indices]
         return self.multi_crop(images, indices, epoch, step, self.rank)
+
+    def image(self, index, bad):
+        """Return the image of a sample; with `skip_bad` of the first one from there on that can be read."""
+        for i in range(index, index + self.MOST_IN_A_ROW):
+            try:
+                return self.dataset[i % len(self.dataset)][0]
+            except UserError as error:
+                if not self.skip_bad:
+                    raise
+                bad[i % len(self.dataset)] = str(error)
+        raise UserError(f"{self.MOST_IN_A_ROW} images in a row cannot be read; the last: {bad[i % len(self.dataset)]}")
 
 
 def compile_backbones(student, teacher, device):
@@ -516,7 +756,7 @@ def clip_each_gradient(parameters, max_norm):
 
 
 def open_output(output_dir, args):
-    """Make the output folder and return the checkpoint that it holds, or None.
+    """Make the output folder and return what `checkpoints.load_latest` finds in it.
 
     Raises:
         UserError: the folder cannot be written, or holds a run with other arguments.
@@ -527,13 +767,13 @@ def open_output(output_dir, args):
             pass
     except OSError as error:
         raise UserError(f"cannot write to --output_dir {output_dir}: {error.strerror}") from error
-    path = output_dir / "checkpoint.pth"
-    checkpoint = checkpoints.load_file(path) if path.exists() else None
+    checkpoint, found = checkpoints.load_latest(output_dir / "checkpoint.pth")
     earlier = output_dir / "args.json"
     if checkpoint:
-        if not {"student", "teacher", "optimizer", "loss", "scaler", "epoch", "batch_size", "args"} <= set(checkpoint):
-            raise UserError(f"{path} was not written by main_lgssl.py: give another --output_dir")
-        checkpoints.refuse_other_run(checkpoint["args"], args, MAY_CHANGE, path)
+        parts = "student teacher optimizer loss scaler meters epoch step batch_size images args".split()
+        if not set(parts) <= set(checkpoint):
+            raise UserError(f"{found} was not written by this version of main_lgssl.py: give another --output_dir")
+        checkpoints.refuse_other_run(checkpoint["args"], args, MAY_CHANGE, found)
     elif earlier.exists():
         try:
             earlier_args = dict(json.loads(earlier.read_text()))
@@ -542,9 +782,29 @@ def open_output(output_dir, args):
         checkpoints.refuse_other_run(earlier_args, args, MAY_CHANGE, earlier)
     elif (output_dir / "log.txt").exists() or (output_dir / "steps.jsonl").exists():
         raise UserError(f"{output_dir} holds logs but no run: move them, or give another --output_dir")
-    return checkpoint
+    return checkpoint, found
+
+
+def fingerprint(dataset):
+    """Return a hash of the names below its folder of a data set's images; of a data set without files, of nothing."""
+    names = [path.removeprefix(str(dataset.root)) for path in getattr(dataset, "paths", [])]
+    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
+
+
+def refuse_different_starts(step, device):
+    """Raise UserError where the processes go on from different steps."""
+    if not dist.is_initialized():
+        return
+    steps = [torch.zeros((), dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(steps, torch.tensor(step, device=device))
+    steps = sorted({int(other) for other in steps})
+    if len(steps) > 1:
+        found = f"the processes found checkpoints of different steps, {', '.join(map(str, steps))}"
+        raise UserError(f"{found}: --output_dir has to be one folder that all machines see")
 
 
 if __name__ == "__main__":
     with utils.one_line_errors():
-        main()
+        stopped = main()
+    # torchrun would start a process again that ends with another code than 0.
+    sys.exit(EXIT_CODE if stopped and "TORCHELASTIC_RUN_ID" not in os.environ else 0)

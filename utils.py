@@ -4,16 +4,24 @@ import argparse
 import contextlib
 import datetime
 import difflib
+import errno
 import json
 import math
+import multiprocessing
 import os
+import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+from health import CollapseWatch
+
+DEAD_WORKER = "a data-loading process died, most likely for want of memory: give fewer --num_workers"
 
 
 class UserError(Exception):
@@ -22,12 +30,23 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn a UserError, also one that a data-loading worker raised, into one line on stderr and exit code 2."""
+    """Turn a UserError, also one that a data-loading worker raised, into one line on stderr and exit code 2.
+
+    So does it with a full disk, the death of a data-loading process or of another rank, and a GPU without memory.
+    """
     try:
         yield
-    except UserError as error:
+    except Exception as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler could raise more when data loaders die
+        # They do not listen to SIGTERM, by which Python would end them, and for which it would wait.
+        for child in multiprocessing.active_children():
+            child.kill()
         # A worker's error arrives with the worker's traceback in its text; the message is the last line.
-        message = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+        message = _explain(error)
+        if isinstance(error, UserError):
+            message = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+        if message is None:
+            raise
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             # Another rank may be inside a collective, and a tidy shutdown would wait for it.
@@ -35,11 +54,32 @@ def one_line_errors():
         sys.exit(2)
 
 
+def _explain(error):
+    """Return what an error means for the user, in one line; None where it has to be looked into."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        return (
+            f"cannot write {error.filename or 'a file'}: {error.strerror}; make room, and start the same command again"
+        )
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the GPU's memory ran out: a smaller --batch_size_per_gpu with more --accum_steps, or --grad_checkpointing"
+        )
+    if text.startswith("DataLoader worker (pid"):
+        return f"{DEAD_WORKER} ({text})"
+    if dist.is_initialized() and (isinstance(error, dist.DistError) or re.search("gloo|[Cc]onnection", text)):
+        return f"rank {dist.get_rank()} waited for another process, which died or hangs: see its message ({text})"
+    return None
+
+
 # --- processes
 
 
-def init_distributed(dist_url="env://"):
+def init_distributed(dist_url="env://", timeout=None):
     """Join the process group that torchrun describes in the environment, or run alone.
+
+    Args:
+        timeout: how long a process waits for another, a timedelta; None is PyTorch's.
 
     Returns:
         (rank, world_size, device): the device is this process's GPU, or the CPU where there is none.
@@ -56,7 +96,20 @@ def init_distributed(dist_url="env://"):
         torch.cuda.set_device(device)
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=world_size)
+        meeting = {"init_method": dist_url}
+        try:
+            if dist_url == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                # Restarted processes meet at the store of torchrun's agent again, and must not find what the earlier
+                # ones left there: with torch 2.14 the meeting with "env://" mostly fails.
+                place, waiting = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), {}
+                if timeout is not None:
+                    waiting = {"timeout": timeout}
+                store = dist.TCPStore(*place, is_master=False, **waiting)
+                meeting = {"store": dist.PrefixStore(f"try{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)}
+            dist.init_process_group(backend, **meeting, timeout=timeout, rank=rank, world_size=world_size)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"rank {rank} did not meet the {world_size - 1} others: {reason}") from error
     return rank, world_size, device
 
 
@@ -182,15 +235,24 @@ class Report:
 
     `log.txt` has one line of JSON per epoch, as DINO's, `steps.jsonl` one per logging interval. The files of an earlier
     run are cut back to where this one goes on.
+
+    Args:
+        watch_from: step from which on a collapse is looked for; before, all outputs are alike anyway.
     """
 
-    def __init__(self, output_dir, start_epoch, epochs, steps_per_epoch):
+    def __init__(self, output_dir, start_step, epochs, steps_per_epoch, watch_from=0):
         from torch.utils.tensorboard import SummaryWriter  # takes a second, and one process needs it
 
         self.epochs, self.total_steps = epochs, epochs * steps_per_epoch
-        start_step = start_epoch * steps_per_epoch
-        self.epoch_log = _continue_log(output_dir / "log.txt", start_epoch)
-        self.step_log = _continue_log(output_dir / "steps.jsonl", start_epoch)
+        self.watch, self.watch_from = CollapseWatch(), watch_from
+        self.epoch_log, self.step_log = output_dir / "log.txt", output_dir / "steps.jsonl"
+        _cut_log(self.epoch_log, "epoch", start_step // steps_per_epoch)
+        _cut_log(self.step_log, "step", start_step)
+        for values in map(
+            _entry, self.step_log.read_text().splitlines(keepends=True) if self.step_log.exists() else []
+        ):
+            if values["step"] >= watch_from:
+                self.watch(values)  # has warned already
         self.board = SummaryWriter(output_dir / "tb", purge_step=start_step)
         self.bar = tqdm(total=self.total_steps, initial=start_step, unit="step", disable=not sys.stderr.isatty())
 
@@ -198,7 +260,8 @@ class Report:
         """Report the mean values since the last interval, `step` being its last step."""
         _append(self.step_log, {"epoch": epoch, "step": step, **values})
         for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+            if value is not None:
+                self.board.add_scalar(name, value, step)
         loss, rate = f"{values['loss']:.3f}", f"{values['images_per_s']:.0f}"
         if self.bar.disable:
             left = datetime.timedelta(seconds=round((self.total_steps - step - 1) * seconds_per_step))
@@ -208,22 +271,50 @@ class Report:
             self.bar.set_description(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
             self.bar.set_postfix({"loss": loss, "images/s": rate}, refresh=False)
             self.bar.update(step + 1 - self.bar.n)
+        for text in self.watch(values) if step >= self.watch_from else []:
+            warn(text)
 
     def epoch(self, epoch, values):
         """Report the means of an epoch."""
         _append(self.epoch_log, {**{f"train_{name}": value for name, value in values.items()}, "epoch": epoch})
+
+    def sync(self):
+        """Make sure that what was reported outlasts a failure of the machine, as a checkpoint does."""
+        for path in (self.epoch_log, self.step_log):
+            if path.exists():
+                with path.open("a") as file:
+                    os.fsync(file.fileno())
 
     def close(self):
         self.bar.close()
         self.board.close()
 
 
-def _continue_log(path, start_epoch):
-    """Drop the lines of a log from `start_epoch` on, and return its path."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["epoch"] < start_epoch]
-    path.write_text("".join(line + "\n" for line in kept))
-    return path
+def warn(text):
+    """Print a warning of one line, above the progress bar where there is one."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def _cut_log(path, key, end):
+    """Drop the lines of a log whose `key` is not below `end`, and what a process that was killed left of a line."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if _entry(line).get(key, end) < end]
+    if kept != lines:
+        write_text("".join(kept), path)
+
+
+def _entry(line):
+    try:
+        return dict(json.loads(line)) if line.endswith("\n") else {}
+    except (ValueError, TypeError):
+        return {}
+
+
+def write_text(text, path):
+    """Write a small file so that `path` is at every moment either the old or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def _append(path, entry):

@@ -251,6 +251,9 @@ def load_backbone(path, arch=None, patch_size=None, checkpoint_key="teacher", im
     if problems:
         shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise UserError(f"{path} does not fit {arch} with patch size {patch_size}: {shown}")
+    bad = [name for name in own if not state[name].isfinite().all()]
+    if bad:
+        raise UserError(f"{path} holds weights that are not finite: {bad[0]}")
     backbone.load_state_dict(state)
     reached = {name: contents[name] for name in ("epoch", "batch_size") if name in contents}
     return backbone.eval(), {**args, **reached}

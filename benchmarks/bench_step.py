@@ -24,7 +24,7 @@ import main_lgssl
 from augment import MultiCrop, normalize
 from benchmarks.machine import machine, memory_size, print_table
 from losses import LocalGlobalLoss
-from main_lgssl import BatchesOfViews, build_optimizer, train_one_epoch
+from main_lgssl import BatchesOfViews, Meters, build_optimizer, train_one_epoch
 from patch_matching import match_patches
 from utils import number
 from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead
@@ -122,39 +122,43 @@ def measure(arch, patch_size, batch_size, K, steps, loss, geometry="batch", chec
     multi_crop = MultiCrop(GLOBAL, LOCAL, local_number=VIEWS - 2, geometry=geometry)
     batches = BatchesOfViews(dataset, multi_crop, patch_size, None if loss == "cls" else "paper", 0)
     keys = [(0, step, list(range(batch_size))) for step in range(steps)]
-    loaders = [[batches[key]] for key in keys]
+    items = [batches[key] for key in keys]
     schedules = {"lr": lambda step: 1e-5, "wd": lambda step: 0.04, "momentum": lambda step: 0.996}
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
-    seconds = []
+    warm_up_and_steps = [0, *range(steps)]
+    if naive:
+        views = [batches.views(key) for key in keys]
+        functions = [naive_batch_loss(correspondences(part, patch_size), len(part)) for part in views]
+        order = (functions[i] for i in warm_up_and_steps)
+        main_lgssl.batch_loss = lambda *arguments: next(order)(*arguments)
+    times = []
     before = memory(device)["now"]
-    for i in [0, *range(steps)]:
-        if naive:
-            views = batches.views(keys[i])
-            main_lgssl.batch_loss = naive_batch_loss(correspondences(views, patch_size), len(views))
-        start = time.perf_counter()
-        train_one_epoch(
-            loaders[i],
-            0,
-            student,
-            teacher,
-            loss_function,
-            optimizer,
-            scaler,
-            schedules,
-            0.04,
-            accum_steps=1,
-            seed=0,
-            clip_grad=3.0,
-            freeze_last_layer=False,
-            precision="fp32",
-            device=device,
-            log_every=1,
-            report=None,
-        )
-        seconds.append(time.perf_counter() - start)
-    result = {"seconds": float(np.mean(seconds[1:])), "before": before, "peak": memory(device)["peak"]}
+    train_one_epoch(
+        [items[i] for i in warm_up_and_steps],
+        0,
+        student,
+        teacher,
+        loss_function,
+        optimizer,
+        scaler,
+        schedules,
+        0.04,
+        Meters(device, "fp32"),
+        steps=steps + 1,
+        accum_steps=1,
+        seed=0,
+        clip_grad=3.0,
+        freeze_last_layer=False,
+        precision="fp32",
+        device=device,
+        log_every=10,
+        report=None,
+        after_step=lambda step: times.append(synchronized_time(device)),
+    )
+    seconds = np.diff(times)
+    result = {"seconds": float(np.mean(seconds)), "before": before, "peak": memory(device)["peak"]}
     if loss == "mean" and not naive and geometry == "batch":
-        tables = [loader[0][2] for loader in loaders]
+        tables = [item[2] for item in items]
         result |= measure_loss(loss_function, student.head.prototypes(), tables, batch_size, device)
     return result
 
@@ -166,6 +170,13 @@ def memory(device):
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return {"now": now, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def synchronized_time(device):
+    """Return the time in seconds at which the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 # --- the naive side

@@ -15,7 +15,7 @@ def test_the_naive_side_computes_the_same_loss_and_gradients():
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     batches = BatchesOfViews([(image, 0) for image in images], MultiCrop(32, 16), 8, "paper", 0)
     key = (0, 0, [0, 1, 2])
-    _, crops, table = batches[key]
+    _, crops, table, _ = batches[key]
     student, teacher = (BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24)) for _ in range(2))
     naive = bench_step.naive_batch_loss(bench_step.correspondences(batches.views(key), 8), 3)
     results = []

@@ -1,4 +1,7 @@
+import io
 import pickle
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +85,56 @@ def test_truncated_image_is_named(tmp_path, photographs):
     (tmp_path / "i.jpg").write_bytes((tmp_path / "i.jpg").read_bytes()[:20000])
     with pytest.raises(UserError, match=r"i.jpg: .*truncated"):
         build_dataset("folder", tmp_path)[0]
+
+
+def png_header(width, height):
+    """Return a PNG that says it has so many pixels, and holds hardly any."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+
+
+def test_hostile_images_have_their_documented_outcome(tmp_path, gradient, monkeypatch):
+    """The table of read_image's docstring; what other tests here look at is left out."""
+    image = Image.fromarray(gradient)
+    other = Image.fromarray(255 - gradient)
+    image.save(tmp_path / "animated.gif", save_all=True, append_images=[other, other])
+    image.save(tmp_path / "animated.png", save_all=True, append_images=[other])
+    image.save(tmp_path / "pages.tif", save_all=True, append_images=[other])
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    image.save(tmp_path / "exif.jpg", quality=100, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x07garbage")
+    image.save(tmp_path / "icc.jpg", quality=100, icc_profile=b"no profile" * 99)
+    for path in tmp_path.iterdir():
+        read = np.asarray(read_image(path)).astype(int)
+        assert read.shape == (16, 24, 3)
+        assert np.abs(read - gradient).mean() < 8, path.name  # and not the other picture
+    for width, height in ((1, 1), (20000, 10)):
+        Image.new("RGB", (width, height), "red").save(tmp_path / "odd.png")
+        read = read_image(tmp_path / "odd.png")
+        assert (read.size, read.getpixel((0, 0))) == ((width, height), (255, 0, 0))
+        assert ResizeToTensor(32)(read)[:, 5, 5].tolist() == [255, 0, 0]
+
+    def bad(name, contents):
+        (tmp_path / name).write_bytes(contents)
+        with pytest.raises(UserError, match=f"cannot read image {tmp_path}/{name}: ") as error:
+            read_image(tmp_path / name)
+        assert len(str(error.value).splitlines()) == 1
+        return str(error.value)
+
+    assert "13000x13000 pixels are more than 67108864" in bad("bomb.png", png_header(13000, 13000))
+    bad("larger.png", png_header(60000, 60000))  # by Pillow's own limit
+    buffer = io.BytesIO()
+    image.save(buffer, "EPS")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("a program was started"))
+    bad("eps.jpg", buffer.getvalue())
+    for name, contents in {"empty.jpg": b"", "text.jpg": b"no image", "html.png": b"<html></html>"}.items():
+        bad(name, contents)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    bad("truncated.png", buffer.getvalue()[:60])
 
 
 def save(path, gradient):

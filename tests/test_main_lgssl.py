@@ -1,5 +1,9 @@
+import datetime
 import json
 import math
+import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -101,7 +105,7 @@ def test_batch_loss_gradient_and_center_equal_algorithm_1(photo_folder, loss, ge
     crop = MultiCrop(32, 16, local_scale=(0.05, 0.3), local_number=3, geometry=geometry)
     rule = None if loss[0] == "cls" else "paper"
     batches = BatchesOfViews(dataset, crop, 8, rule, 0)
-    views, (_, crops, table) = batches.views((0, 5, [3, 1, 8])), batches[0, 5, [3, 1, 8]]
+    views, (_, crops, table, _) = batches.views((0, 5, [3, 1, 8])), batches[0, 5, [3, 1, 8]]
     student, teacher = (BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24, hidden_dim=32)) for _ in range(2))
     function = LocalGlobalLoss(24, 16, *loss)
     function.center.normal_(std=0.1)
@@ -124,7 +128,7 @@ def test_views_do_not_depend_on_the_workers(photo_folder, geometry):
     keys = [(0, step, [step, 3, 7]) for step in range(4)]
     alone = [batches[key] for key in keys]
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=keys, num_workers=2)
-    for (step, crops, table), (other_step, other_crops, other_table) in zip(alone, loader, strict=True):
+    for (step, crops, table, _), (other_step, other_crops, other_table, _) in zip(alone, loader, strict=True):
         assert step == other_step
         assert all(torch.equal(a, b) for a, b in zip((*crops, *table), (*other_crops, *other_table), strict=True))
 
@@ -235,7 +239,7 @@ def test_accumulated_batches_equal_one_large_batch(photo_folder, tmp_path, monke
         torch.testing.assert_close(parts["student"][key], value, rtol=1e-2, atol=2e-4)
 
 
-@pytest.mark.parametrize("what", ["the loss", "a gradient"])
+@pytest.mark.parametrize("what", ["the loss", "the gradient of backbone.cls_token"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
 def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_report(
     photo_folder, tmp_path, monkeypatch, optimizer, what
@@ -336,10 +340,13 @@ def test_a_run_writes_what_others_read(photo_folder, tmp_path, capsys):
     checkpoint = train(photo_folder, tmp_path, "--epochs", 2, "--saveckp_freq", 1)
     assert set(checkpoint) == {
         *("student", "teacher", "optimizer", "loss", "scaler"),
-        *("epoch", "step", "batch_size", "args"),
+        *("meters", "epoch", "step", "batch_size", "images", "args"),
     }
     assert (checkpoint["epoch"], checkpoint["step"]) == (2, 6)
-    assert {p.name for p in tmp_path.glob("*.pth")} == {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth"}
+    assert {p.name for p in tmp_path.glob("*.pth")} == {
+        *("checkpoint.pth", "checkpoint_previous.pth"),
+        *("checkpoint0000.pth", "checkpoint0001.pth"),
+    }
     # As DINO's evaluation scripts strip the names.
     teacher = {k.replace("module.", "").replace("backbone.", ""): v for k, v in checkpoint["teacher"].items()}
     assert set(vit_micro(8).state_dict()) <= set(teacher)
@@ -376,18 +383,133 @@ def assert_same_state(a, b):
         assert all(torch.equal(state[k], b["optimizer"]["state"][key][k]) for k in state)
 
 
-def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(photo_folder, tmp_path):
-    whole = train(photo_folder, tmp_path / "whole", "--epochs", 3, "--saveckp_freq", 2)
-    part = tmp_path / "part"
-    train(photo_folder, part, "--epochs", 3, "--saveckp_freq", 1)
-    (part / "checkpoint0001.pth").replace(part / "checkpoint.pth")  # stopped after epoch 2; logs go further
-    with (part / "log.txt").open("a") as log:
-        log.write('{"train_loss": 1.0, "ep')
-    resumed = train(photo_folder, part, "--epochs", 3, "--saveckp_freq", 0, "--num_workers", 2)
-    assert_same_state(whole, resumed)
-    assert read(part / "log.txt") == read(tmp_path / "whole" / "log.txt")
-    timeless = [[{**e, "images_per_s": 0} for e in read(p / "steps.jsonl")] for p in (part, tmp_path / "whole")]
+def assert_same_run(a, b):
+    """Compare checkpoints and logs, all but the times, bit by bit."""
+    one, other = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (a, b))
+    assert_same_state(one, other)
+    assert read(a / "log.txt") == read(b / "log.txt")
+    timeless = [[{**e, "images_per_s": 0} for e in read(folder / "steps.jsonl")] for folder in (a, b)]
     assert timeless[0] == timeless[1]
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing that comes after a step is done."""
+
+
+SIX_STEPS = ("--epochs", 2, "--warmup_epochs", 0, "--lr", 0.05)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(photo_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(photo_folder, folder, *SIX_STEPS)
+    return folder
+
+
+@pytest.mark.parametrize("save_every", [1, 2])
+@pytest.mark.parametrize("step", range(6))
+def test_a_killed_run_ends_as_an_undisturbed_one(photo_folder, tmp_path, monkeypatch, undisturbed, step, save_every):
+    """Steps 1 and 3 lie between two reports, steps 2 and 5 are the last of an epoch."""
+    with monkeypatch.context() as patch:
+        calls = []
+
+        def check(self):
+            calls.append(1)
+            if len(calls) == step + 1:
+                raise Killed
+
+        patch.setattr(main_lgssl.StopRequest, "check", check)
+        with pytest.raises(Killed):
+            train(photo_folder, tmp_path, *SIX_STEPS, "--save_every_steps", save_every)
+    for name in ("log.txt", "steps.jsonl"):
+        with (tmp_path / name).open("a") as log:
+            log.write('{"train_loss": 1.0, "ep')  # half a line
+    train(photo_folder, tmp_path, *SIX_STEPS, "--save_every_steps", save_every, "--num_workers", step % 3)
+    assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
+def test_a_signal_ends_the_step_and_saves(photo_folder, tmp_path, monkeypatch, undisturbed, capsys, name):
+    original = main_lgssl.seed_networks
+    with monkeypatch.context() as patch:
+
+        def at_the_third_step(seed, step, rank, part):
+            if step == 3:
+                os.kill(os.getpid(), getattr(signal, name))
+            original(seed, step, rank, part)
+
+        patch.setattr(main_lgssl, "seed_networks", at_the_third_step)
+        earlier = signal.getsignal(getattr(signal, name))
+        assert train(photo_folder, tmp_path, *SIX_STEPS, "--log_every", 1)["step"] == 4
+        assert signal.getsignal(getattr(signal, name)) == earlier
+    assert "stopped early, as asked" in capsys.readouterr().out
+    assert [entry["step"] for entry in read(tmp_path / "steps.jsonl")] == [0, 1, 2, 3]
+    assert train(photo_folder, tmp_path, *SIX_STEPS, "--log_every", 1)["step"] == 6
+    assert_same_state(*(torch.load(f / "checkpoint.pth", weights_only=True) for f in (tmp_path, undisturbed)))
+
+
+def test_an_unreadable_checkpoint_is_replaced_by_the_one_before(photo_folder, tmp_path, undisturbed, capsys):
+    train(photo_folder, tmp_path, *SIX_STEPS)
+    newest = tmp_path / "checkpoint.pth"
+    newest.write_bytes(newest.read_bytes()[:10000])
+    train(photo_folder, tmp_path, *SIX_STEPS)
+    warning = f"warning: {newest} cannot be read as a checkpoint of tensors and plain values"
+    assert capsys.readouterr().err.startswith(warning)
+    assert_same_run(tmp_path, undisturbed)
+    assert len((tmp_path / "checkpoint_unreadable.pth").read_bytes()) == 10000  # nothing is lost
+
+
+def test_bad_images_end_the_run_or_are_replaced_by_the_next(photo_folder, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(8):
+        (data / f"{i}.jpg").symlink_to(photo_folder / f"train/china/{i % 6}.jpg")
+    (data / "3.jpg").unlink()
+    (data / "3.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match=f"cannot read image {data}/3.jpg"):
+        train(data, tmp_path / "error", "--epochs", 1)
+
+    skip = ("--epochs", 3, "--on_bad_image", "skip", "--max_bad_images", 0.2)
+    first = train(data, tmp_path / "skip", *skip)
+    assert capsys.readouterr().err.count("3.jpg: cannot identify image file") == 1  # and not in every epoch
+    assert list(first["meters"]["bad_images"]) == [3]
+    (data / "3.jpg").unlink()
+    (data / "3.jpg").symlink_to(photo_folder / "train/china/4.jpg")
+    assert_same_state(first, train(data, tmp_path / "next", *skip, "--num_workers", 2))
+    for name in ("5.jpg", "6.jpg"):
+        (data / name).unlink()
+        (data / name).touch()
+    message = r"2 images cannot be read, more than the 1 that --max_bad_images allows; the first: .*5.jpg"
+    with pytest.raises(UserError, match=message):
+        train(data, tmp_path / "many", *skip)
+
+
+def test_images_of_odd_shapes_train(tmp_path):
+    for i, size in enumerate([(1, 1), (20000, 10), (10, 5000), (3, 4)]):
+        Image.new("RGB", size, (50 * i, 9, 90)).save(tmp_path / f"{i}.png")
+    for loss in ("mean", "cls"):
+        train(tmp_path, tmp_path / loss, "--epochs", 1, "--loss", loss, *(("--image_size", 0) if loss == "cls" else ()))
+
+
+def test_few_periodic_checkpoints_are_kept(photo_folder, tmp_path):
+    (tmp_path / "checkpoint_mine.pth").touch()
+    train(photo_folder, tmp_path, "--epochs", 4, "--saveckp_freq", 1, "--keep_last", 2)
+    names = {"checkpoint.pth", "checkpoint_previous.pth", "checkpoint_mine.pth"}
+    assert {path.name for path in tmp_path.glob("*.pth")} == {*names, "checkpoint0002.pth", "checkpoint0003.pth"}
+
+
+def test_other_images_are_not_resumed(photo_folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(photo_folder / "train", data)
+    train(data, tmp_path / "run", "--epochs", 1)
+    data.rename(tmp_path / "moved")  # the same images elsewhere are the same
+    train(tmp_path / "moved", tmp_path / "run", "--epochs", 1)
+    (tmp_path / "moved/china/0.jpg").rename(tmp_path / "moved/china/9.jpg")
+    with pytest.raises(UserError, match="was trained on 12 images, found 12, or of other names"):
+        train(tmp_path / "moved", tmp_path / "run", "--epochs", 1)
+    (tmp_path / "moved/china/9.jpg").unlink()
+    with pytest.raises(UserError, match="was trained on 12 images, found 11"):
+        train(tmp_path / "moved", tmp_path / "run", "--epochs", 1)
 
 
 def test_another_total_batch_is_not_resumed(photo_folder, tmp_path):
@@ -423,7 +545,7 @@ def test_files_of_others_in_the_output_folder_are_kept(photo_folder, tmp_path):
 
 def test_a_checkpoint_of_another_program_is_not_overwritten(photo_folder, tmp_path):
     torch.save({"student": {}, "args": {}}, tmp_path / "checkpoint.pth")
-    with pytest.raises(UserError, match="was not written by main_lgssl.py"):
+    with pytest.raises(UserError, match="was not written by this version of main_lgssl.py"):
         train(photo_folder, tmp_path, "--epochs", 1)
 
 
@@ -468,7 +590,7 @@ def test_non_finite_gradient_never_reaches_a_checkpoint(photo_folder, tmp_path, 
         return loss
 
     monkeypatch.setattr(main_lgssl, "batch_loss", poisoned)
-    with pytest.raises(SystemExit, match="a gradient is not finite at step 5"):
+    with pytest.raises(SystemExit, match="the gradient of backbone.cls_token is not finite at step 5"):
         train(photo_folder, tmp_path, "--epochs", 3)
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert checkpoint["epoch"] == 1
@@ -524,6 +646,7 @@ def test_every_option_reaches_what_it_is_for(tmp_path, monkeypatch):
         "DINOHead",
         "BatchesOfViews",
         "BatchOrder",
+        "Meters",
         "teacher_temperature",
     ):
         record(attribute, attribute)
@@ -532,7 +655,12 @@ def test_every_option_reaches_what_it_is_for(tmp_path, monkeypatch):
         given["epoch"], given["schedules"] = named, arguments[7]
         raise Stop
 
+    def join(dist_url, timeout):
+        given["timeout"] = timeout
+        return 0, 1, torch.device("cpu")
+
     monkeypatch.setattr(main_lgssl, "train_one_epoch", epoch)
+    monkeypatch.setattr(main_lgssl.utils, "init_distributed", join)
     words = (
         "--dataset digits --loss lambda --lambda_cls 0.3 --matching nearest --geometry image --center shared --seed 7 "
         "--arch vit_micro --patch_size 4 --out_dim 30 --norm_last_layer false --use_bn_in_head false "
@@ -541,7 +669,7 @@ def test_every_option_reaches_what_it_is_for(tmp_path, monkeypatch):
         "--warmup_epochs 2 --weight_decay 0.1 --weight_decay_end 0.2 --clip_grad 1.5 --freeze_last_layer 2 "
         "--precision bf16 --accum_steps 2 --image_size 40 --global_crops_size 24 --local_crops_size 12 "
         "--global_crops_scale 0.5 0.9 --local_crops_scale 0.1 0.2 --local_crops_number 3 --flip_prob 0.2 "
-        "--num_workers 0 --log_every 5"
+        "--num_workers 0 --log_every 5 --on_bad_image skip --max_bad_images 0.5 --dist_timeout 77"
     )
     with pytest.raises(Stop):
         main_lgssl.main([*words.split(), "--output_dir", str(tmp_path)])
@@ -549,7 +677,9 @@ def test_every_option_reaches_what_it_is_for(tmp_path, monkeypatch):
     assert given["LocalGlobalLoss"] == (30, 36, "lambda", 0.3, "shared")
     assert given["DINOHead"] == (96, 30, False, False, 20)
     assert given["networks"] == [(4, 24, 0.25), (4, 24, 0.0)]  # the teacher has no stochastic depth
-    assert given["BatchesOfViews"][2:] == (4, "nearest", 0)
+    assert given["BatchesOfViews"][2:] == (4, "nearest", 0, True)
+    assert given["Meters"][1:] == ("bf16", 700)
+    assert given["timeout"] == datetime.timedelta(seconds=77)
     assert given["BatchesOfViews"][0][0][0].shape == (3, 40, 40)
     assert given["BatchOrder"] == (1400, 64, 2, 0, 1, 7)
     assert given["teacher_temperature"] == (0, 0.05, 0.06, 3)
