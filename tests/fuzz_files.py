@@ -1,0 +1,245 @@
+"""Read mutated checkpoints, pickles and images, and see that each is read or refused, and nothing is executed.
+
+    python tests/fuzz_files.py --count 2000
+
+A file may neither crash the process, nor take longer than ten seconds, nor raise anything but UserError, nor start a
+program, nor change the weights of a checkpoint unnoticed.
+"""
+
+import argparse
+import faulthandler
+import io
+import os
+import pickle
+import random
+import signal
+import sys
+import tempfile
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from checkpoints import load_file
+from datasets import read_image
+from plain_pickle import read_plain_pickle
+from utils import UserError
+from vision_transformer import load_backbone, vit_micro
+
+FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect")
+TOKENS = [
+    b"cos\nsystem\n(S'true'\ntR",
+    b"cbuiltins\neval\n(S'1'\ntR",
+    b"\x80\x04\x8c\x02os\x8c\x06system\x93",
+    b"\x00" * 64,
+]
+
+
+class Payload:
+    """Makes a program start, or a file appear, where it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.marker}",))
+
+
+class OtherPayload(Payload):
+    def __reduce__(self):
+        return (eval, (f"open({self.marker!r}, 'w')",))
+
+
+class Executed(BaseException):
+    """A file made the process do what reading does not need."""
+
+
+class Slow(BaseException):
+    """Reading took too long."""
+
+
+def seeds(folder):
+    """Return (kind, contents) of files that are whole, of all formats that are read."""
+    state = vit_micro(8, img_size=32).state_dict()
+    args = argparse.Namespace(arch="vit_micro", patch_size=8)
+    files = []
+    for contents in ({"teacher": state, "args": vars(args), "epoch": 3}, {"teacher": state, "args": args}, state):
+        buffer = io.BytesIO()
+        torch.save(contents, buffer)
+        files.append(("checkpoint", buffer.getvalue()))
+    buffer = io.BytesIO()
+    torch.save({"teacher": state, "lr": np.float64(0.1)}, buffer, _use_new_zipfile_serialization=False)
+    files.append(("old checkpoint", buffer.getvalue()))
+    gnd = [{"easy": np.arange(5), "hard": [1], "junk": np.array([], np.int64), "bbx": [0.0, 1.0, 2.0, 3.0]}]
+    for protocol in (0, 2, 4):
+        files.append(("pickle", pickle.dumps({"imlist": ["a", "b"], "gnd": gnd}, protocol)))
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[274] = 6
+    for form, options in {
+        "JPEG": {"exif": exif},
+        "PNG": {},
+        "GIF": {"save_all": True, "append_images": [image.rotate(90)]},
+        "BMP": {},
+        "TIFF": {"compression": "tiff_lzw"},
+        "WEBP": {},
+        "PPM": {},
+    }.items():
+        buffer = io.BytesIO()
+        image.save(buffer, form, **options)
+        files.append(("image", buffer.getvalue()))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(buffer, "PNG")
+    files.append(("image", buffer.getvalue()))
+    return files
+
+
+def mutated(rng, contents):
+    """Return a damaged copy: bytes changed, cut out, doubled, put in, or the file cut short."""
+    data = bytearray(contents)
+    for _ in range(rng.choice([1, 1, 2, 8, 64])):
+        # Headers and directories, at both ends, are hit as often as the rest.
+        reach = rng.choice([64, 1024, len(data)])
+        place = min(rng.randrange(reach), len(data) - 1)
+        place = rng.choice([place, len(data) - 1 - place])
+        match rng.randrange(6):
+            case 0:
+                data[place] ^= 1 << rng.randrange(8)
+            case 1:
+                data[place] = rng.choice([0, 1, 127, 128, 255])
+            case 2:
+                data[place : place + 4] = rng.choice([b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x00" * 4])
+            case 3:
+                del data[place : place + rng.choice([1, 16, 4096])]
+            case 4:
+                data[place:place] = data[place : place + rng.choice([1, 16, 4096])]
+            case 5:
+                data[place:place] = rng.choice(TOKENS)
+        if not data:
+            return b""
+    return bytes(data[: rng.randrange(len(data))] if rng.random() < 0.1 else data)
+
+
+def mutated_archive(rng, contents):
+    """Return a checkpoint whose inner pickle is damaged, with check sums that are right."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(contents)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for name in old.namelist():
+            part = old.read(name)
+            new.writestr(name, mutated(rng, part) if name.endswith("data.pkl") else part)
+    return buffer.getvalue()
+
+
+def hostile(rng, kind, contents, marker):
+    """Return a whole file of this kind that executes something where it is not read with care."""
+    payload = rng.choice([Payload, OtherPayload])(marker)
+    if kind == "pickle":
+        harmless = pickle.loads(contents)
+        harmless[rng.choice(["gnd", "more"])] = rng.choice([payload, [payload], {"easy": payload}])
+        return pickle.dumps(rng.choice([payload, harmless]), rng.randrange(6))
+    buffer = io.BytesIO()
+    whole = rng.choice([payload, {"args": payload}, {"teacher": {"weight": torch.zeros(3)}, "more": [payload]}])
+    torch.save(whole, buffer, _use_new_zipfile_serialization=kind == "checkpoint")
+    return buffer.getvalue()
+
+
+def read(kind, path, original):
+    """Read a file as its users do; return "read" or "refused"."""
+    try:
+        if kind == "image":
+            read_image(path, least_side=32).resize((8, 8))
+        elif kind.endswith("pickle"):
+            read_plain_pickle(path)
+        else:
+            load_file(path)
+            backbone, _ = load_backbone(path, "vit_micro", 8)
+            # The sums of an old checkpoint, and of a re-made archive, say nothing about its weights.
+            same = all(torch.equal(a, b) for a, b in zip(backbone.state_dict().values(), original, strict=True))
+            if kind == "checkpoint" and not same:
+                return "changed unnoticed"
+    except UserError as error:
+        return "refused" if len(str(error).splitlines()) == 1 else f"an error of several lines: {error}"
+    return "read"
+
+
+def batch(numbers, seed, files, folder):
+    """Read the files of these numbers in a process of their own, and return an exit code."""
+
+    def forbid(event, _):
+        if event.startswith(FORBIDDEN):
+            raise Executed(event)
+
+    def too_slow(*_):
+        raise Slow
+
+    original = list(vit_micro(8, img_size=32).state_dict().values())
+    signal.signal(signal.SIGALRM, too_slow)
+    faulthandler.dump_traceback_later(300, exit=True)  # where Python's handler cannot run
+    sys.addaudithook(forbid)
+    path = folder / "file"
+    for number in numbers:
+        rng = random.Random(f"{seed}-{number}")
+        kind, contents = rng.choice(files)
+        if kind != "image" and rng.random() < 0.2:
+            kind, damaged = f"hostile {kind}", hostile(rng, kind, contents, folder / "marker")
+        elif kind == "checkpoint" and rng.random() < 0.5:
+            kind, damaged = "archive", mutated_archive(rng, contents)
+        else:
+            damaged = mutated(rng, contents)
+        path.write_bytes(damaged)
+        (folder / "number").write_text(str(number))
+        signal.alarm(10)
+        try:
+            outcome = read(kind, path, original)
+            if kind.startswith("hostile") and outcome == "read":
+                outcome = "read as if it were harmless"
+            if (folder / "marker").exists():
+                raise Executed("a file appeared")
+        except BaseException as error:
+            outcome = f"{type(error).__name__}: {error}"
+        signal.alarm(0)
+        with (folder / "outcomes").open("a") as file:
+            file.write(f"{number}\t{kind}\t{outcome}\n")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=2000, help="number of files (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the damage (default: %(default)s)")
+    args = parser.parse_args(argv)
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files = seeds(folder)
+        for first in range(0, args.count, 100):
+            numbers = range(first, min(first + 100, args.count))
+            child = os.fork()
+            if child == 0:
+                torch.manual_seed(0)
+                batch(numbers, args.seed, files, folder)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            if status:
+                sys.exit(f"file {(folder / 'number').read_text()} of seed {args.seed} ended the process: {status}")
+        counts, bad = {}, []
+        for line in (folder / "outcomes").read_text().splitlines():
+            number, kind, outcome = line.split("\t", 2)
+            if outcome not in ("read", "refused"):
+                bad.append(f"file {number} of seed {args.seed}, {kind}: {outcome}")
+            counts[kind, outcome] = counts.get((kind, outcome), 0) + 1
+        for (kind, outcome), count in sorted(counts.items()):
+            print(f"{count:5} {kind}: {outcome}")
+        if bad:
+            sys.exit("\n".join(bad[:20]))
+        print(f"all {args.count} files were read or refused")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""What a run survives: kills, signals, full disks, dead processes. The promises of the README's "What survives"."""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from kill_and_resume import ROOT, fingerprint
+
+pytestmark = pytest.mark.slow
+
+# 87 steps an epoch of 16 images
+RUN = (
+    "main_lgssl.py --dataset digits --arch vit_micro --patch_size 8 --image_size 40 --global_crops_size 32 "
+    "--local_crops_size 16 --local_crops_number 2 --out_dim 24 --head_hidden_dim 32 --num_workers 1 --log_every 5 "
+    "--lr 0.05 --warmup_epochs 0 --epochs 2 --batch_size_per_gpu 8 --accum_steps 2 --save_every_steps 10"
+).split()
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+
+
+def torchrun(*options, endpoint="localhost:0"):
+    return [*TORCHRUN, "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", *options]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a run in the background, and kill what is left of it at the end."""
+    processes = []
+
+    def start(*words, folder, launcher=(sys.executable,), batch_size=None, **environment):
+        words = [*launcher, *RUN, "--output_dir", folder, *words]
+        if batch_size:
+            words += ["--batch_size_per_gpu", batch_size]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+        with (tmp_path / "output.txt").open("a") as output:
+            process = subprocess.Popen(
+                list(map(str, words)), cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True
+            )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_until(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run has ended"
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.02)
+
+
+def steps(folder):
+    path = folder / "steps.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def ranks(process):
+    """Return the process ids of the two ranks below torchrun, by rank."""
+    found = {}
+    for line in subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout.splitlines()[1:]:
+        pid, parent = map(int, line.split())
+        if parent == process.pid:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            found |= {int(e[5:]): pid for e in environment if e.startswith(b"RANK=")}
+    return found
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Return the folder of an undisturbed run of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    words = [*torchrun(), *RUN, "--batch_size_per_gpu", "4", "--output_dir", str(folder)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(words, cwd=ROOT, env=env, check=True, capture_output=True)
+    return folder
+
+
+def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(run_script):
+    output = run_script("tests/kill_and_resume.py", "--cycles", 4, timeout=600).stdout
+    assert "runs ended as the undisturbed one: {" in output.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])
+def test_a_signal_to_one_process_is_a_code_of_its_own_and_a_checkpoint(tmp_path, start, name):
+    process = start(folder=tmp_path / "run")
+    wait_until(lambda: len(steps(tmp_path / "run")) >= 2, process)
+    process.send_signal(getattr(signal, name))
+    assert process.wait(60) == 75
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
+    assert checkpoint["step"] % 10  # not one of --save_every_steps
+
+
+def script(tmp_path, text):
+    """Return the words that run main_lgssl.py after some lines of Python."""
+    path = tmp_path / "script.py"
+    path.write_text(
+        "import sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import main_lgssl, utils\n"
+        "original = main_lgssl.seed_networks\n"
+        f"{text}\n"
+        "main_lgssl.seed_networks = seed_networks\n"
+        "with utils.one_line_errors():\n"
+        "    main_lgssl.main(sys.argv[2:])\n"
+    )
+    return [sys.executable, str(path)]
+
+
+def test_ctrl_c_twice_ends_at_once(tmp_path, start):
+    """In a step that takes a minute."""
+    slow = "def seed_networks(seed, step, rank, part):\n    if step == 12: print('slow', flush=True); time.sleep(60)"
+    process = start(folder=tmp_path / "run", launcher=script(tmp_path, slow))
+    output = tmp_path / "output.txt"
+    wait_until(lambda: "slow" in output.read_text(), process)
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: "SIGINT: stopping after this step; Ctrl-C ends at once" in output.read_text(), process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == -signal.SIGINT
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unforeseen_error_ends_the_run(tmp_path, start, workers):
+    fail = "def seed_networks(seed, step, rank, part):\n    if step == 3: raise KeyError('unforeseen')"
+    process = start("--num_workers", workers, folder=tmp_path / "run", launcher=script(tmp_path, fail))
+    assert process.wait(60) == 1
+    assert "KeyError: 'unforeseen'" in (tmp_path / "output.txt").read_text()
+
+
+def test_sigterm_to_torchrun_stops_all_ranks_after_the_same_step(tmp_path, start, two_processes):
+    folder = tmp_path / "run"
+    process = start(folder=folder, launcher=torchrun(), batch_size=4)
+    wait_until(lambda: len(steps(folder)) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    stopped = torch.load(folder / "checkpoint.pth", weights_only=True)["step"]
+    assert "stopped early, as asked" in (tmp_path / "output.txt").read_text()
+    assert 15 <= stopped < 87
+    assert start(folder=folder, launcher=torchrun(), batch_size=4).wait(300) == 0
+    assert fingerprint(folder) == fingerprint(two_processes)
+
+
+def test_a_signal_to_one_rank_stops_both(tmp_path, start):
+    folder = tmp_path / "run"
+    process = start(folder=folder, launcher=torchrun("--max-restarts=0"), batch_size=4)
+    wait_until(lambda: len(steps(folder)) >= 2, process)
+    os.kill(ranks(process)[1], signal.SIGUSR2)
+    assert process.wait(60) == 0
+    assert torch.load(folder / "checkpoint.pth", weights_only=True)["step"] < 87
+
+
+def test_max_restarts_brings_a_run_with_a_killed_rank_back(tmp_path, start, two_processes):
+    folder = tmp_path / "run"
+    process = start(folder=folder, launcher=torchrun("--max-restarts=2"), batch_size=4)
+    for rank in (1, 0):
+        before = len(steps(folder))
+        wait_until(lambda before=before: len(steps(folder)) >= before + 4, process)
+        os.kill(ranks(process)[rank], signal.SIGKILL)
+        wait_until(lambda: "going on after step" in (tmp_path / "output.txt").read_text(), process)
+    assert process.wait(300) == 0
+    assert fingerprint(folder) == fingerprint(two_processes)
+
+
+def test_no_rank_waits_for_one_that_hangs(tmp_path, start):
+    folder = tmp_path / "run"
+    process = start("--dist_timeout", 8, folder=folder, launcher=torchrun("--max-restarts=0"), batch_size=4)
+    wait_until(lambda: len(steps(folder)) >= 2, process)
+    hanging = ranks(process)[1]
+    os.kill(hanging, signal.SIGSTOP)
+    began = time.monotonic()
+    message = "rank 0 waited for another process, which died or hangs"
+    wait_until(lambda: message in (tmp_path / "output.txt").read_text(), process, 40)
+    assert time.monotonic() - began < 30
+
+
+def test_two_machines(tmp_path, start, two_processes):
+    """Two agents on two loopback addresses, with one process each."""
+    folder = tmp_path / "run"
+    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_id=test"]
+    agents = [
+        start(
+            folder=folder,
+            launcher=torchrun(*options, f"--local_addr=127.0.0.{rank + 1}", endpoint="127.0.0.1:29519"),
+            batch_size=4,
+        )
+        for rank in range(2)
+    ]
+    assert [agent.wait(300) for agent in agents] == [0, 0]
+    assert fingerprint(folder) == fingerprint(two_processes)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_ends_with_a_line(tmp_path, start):
+    """A limit to the size of its files stands for the full disk."""
+    folder = tmp_path / "run"
+    process = start(folder=folder)
+    checkpoint = folder / "checkpoint.pth"
+    wait_until(checkpoint.exists, process)
+    half = checkpoint.stat().st_size // 2
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (half, half))
+    assert process.wait(60) == 2
+    last = (tmp_path / "output.txt").read_text().strip().splitlines()[-1]
+    assert last.startswith(f"main_lgssl.py: error: cannot save {checkpoint}: File too large; {checkpoint} of the last")
+    assert torch.load(checkpoint, weights_only=True)["step"] % 10 == 0
+    assert not (folder / "checkpoint.pth.tmp").exists()
+    assert start(folder=folder).wait(300) == 0
+    assert "going on after step" in (tmp_path / "output.txt").read_text()
+    assert torch.load(checkpoint, weights_only=True)["step"] == 174
+
+
+def test_no_room_for_the_smallest_file_is_one_line(tmp_path, start):
+    limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "-", sys.executable]  # 1 KiB, less than args.json
+    assert start(folder=tmp_path / "run", launcher=limited).wait(60) == 2
+    last = (tmp_path / "output.txt").read_text().strip().splitlines()[-1]
+    assert (
+        last == "main_lgssl.py: error: cannot write a file: File too large; make room, and start the same command again"
+    )
+
+
+def test_a_dead_data_loading_process_is_reported_as_that(tmp_path, start):
+    folder = tmp_path / "run"
+    process = start(folder=folder)
+    wait_until(lambda: len(steps(folder)) >= 2, process)
+    (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    assert process.wait(60) == 2
+    last = (tmp_path / "output.txt").read_text().strip().splitlines()[-1]
+    assert last.startswith("main_lgssl.py: error: a data-loading process died, most likely for want of memory")
+
+
+def test_mutated_files_are_read_or_refused(run_script):
+    assert "all 300 files were read or refused" in run_script("tests/fuzz_files.py", "--count", 300).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "reader"),
+    [
+        ("load_file", "lambda path: torch.load(path, weights_only=False)"),
+        ("read_plain_pickle", "lambda path: pickle.loads(path.read_bytes())"),
+    ],
+)
+def test_readers_that_execute_are_found_out(tmp_path, run_script, name, reader):
+    (tmp_path / "fuzz.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "import pickle, torch, fuzz_files\n"
+        f"fuzz_files.{name} = {reader}\n"
+        "fuzz_files.main(['--count', '100'])\n"
+    )
+    process = run_script(tmp_path / "fuzz.py", check=False)
+    assert process.returncode == 1
+    assert "Executed" in process.stderr
