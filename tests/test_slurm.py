@@ -1,0 +1,126 @@
+"""run_with_submitit.py on a real SLURM of this one machine, where it can be started, and without one."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from kill_and_resume import ROOT, fingerprint
+from test_faults import RUN, steps, torchrun
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = [*RUN[1:], "--batch_size_per_gpu", "4"]
+JOB = "--gpus_per_node 0 --tasks_per_node 2 --cpus_per_task 1 --timeout 60".split()
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """Start a SLURM, and return a function that runs one of its commands."""
+    missing = [name for name in ("sbatch", "srun", "slurmctld", "slurmd", "munged") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"no {missing[0]}: install slurm-wlm and munge")
+    if os.geteuid() != 0:
+        pytest.skip("SLURM's daemons need root")
+    folder = tmp_path_factory.mktemp("slurm")
+    script = ROOT / "tests/one_machine_slurm.sh"
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            started = subprocess.run([script, "start", folder], capture_output=True, text=True, timeout=90)
+            if started.returncode:
+                pytest.skip(f"SLURM does not start here: {started.stderr.strip()}")
+            patch.setenv("SLURM_CONF", started.stdout.strip())
+            yield lambda *words: subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        finally:
+            subprocess.run([script, "stop", folder], timeout=60)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    words = [*torchrun(), *RUN, "--batch_size_per_gpu", "4", "--output_dir", str(folder)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(words, cwd=ROOT, env=env, check=True, capture_output=True)
+    return folder
+
+
+def submit(folder, *more):
+    """Submit a run from another folder than the repository; return the job's number and its output folder."""
+    words = [sys.executable, ROOT / "run_with_submitit.py", *JOB, *OPTIONS, *more, "--output_dir", folder / "%j"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(list(map(str, words)), cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    job = re.search(r"^job (\d+), output in", process.stdout, re.MULTILINE)[1]
+    return job, folder / job
+
+
+def messages(folder):
+    return "\n".join(path.read_text() for path in sorted((folder.parent / "submitit").glob("*.err")))
+
+
+def wait_until(condition, folder, seconds=180):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"it takes too long: {messages(folder)}"
+        time.sleep(0.2)
+
+
+def state(slurm, job):
+    """Return a job's state in the queue, as PENDING or RUNNING; nothing once it has left it."""
+    return slurm("squeue", "--noheader", "--format=%T", f"--jobs={job}", "--states=all").strip()
+
+
+def test_a_job_of_two_tasks_runs_to_its_end(slurm, tmp_path, undisturbed):
+    job, folder = submit(tmp_path)
+    wait_until(lambda: state(slurm, job) not in ("PENDING", "RUNNING", "COMPLETING"), folder)
+    assert state(slurm, job) == "COMPLETED", messages(folder)
+    assert fingerprint(folder) == fingerprint(undisturbed)
+
+
+def test_a_preempted_job_is_requeued_and_ends_as_an_undisturbed_one(slurm, tmp_path, undisturbed):
+    job, folder = submit(tmp_path)
+    wait_until(lambda: len(steps(folder)) >= 4, folder)
+    slurm("scancel", "--signal=USR2", job)
+    wait_until(lambda: state(slurm, job) == "PENDING", folder)
+    stopped = torch.load(folder / "checkpoint.pth", weights_only=True)["step"]
+    assert 20 <= stopped < 174
+    slurm("scontrol", "update", f"jobid={job}", "StartTime=now")  # a requeued job is held for two minutes
+    wait_until(lambda: state(slurm, job) not in ("PENDING", "RUNNING", "COMPLETING"), folder)
+    assert state(slurm, job) == "COMPLETED", messages(folder)
+    assert f"going on after step {stopped} of 174" in (tmp_path / f"submitit/{job}_0_log.out").read_text()
+    assert fingerprint(folder) == fingerprint(undisturbed)
+
+
+def test_a_cancelled_job_saves_and_is_not_requeued(slurm, tmp_path):
+    job, folder = submit(tmp_path)
+    wait_until(lambda: len(steps(folder)) >= 2, folder)
+    slurm("scancel", job)
+    wait_until(lambda: state(slurm, job) not in ("RUNNING", "COMPLETING"), folder)
+    assert state(slurm, job) == "CANCELLED"
+    assert torch.load(folder / "checkpoint.pth", weights_only=True)["step"] % 10
+
+
+def test_it_runs_without_slurm(tmp_path, undisturbed):
+    _, folder = submit(tmp_path, "--cluster", "local")
+    assert fingerprint(folder) == fingerprint(undisturbed)
+    assert json.loads((folder / "args.json").read_text())["output_dir"] == str(folder)
+
+
+def test_bad_options_are_named_before_anything_is_submitted(tmp_path, run_script):
+    words = ["run_with_submitit.py", "--cluster", "local", "--output_dir", tmp_path / "o"]
+    for more, message in (
+        (["--epoch", 3], "unknown option --epoch; did you mean --epochs?"),
+        (["--gpus_per_node", 4, "--tasks_per_node", 2], "--tasks_per_node 2: expected one for each of the 4 GPUs"),
+    ):
+        process = run_script(*words, *more, check=False)
+        assert process.returncode == 2
+        assert message in process.stderr.splitlines()[-1]
+    assert not (tmp_path / "o").exists()
