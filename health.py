@@ -42,7 +42,8 @@ def measure(
 
     Args:
         teacher: BackboneWithHead.
-        crops: normalised pixels of the views, the first B being one global view of each image.
+        crops: normalised pixels [2B, 3, S, S] of the global views, the first B being one of each image. All of them go
+            through the backbone, as in the training: another size would be compiled anew.
         student_z, teacher_z, student_prototypes, teacher_prototypes: as `batch_loss` has them; prototypes are pairs
             (weights [K, D], scale [K]).
         table: MatchTable.
@@ -64,6 +65,7 @@ def measure(
     def logits(z, weights, scale):
         return z.float() @ weights.float().T * scale
 
+    features = F.normalize(teacher.backbone(crops)[: len(crops) // 2, 0].float())
     with torch.autocast(teacher_z.device.type, enabled=False):
         teacher_logits = logits(teacher_z[teacher_rows], *teacher_prototypes)
         log_t = F.log_softmax((teacher_logits - loss_function.center[0]) / temperature, dim=1)  # [≤ 2 SAMPLE, K]
@@ -75,7 +77,6 @@ def measure(
         information = -(mean_t * mean_t.clamp(min=1e-30).log()).sum() - entropy
         cross = -(t @ log_s.T)[teacher_of, student_of]
         kl = (cross - entropies[teacher_of]).mean()
-        features = F.normalize(teacher.backbone(crops)[:, 0].float())
     n = len(features)
     cosine = (features.sum(0).square().sum() - n) / (n * (n - 1)) if n > 1 else features.new_tensor(math.nan)
     return {

@@ -643,9 +643,8 @@ def batch_loss(
     student_z, *student_prototypes = student(crops, student_row)
 
     if health is not None:
-        first_views = crops[0][:images]
         tokens = (student_z, teacher_z, student_prototypes, teacher_prototypes)
-        health.update(measure(teacher, first_views, *tokens, table, loss_function, temperature))
+        health.update(measure(teacher, crops[0], *tokens, table, loss_function, temperature))
     is_cls = table.teacher_position[table.teacher_idx] == 0
     weight = loss_function.weights(is_cls, table.run_length, images * accum_steps * view_pairs)
     return loss_function(
