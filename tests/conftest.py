@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from digits_run import RUN, torchrun
 from PIL import Image, ImageEnhance, ImageFilter
 from sklearn.datasets import load_sample_image
 
@@ -133,6 +134,16 @@ def cifar10_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     return folder.parent
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory):
+    """Return the folder of an undisturbed run of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    words = [*torchrun(), *RUN, "--batch_size_per_gpu", "4", "--output_dir", str(folder)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(words, cwd=ROOT, env=env, check=True, capture_output=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """What a run survives: kills, signals, full disks, dead processes. The promises of the README's "What survives"."""
 
 import contextlib
-import json
 import os
 import resource
 import signal
@@ -12,23 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from kill_and_resume import ROOT, fingerprint
+from digits_run import ROOT, RUN, steps, torchrun
+from kill_and_resume import fingerprint
 
 pytestmark = pytest.mark.slow
-
-# 87 steps an epoch of 16 images
-RUN = (
-    "main_lgssl.py --dataset digits --arch vit_micro --patch_size 8 --image_size 40 --global_crops_size 32 "
-    "--local_crops_size 16 --local_crops_number 2 --out_dim 24 --head_hidden_dim 32 --num_workers 1 --log_every 5 "
-    "--lr 0.05 --warmup_epochs 0 --epochs 2 --batch_size_per_gpu 8 --accum_steps 2 --save_every_steps 10"
-).split()
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-
-
-def torchrun(*options, endpoint="localhost:0"):
-    return [*TORCHRUN, "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", *options]
 
 
 @pytest.fixture
@@ -63,11 +49,6 @@ def wait_until(condition, process, seconds=120):
         time.sleep(0.02)
 
 
-def steps(folder):
-    path = folder / "steps.jsonl"
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def ranks(process):
     """Return the process ids of the two ranks below torchrun, by rank."""
     found = {}
@@ -77,16 +58,6 @@ def ranks(process):
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             found |= {int(e[5:]): pid for e in environment if e.startswith(b"RANK=")}
     return found
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """Return the folder of an undisturbed run of two processes."""
-    folder = tmp_path_factory.mktemp("two")
-    words = [*torchrun(), *RUN, "--batch_size_per_gpu", "4", "--output_dir", str(folder)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(words, cwd=ROOT, env=env, check=True, capture_output=True)
-    return folder
 
 
 def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(run_script):

@@ -7,14 +7,11 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from kill_and_resume import ROOT, fingerprint
-from test_faults import RUN, steps, torchrun
+from digits_run import ROOT, RUN, steps
+from kill_and_resume import fingerprint
 
 pytestmark = pytest.mark.slow
 
@@ -43,15 +40,6 @@ def slurm(tmp_path_factory):
             subprocess.run([script, "stop", folder], timeout=60)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    words = [*torchrun(), *RUN, "--batch_size_per_gpu", "4", "--output_dir", str(folder)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(words, cwd=ROOT, env=env, check=True, capture_output=True)
-    return folder
-
-
 def submit(folder, *more):
     """Submit a run from another folder than the repository; return the job's number and its output folder."""
     words = [sys.executable, ROOT / "run_with_submitit.py", *JOB, *OPTIONS, *more, "--output_dir", folder / "%j"]
@@ -78,14 +66,14 @@ def state(slurm, job):
     return slurm("squeue", "--noheader", "--format=%T", f"--jobs={job}", "--states=all").strip()
 
 
-def test_a_job_of_two_tasks_runs_to_its_end(slurm, tmp_path, undisturbed):
+def test_a_job_of_two_tasks_runs_to_its_end(slurm, tmp_path, two_processes):
     job, folder = submit(tmp_path)
     wait_until(lambda: state(slurm, job) not in ("PENDING", "RUNNING", "COMPLETING"), folder)
     assert state(slurm, job) == "COMPLETED", messages(folder)
-    assert fingerprint(folder) == fingerprint(undisturbed)
+    assert fingerprint(folder) == fingerprint(two_processes)
 
 
-def test_a_preempted_job_is_requeued_and_ends_as_an_undisturbed_one(slurm, tmp_path, undisturbed):
+def test_a_preempted_job_is_requeued_and_ends_as_an_undisturbed_one(slurm, tmp_path, two_processes):
     job, folder = submit(tmp_path)
     wait_until(lambda: len(steps(folder)) >= 4, folder)
     slurm("scancel", "--signal=USR2", job)
@@ -96,7 +84,7 @@ def test_a_preempted_job_is_requeued_and_ends_as_an_undisturbed_one(slurm, tmp_p
     wait_until(lambda: state(slurm, job) not in ("PENDING", "RUNNING", "COMPLETING"), folder)
     assert state(slurm, job) == "COMPLETED", messages(folder)
     assert f"going on after step {stopped} of 174" in (tmp_path / f"submitit/{job}_0_log.out").read_text()
-    assert fingerprint(folder) == fingerprint(undisturbed)
+    assert fingerprint(folder) == fingerprint(two_processes)
 
 
 def test_a_cancelled_job_saves_and_is_not_requeued(slurm, tmp_path):
@@ -108,9 +96,9 @@ def test_a_cancelled_job_saves_and_is_not_requeued(slurm, tmp_path):
     assert torch.load(folder / "checkpoint.pth", weights_only=True)["step"] % 10
 
 
-def test_it_runs_without_slurm(tmp_path, undisturbed):
+def test_it_runs_without_slurm(tmp_path, two_processes):
     _, folder = submit(tmp_path, "--cluster", "local")
-    assert fingerprint(folder) == fingerprint(undisturbed)
+    assert fingerprint(folder) == fingerprint(two_processes)
     assert json.loads((folder / "args.json").read_text())["output_dir"] == str(folder)
 
 
