@@ -379,8 +379,7 @@ def read_image(path, least_side=None, upright=True):
 
 
 def _unreadable(path, error):
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UserError(f"cannot read image {path}: {reason}")
+    return UserError(f"cannot read image {path}: {utils.first_line(error)}")
 
 
 def _turned_upright(image):
@@ -465,11 +464,9 @@ def main(argv=None):
     lists = copydays_lists(args.imagenet, args.whitening, args.distractors, args.seed, args.classes)
     folder = Path(args.output_dir)
     for name, paths in zip(("whitening", "distractors"), lists, strict=True):
-        temporary = folder / f"{name}.txt.tmp"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text("".join(f"{path}\n" for path in paths))
-            temporary.replace(folder / f"{name}.txt")
+            utils.write_text("".join(f"{path}\n" for path in paths), folder / f"{name}.txt")
         except OSError as error:
             raise UserError(f"cannot write to --output_dir {folder}: {error.strerror}") from error
         print(f"{len(paths)} images in {folder / name}.txt", flush=True)

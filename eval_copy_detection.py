@@ -9,8 +9,6 @@ Distorted images look for their originals among the originals and distractors; t
 checkpoint.
 """
 
-import sys
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -103,7 +101,7 @@ def main(argv=None):
                 print(f"note: {name} has {len(paths)} images, the official one {size}", flush=True)
         if 0 < len(others["whitening"]) < 2 * backbone.embed_dim:
             found = f"{len(others['whitening'])} images do not span the {2 * backbone.embed_dim} dimensions"
-            print(f"warning: whitening: {found} of the features, give more", file=sys.stderr, flush=True)
+            utils.warn(f"whitening: {found} of the features, give more")
     transform = T.Compose([T.Resize((args.imsize, args.imsize), InterpolationMode.BICUBIC), to_pixels()])
     features = {}
     for name, paths in {**blocks, **others}.items():

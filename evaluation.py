@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from datasets import DATASETS, build_dataset
-from utils import UserError, number
+from utils import UserError, number, write_text
 from vision_transformer import ARCHITECTURES, architecture, load_backbone
 
 
@@ -153,9 +153,7 @@ def write_result(path, result, made_with, args):
     if path is None:
         return
     contents = {**result, "pretraining": made_with, "args": vars(args)}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(contents, indent=2, default=str) + "\n")
-    temporary.replace(path)
+    write_text(json.dumps(contents, indent=2, default=str) + "\n", path)
     print(f"written to {path}", flush=True)
 
 

@@ -98,8 +98,8 @@ class CollapseWatch:
     def __call__(self, values):
         """Return the warnings after a report with these values, one line each."""
         warnings = []
+        known = {key: math.nan if value is None else value for key, value in values.items()}
         for name, (is_sign, text) in COLLAPSES.items():
-            known = {key: math.nan if value is None else value for key, value in values.items()}
             self.counts[name] = self.counts[name] + 1 if is_sign(known) else 0
             if self.counts[name] == self.patience:
                 lasted = f"collapse: {name} in {self.patience} reports in a row"

@@ -208,27 +208,7 @@ def pretrain(args, stop):
     meters = Meters(device, args.precision, int(args.max_bad_images * len(dataset) + 1e-6))
     start_step = 0
     if checkpoint:
-        if checkpoint["batch_size"] != batch_size:
-            raise UserError(
-                f"{found} was trained with {checkpoint['batch_size']} images a step, found {batch_size} on "
-                f"{world_size} processes: start as many processes as before"
-            )
-        if checkpoint["images"] != images:
-            raise UserError(
-                f"{found} was trained on {checkpoint['images'][0]} images, found {images[0]}, or of other names: give "
-                "the same images, or another --output_dir"
-            )
-        try:
-            for name, part in saved.items():
-                part.load_state_dict(checkpoint[name])
-            start_step = int(checkpoint["step"])
-            meters.load_state_dict(checkpoint["meters"], rank)
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{found} does not fit this run: {reason}; give another --output_dir") from error
-        weights = [*student.state_dict().values(), *teacher.state_dict().values(), loss_function.center]
-        if not all(value.isfinite().all() for value in weights):
-            raise UserError(f"{found} holds weights that are not finite: remove it, the one before is used")
+        start_step = restore(checkpoint, found, saved, meters, batch_size, images, rank, world_size)
     refuse_different_starts(start_step, device)
     if rank == 0:
         if found == checkpoints.previous_path(path) and path.exists():
@@ -271,7 +251,7 @@ def pretrain(args, stop):
 
     def save(step, *more_names):
         """Save the state after `step` steps; for all processes to call."""
-        meters.stop_at_bad_step(trained)
+        meters.stop_at_bad_step(student)
         if skip_bad:
             meters.share_bad_images()
         state = meters.state_dict()
@@ -295,7 +275,6 @@ def pretrain(args, stop):
             save(step + 1)
         return stop.agreed is not None
 
-    trained = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
     for epoch in range(start_step // order.steps, args.epochs):
         order.epoch, order.first_step = epoch, max(start_step - epoch * order.steps, 0)
         whole = train_one_epoch(
@@ -391,7 +370,6 @@ def train_one_epoch(
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     teacher_parameters, student_parameters = list(teacher.parameters()), list(student.parameters())
-    trained = [name.removeprefix("module.") for name, p in student.named_parameters() if p.requires_grad]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     interval_start, interval_steps = time.perf_counter(), 0
     batches = iter(loader)
@@ -441,7 +419,7 @@ def train_one_epoch(
         interval_steps += 1
 
         if reports:
-            meters.stop_at_bad_step(trained)
+            meters.stop_at_bad_step(student)
             values = meters.end_interval({**health, "grad_norm": norms.norm()})
             seconds = (time.perf_counter() - interval_start) / interval_steps
             if report:
@@ -504,21 +482,19 @@ class Meters:
         self.bad = torch.cat([torch.minimum(self.bad[:2], found), parameter[None]])
         self.steps += 1
 
-    def stop_at_bad_step(self, parameters):
+    def stop_at_bad_step(self, network):
         """Exit on all processes where one of them has seen a loss or a gradient that is not finite.
 
         Args:
-            parameters: names of the parameters in the order of their norms.
+            network: whose gradients have the norms.
         """
-        state = torch.cat([self.bad, self.skipped[1:]])
-        everyones = [state]
-        if dist.is_initialized():
-            everyones = [torch.empty_like(state) for _ in range(dist.get_world_size())]
-            dist.all_gather(everyones, state)
-        everyones = torch.stack(everyones).tolist()
+        everyones = utils.all_gather(torch.cat([self.bad, self.skipped[1:]])).tolist()
         step, kind, rank = min((bad[kind], kind, rank) for rank, bad in enumerate(everyones) for kind in (0, 1))
         if step < math.inf:
-            what = ("the loss", f"the gradient of {parameters[int(everyones[rank][2]) if kind else 0]}")[kind]
+            what = "the loss"
+            if kind == 1:
+                trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+                what = f"the gradient of {trained[int(everyones[rank][2])].removeprefix('module.')}"
             ranks = [rank for rank, bad in enumerate(everyones) if bad[kind] == step]
             where = f" on rank {', '.join(map(str, ranks))}" if dist.is_initialized() else ""
             sys.exit(f"error: {what} is not finite at step {step:.0f}{where}; the weights were not saved")
@@ -584,12 +560,8 @@ class Meters:
         """Return the state of all processes; for all of them to call."""
         own = [self.loss, *self.skipped, self.loss.new_tensor(self.matched, dtype=torch.float64)]
         own = torch.stack([x.double() for x in [*own, self.loss.new_tensor(self.steps)]])
-        everyones = [own]
-        if dist.is_initialized():
-            everyones = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-            dist.all_gather(everyones, own)
-        state = {"interval": torch.stack(everyones).cpu(), "epoch": dict(self.epoch)}
-        return {**state, "bad_images": dict(self.bad_images)}
+        interval = utils.all_gather(own).cpu()
+        return {"interval": interval, "epoch": dict(self.epoch), "bad_images": dict(self.bad_images)}
 
     def load_state_dict(self, state, rank):
         """Take on the state that a process had."""
@@ -714,7 +686,7 @@ def compile_backbones(student, teacher, device):
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # of many kinds: a missing compiler, or one that fails
-        reason = str(error).strip().splitlines()[0]
+        reason = utils.first_line(error)
         raise UserError(f"--compile needs a compiler that works with torch.compile, found: {reason}") from error
     for network in (student, teacher):
         network.backbone.compile(dynamic=False)
@@ -784,6 +756,42 @@ def open_output(output_dir, args):
     return checkpoint, found
 
 
+def restore(checkpoint, found, saved, meters, batch_size, images, rank, world_size):
+    """Give the parts of a run the state of a checkpoint, and return the step from which it goes on.
+
+    Args:
+        found: the checkpoint's file, for messages.
+        saved: {name: part with a state}.
+        meters: Meters.
+        batch_size, images: total batch, and number and fingerprint of the images, which have to be the checkpoint's.
+
+    Raises:
+        UserError: it was trained otherwise, does not fit, or holds weights that are not finite.
+    """
+    if checkpoint["batch_size"] != batch_size:
+        raise UserError(
+            f"{found} was trained with {checkpoint['batch_size']} images a step, found {batch_size} on {world_size} "
+            "processes: start as many processes as before"
+        )
+    if checkpoint["images"] != images:
+        raise UserError(
+            f"{found} was trained on {checkpoint['images'][0]} images, found {images[0]}, or of other names: give the "
+            "same images, or another --output_dir"
+        )
+    try:
+        for name, part in saved.items():
+            part.load_state_dict(checkpoint[name])
+        start_step = int(checkpoint["step"])
+        meters.load_state_dict(checkpoint["meters"], rank)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = utils.first_line(error)
+        raise UserError(f"{found} does not fit this run: {reason}; give another --output_dir") from error
+    weights = [value for name in ("student", "teacher", "loss") for value in saved[name].state_dict().values()]
+    if not all(value.isfinite().all() for value in weights):
+        raise UserError(f"{found} holds weights that are not finite: remove it, the one before is used")
+    return start_step
+
+
 def fingerprint(dataset):
     """Return a hash of the names below its folder of a data set's images; of a data set without files, of nothing."""
     names = [path.removeprefix(str(dataset.root)) for path in getattr(dataset, "paths", [])]
@@ -792,11 +800,7 @@ def fingerprint(dataset):
 
 def refuse_different_starts(step, device):
     """Raise UserError where the processes go on from different steps."""
-    if not dist.is_initialized():
-        return
-    steps = [torch.zeros((), dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(steps, torch.tensor(step, device=device))
-    steps = sorted({int(other) for other in steps})
+    steps = sorted(set(utils.all_gather(torch.tensor(step, device=device)).tolist()))
     if len(steps) > 1:
         found = f"the processes found checkpoints of different steps, {', '.join(map(str, steps))}"
         raise UserError(f"{found}: --output_dir has to be one folder that all machines see")

@@ -54,9 +54,15 @@ def one_line_errors():
         sys.exit(2)
 
 
+def first_line(error):
+    """Return the first line of an error's message, or its kind where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def _explain(error):
     """Return what an error means for the user, in one line; None where it has to be looked into."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    text = first_line(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         return (
             f"cannot write {error.filename or 'a file'}: {error.strerror}; make room, and start the same command again"
@@ -108,8 +114,7 @@ def init_distributed(dist_url="env://", timeout=None):
                 meeting = {"store": dist.PrefixStore(f"try{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)}
             dist.init_process_group(backend, **meeting, timeout=timeout, rank=rank, world_size=world_size)
         except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"rank {rank} did not meet the {world_size - 1} others: {reason}") from error
+            raise UserError(f"rank {rank} did not meet the {world_size - 1} others: {first_line(error)}") from error
     return rank, world_size, device
 
 
@@ -119,6 +124,15 @@ def all_reduce_mean(tensor):
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor
+
+
+def all_gather(tensor):
+    """Return the tensors [world_size, ...] of all processes, which are of one shape."""
+    if not dist.is_initialized():
+        return tensor[None]
+    everyones = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyones, tensor)
+    return torch.stack(everyones)
 
 
 # --- schedules
@@ -247,10 +261,7 @@ class Report:
         self.watch, self.watch_from = CollapseWatch(), watch_from
         self.epoch_log, self.step_log = output_dir / "log.txt", output_dir / "steps.jsonl"
         _cut_log(self.epoch_log, "epoch", start_step // steps_per_epoch)
-        _cut_log(self.step_log, "step", start_step)
-        for values in map(
-            _entry, self.step_log.read_text().splitlines(keepends=True) if self.step_log.exists() else []
-        ):
+        for values in _cut_log(self.step_log, "step", start_step):
             if values["step"] >= watch_from:
                 self.watch(values)  # has warned already
         self.board = SummaryWriter(output_dir / "tb", purge_step=start_step)
@@ -296,11 +307,16 @@ def warn(text):
 
 
 def _cut_log(path, key, end):
-    """Drop the lines of a log whose `key` is not below `end`, and what a process that was killed left of a line."""
+    """Drop the lines of a log whose `key` is not below `end`, and what a process that was killed left of a line.
+
+    Returns:
+        the entries that are left
+    """
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if _entry(line).get(key, end) < end]
-    if kept != lines:
-        write_text("".join(kept), path)
+    kept = [(line, entry) for line in lines if (entry := _entry(line)).get(key, end) < end]
+    if len(kept) < len(lines):
+        write_text("".join(line for line, _ in kept), path)
+    return [entry for _, entry in kept]
 
 
 def _entry(line):
