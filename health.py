@@ -17,9 +17,9 @@ WATCH_FROM = 2000  # step; before, and in the warm-up, outputs are alike anyway
 COLLAPSES = {
     "uniform outputs": (
         lambda v: v["entropy_share"] > 0.99,
-        "the teacher's outputs for CLS have {entropy_share:.1%} of the largest entropy, ln K, and DINO's loss stays at "
-        "it. Usual cures: a lower --warmup_teacher_temp and --teacher_temp, a lower --momentum_teacher for small data, "
-        "another --lr, --use_bn_in_head true",
+        "the teacher's outputs for CLS have {entropy_share:.1%} of the largest entropy, ln K. DINO's loss stays at it; "
+        "the other losses may go on learning by patches. Usual cures: a lower --warmup_teacher_temp and "
+        "--teacher_temp, a lower --momentum_teacher for small data, another --lr, --use_bn_in_head true",
     ),
     "one output for all images": (
         lambda v: v["entropy_share"] <= 0.99 and v["output_information"] < 0.05,
