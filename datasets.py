@@ -1,4 +1,4 @@
-"""Where images come from: folders, CIFAR-10, ImageNet subsets, the built-in digits, Copydays, revisited Oxford/Paris.
+"""Where images come from: folders, CIFAR-10, ImageNet subsets, built-in digits and photographs, Copydays, Oxford/Paris.
 
 Every data set gives (image, label): the image as PIL RGB, or what `transform` makes of it; the label as an int, -1
 where there is none.
@@ -8,6 +8,7 @@ where there is none.
 writes the two lists of images that copy detection needs, see `copydays_lists`.
 """
 
+import importlib
 import os
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import utils
 from plain_pickle import read_plain_pickle
 from utils import UserError
 
-DATASETS = ("folder", "cifar10", "imagenet100", "digits")
+DATASETS = ("folder", "cifar10", "imagenet100", "digits", "photographs")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 MOST_PIXELS = 2**26  # 8192×8192: 200 MB to decode; --on_bad_image says what happens to a larger one
@@ -36,6 +37,7 @@ def build_dataset(name, data_path=None, split="train", transform=None, classes=N
             "imagenet100", the same restricted to a list of classes;
             "cifar10", torchvision's CIFAR-10 in `data_path`;
             "digits", scikit-learn's 1,797 scanned digits of 8×8 pixels, 1,400 for training and 397 for validation.
+            "photographs", cuttings of photographs that scikit-learn and scikit-image ship.
         data_path: the folder. Where it has the subfolders `train` and `val`, the one that `split` names is read.
         split: "train" or "val".
         transform: applied to the PIL image.
@@ -48,6 +50,8 @@ def build_dataset(name, data_path=None, split="train", transform=None, classes=N
     """
     if name == "digits":
         return Digits(split, transform)
+    if name == "photographs":
+        return Photographs(split, transform)
     if data_path is None:
         raise UserError(f"--dataset {name} needs --data_path, the folder of the images")
     if name == "cifar10":
@@ -118,6 +122,67 @@ class Digits(Dataset):
 
     def __getitem__(self, index):
         image = Image.fromarray(self.images[index]).convert("RGB")
+        return (self.transform(image) if self.transform else image), self.labels[index]
+
+
+# Those of scikit-image's are in its wheel; nothing is fetched.
+PHOTOGRAPHS = {
+    "sklearn.datasets": ("images/china.jpg", "images/flower.jpg"),
+    "skimage.data": (
+        "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png "
+        "hubble_deep_field.jpg moon.png motorcycle_left.png retina.jpg rocket.jpg"
+    ).split(),
+}
+
+
+def photographs():
+    """Return the paths of the photographs that scikit-learn and scikit-image ship, by name.
+
+    Raises:
+        UserError: scikit-image is not installed, or lacks one.
+    """
+    paths = {}
+    for package, names in PHOTOGRAPHS.items():
+        try:
+            folder = Path(importlib.import_module(package).__file__).parent
+        except ImportError as error:
+            raise UserError("--dataset photographs needs scikit-image: pip install scikit-image") from error
+        paths |= {Path(name).stem: folder / name for name in names}
+    missing = [str(path) for path in paths.values() if not path.is_file()]
+    if missing:
+        raise UserError(f"scikit-image lacks {missing[0]}: pip install --upgrade scikit-image")
+    return paths
+
+
+class Photographs(Dataset):
+    """Square cuttings of 15 photographs, the label being the photograph: something to learn from without a download.
+
+    A photograph is brought to a shorter side of 320 pixels, a cutting has 128. Those for training lie anywhere but in
+    the last 128 columns, those for validation there.
+    """
+
+    SIDE, CUTTINGS = 128, {"train": 100, "val": 20}  # of a photograph
+
+    def __init__(self, split="train", transform=None):
+        self.transform, self.images, self.classes, self.labels = transform, [], [], []
+        for label, (name, path) in enumerate(sorted(photographs().items())):
+            image = read_image(path)
+            scale = 320 / min(image.size)
+            image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+            count, last = self.CUTTINGS[split], image.width - self.SIDE
+            rng = np.random.default_rng((label, split == "val"))
+            lefts = [last] * count if split == "val" else rng.integers(last - self.SIDE + 1, size=count)
+            tops = rng.integers(image.height - self.SIDE + 1, size=count)
+            for left, top in zip(map(int, lefts), map(int, tops), strict=True):
+                self.images.append(image.crop((left, top, left + self.SIDE, top + self.SIDE)))
+            self.classes.append(name)
+            self.labels += [label] * count
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image = self.images[index]
         return (self.transform(image) if self.transform else image), self.labels[index]
 
 

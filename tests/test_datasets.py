@@ -1,6 +1,7 @@
 import io
 import pickle
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -287,3 +288,36 @@ def test_lists_for_copy_detection_are_disjoint_and_without_the_classes(tmp_path,
     assert {path.parent.name for path in whitening | distractors} == {"n1", "n3"}
     with pytest.raises(UserError, match="has 40 images outside the classes of .*, expected at least 45"):
         datasets.main([*words, "20"])
+
+
+# --- photographs
+
+
+def test_photographs_are_those_of_scikit_learn_and_scikit_image():
+    train, val = (build_dataset("photographs", split=split) for split in ("train", "val"))
+    assert train.classes == val.classes
+    assert {"china", "flower", "chelsea"} < set(train.classes)
+    for part, each in ((train, 100), (val, 20)):
+        assert np.bincount(part.labels).tolist() == [each] * 15
+        assert {part[i][0].size for i in range(len(part))} == {(128, 128)}
+
+
+def test_cuttings_for_validation_do_not_overlap_the_others(tmp_path, monkeypatch):
+    x = np.broadcast_to(np.arange(500), (320, 500))
+    for name in "ab":
+        Image.fromarray(np.stack([x // 2, x % 2, 0 * x], -1).astype(np.uint8)).save(tmp_path / f"{name}.png")
+    monkeypatch.setattr(datasets, "photographs", lambda: {name: tmp_path / f"{name}.png" for name in "ba"})
+    columns = {}
+    for split in ("train", "val"):
+        part = build_dataset("photographs", split=split, transform=np.asarray)
+        assert part.classes == ["a", "b"]
+        columns[split] = [2 * image[0, :, 0].astype(int) + image[0, :, 1] for image, _ in part]
+        assert all((np.diff(own) == 1).all() for own in columns[split])
+    assert min(map(min, columns["train"])) < 20
+    assert 340 < max(map(max, columns["train"])) < 372 == min(map(min, columns["val"]))
+
+
+def test_photographs_need_scikit_image(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage.data", None)
+    with pytest.raises(UserError, match="needs scikit-image: pip install scikit-image"):
+        build_dataset("photographs")
