@@ -1,25 +1,68 @@
-"""Every picture that is drawn. Nothing here needs a display."""
+"""Every picture that is drawn. Nothing here needs a display.
 
+Figures are 7 inches wide, two columns of a paper, and their smallest text has 6 points; `save` writes PNG and PDF.
+"""
+
+import os
 from pathlib import Path
 
+import cv2
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import ConnectionPatch, Rectangle
 from matplotlib.patheffects import withStroke
 
 import augment
 from datasets import read_image, to_uint8
+from utils import UserError, first_line
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 TEACHER, STUDENT, OVERLAP = "#E69F00", "#0072B2", "#009E73"
+WRONG = "#D55E00"
+COLOURS = (STUDENT, TEACHER, OVERLAP, "#CC79A7", "#56B4E9", WRONG, "#F0E442", "#000000")
+MARKERS = "o^sDvP*X"
+
+SUFFIXES = (".png", ".pdf")
+WIDTH = 7.0  # inches
 
 
-def example_photograph():
-    """Return the path of a photograph that scikit-learn ships, 640×427 pixels."""
+def example_photographs():
+    """Return the paths of the two photographs that scikit-learn ships, 640×427 pixels each."""
     import sklearn.datasets
 
-    return Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
+    folder = Path(sklearn.datasets.__file__).parent / "images"
+    return [folder / "china.jpg", folder / "flower.jpg"]
+
+
+def check_outputs(paths):
+    """Check, before long work, that `save` will be able to write these files.
+
+    Raises:
+        UserError: another suffix than SUFFIXES, or the folder cannot be made or written.
+    """
+    for path in map(Path, paths):
+        if path.suffix.lower() not in SUFFIXES:
+            raise UserError(f"cannot write {path}: expected a name that ends in {' or '.join(SUFFIXES)}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder of {path}: {error.strerror}") from error
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UserError(f"cannot write {path}: give a place that can be written")
+
+
+def save(figure, paths):
+    """Write a figure to one or more files, whose suffixes say the format.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    for path in paths:
+        try:
+            figure.savefig(path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {first_line(error)}") from error
 
 
 def draw_two_crops(path, sizes, scales, seed):
@@ -102,4 +145,312 @@ def draw_matches(image, crops, boxes, flips, patch_size, idx_a, idx_b):
         axis.set_title(f"{name}, {side}×{side}" + (", mirrored" if flip else ""), fontsize=9)
     for axis in axes:
         axis.set(xticks=[], yticks=[])
+    return figure
+
+
+def bare(axis, title=None):
+    """Leave an axis without ticks."""
+    axis.set(xticks=[], yticks=[])
+    if title is not None:
+        axis.set_title(title, fontsize=8)
+
+
+# --- pictures of tokens, as arrays
+
+
+def enlarge(cells, patch_size):
+    """Repeat every cell of an array [rows, columns, ...] so often that it covers its patch."""
+    return cells.repeat(patch_size, 0).repeat(patch_size, 1)
+
+
+def heat_map(values, patch_size):
+    """Turn an attention map [rows, columns] into colours, uint8 [H, W, 3], scaled to its largest value."""
+    colours = colormaps["inferno"](values / max(values.max(), 1e-12))[..., :3]
+    return enlarge((255 * colours).round().astype(np.uint8), patch_size)
+
+
+def tint_patches(image, tokens, columns, patch_size):
+    """Tint patches of an image, the n-th of them in the n-th of n colours.
+
+    Args:
+        image: uint8 [H, W, 3].
+        tokens: n token numbers, patches counting from 1.
+        columns: patches in a row.
+    """
+    tint, share = np.zeros((*image.shape[:2], 3)), np.zeros((*image.shape[:2], 1))
+    colours = 255 * colormaps["turbo"](np.linspace(0.05, 0.95, max(len(tokens), 1)))[:, :3]
+    for token, colour in zip(tokens, colours, strict=False):
+        row, column = divmod(int(token) - 1, columns)
+        cell = slice(row * patch_size, (row + 1) * patch_size), slice(column * patch_size, (column + 1) * patch_size)
+        tint[cell], share[cell] = colour, 0.6
+    return (image * (1 - share) + tint * share).round().astype(np.uint8)
+
+
+def tile(rows, side=160, gap=4):
+    """Lay out pictures in rows, each brought to the height `side`, on white: one picture uint8 [H, W, 3].
+
+    Small ones keep hard edges, large ones are averaged.
+    """
+    lines = []
+    for row in rows:
+        line = []
+        for picture in row:
+            size = (max(round(picture.shape[1] * side / picture.shape[0]), 1), side)
+            how = cv2.INTER_NEAREST if side >= picture.shape[0] else cv2.INTER_AREA
+            picture = cv2.resize(picture, size, interpolation=how)
+            line.append(np.pad(picture, ((0, gap), (0, gap), (0, 0)), constant_values=255))
+        lines.append(np.concatenate(line, 1))
+    width = max(line.shape[1] for line in lines)
+    lines = [np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0)), constant_values=255) for line in lines]
+    return np.concatenate(lines)
+
+
+# --- figures of a network
+
+
+def draw_attention(images, attentions, masks, names, patch_size, threshold):
+    """Draw what the CLS token attends to, head by head (as DINO's figures).
+
+    Args:
+        images: uint8 [H, W, 3] each.
+        attentions: [heads, rows, columns] each, of CLS to the patches.
+        masks: booleans of the same shape: the patches that hold most of the attention.
+        names: of the images.
+        threshold: share of the attention that the masks keep, for the title.
+
+    Returns:
+        matplotlib Figure. Above, the attention, each map scaled to its largest value; below, the image where the mask
+        is, and dimmed elsewhere. The last column has the mean over heads, with a mask of its own.
+    """
+    per_row = 7
+    blocks = []  # (image number, panels of a pair of rows)
+    for i, attention in enumerate(attentions):
+        panels = [None, *range(len(attention))]
+        blocks += [(i, panels[start : start + per_row]) for start in range(0, len(panels), per_row)]
+    columns = min(per_row, max(len(panels) for _, panels in blocks))
+    ratios = [image.shape[0] / image.shape[1] for image in images]
+    side = WIDTH / columns
+    height = sum(2 * side * ratios[i] + 0.22 for i, _ in blocks) + 0.25
+    figure = Figure(figsize=(WIDTH, height), dpi=200, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, hspace=0.0, wspace=0.0)
+    heights = [ratios[i] for i, _ in blocks for _ in ("above", "below")]
+    axes = figure.subplots(2 * len(blocks), columns, squeeze=False, height_ratios=heights)
+    for axis in axes.flat:
+        axis.axis("off")
+    for (i, panels), above, below in zip(blocks, axes[::2], axes[1::2], strict=True):
+        image, attention = images[i], attentions[i]
+        names_of_heads = [f"head {head + 1}" for head in range(len(attention) - 1)] + ["mean"]
+        for panel, up, down in zip(panels, above, below, strict=False):
+            if panel is None:
+                up.imshow(image)
+                up.set_title(names[i], fontsize=8)
+                text = f"{threshold:.0%} of the\nattention"
+                down.text(0.5, 0.5, text, fontsize=8, ha="center", va="center", transform=down.transAxes)
+                continue
+            up.imshow(heat_map(attention[panel], patch_size))
+            up.set_title(names_of_heads[panel], fontsize=8)
+            mask = enlarge(masks[i][panel], patch_size)[..., None]
+            down.imshow(np.where(mask, image, 255 - (255 - image) // 5))
+    figure.suptitle("Attention of CLS in the last block", fontsize=9)
+    return figure
+
+
+def draw_features(images, colours, names, patch_size, explained):
+    """Draw images above their patch features as colours.
+
+    Args:
+        images: uint8 [H, W, 3] each.
+        colours: uint8 [rows, columns, 3] each, the first three principal components.
+        explained: share of the variance in these components, [3].
+
+    Returns:
+        matplotlib Figure of two rows of panels, up to four images side by side
+    """
+    columns = min(len(images), 4)
+    lines = -(-len(images) // columns)
+    ratio = max(image.shape[0] / image.shape[1] for image in images)
+    height = lines * (2 * WIDTH / columns * ratio + 0.2) + 0.25
+    figure = Figure(figsize=(WIDTH, height), dpi=200, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, hspace=0.0, wspace=0.0)
+    axes = figure.subplots(2 * lines, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for i, (image, colour, name) in enumerate(zip(images, colours, names, strict=True)):
+        line, column = divmod(i, columns)
+        axes[2 * line, column].imshow(image)
+        axes[2 * line, column].set_title(name, fontsize=8)
+        axes[2 * line + 1, column].imshow(enlarge(colour, patch_size))
+    shares = ", ".join(f"{share:.0%}" for share in explained)
+    title = "Patch features: first three principal components as red, green, blue"
+    figure.suptitle(f"{title} ({shares} of the variance)", fontsize=9)
+    return figure
+
+
+def draw_correspondences(image, crops, boxes, flips, patch_size, idx_a, idx_b, found_a, agrees):
+    """Draw the matches of two crops that geometry gives beside those that the features of a network find.
+
+    Args:
+        image, crops, boxes, flips, patch_size: as `draw_matches`.
+        idx_a, idx_b: [n] matched patches, counting from 1, without CLS.
+        found_a: [n] the teacher's patch nearest in feature space to each of idx_b.
+        agrees: booleans [n], whether it is the same.
+
+    Returns:
+        matplotlib Figure of the image with the two boxes, the geometric pairs, and the pairs by features, each with the
+        teacher's crop above the student's and a line for each pair.
+    """
+    figure = Figure(figsize=(WIDTH, 4.1), dpi=200, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.02, hspace=0.06, wspace=0.02)
+    grid = figure.add_gridspec(2, 3, width_ratios=[1.25, 1, 1])
+    whole = figure.add_subplot(grid[:, 0])
+    whole.imshow(image)
+    names = ("teacher’s crop", "student’s crop")
+    for box, name, colour in zip(boxes, names, (TEACHER, STUDENT), strict=True):
+        top, left, height, width = box
+        whole.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=colour, linewidth=2, label=name))
+    bare(whole, "Image")
+    whole.legend(loc="upper center", bbox_to_anchor=(0.5, -0.03), fontsize=8, frameon=False)
+    right = np.asarray(agrees, bool)
+    titles = ("By geometry", f"By features: {right.mean():.0%} agree" if len(right) else "By features")
+    for column, (title, tokens_a, colours) in enumerate(
+        (
+            (titles[0], idx_a, [STUDENT] * len(idx_a)),
+            (titles[1], found_a, [STUDENT if agree else WRONG for agree in right]),
+        ),
+        start=1,
+    ):
+        axes = [figure.add_subplot(grid[row, column]) for row in (0, 1)]
+        for axis, crop, flip, name, colour in zip(axes, crops, flips, names, (TEACHER, STUDENT), strict=True):
+            axis.imshow(crop)
+            bare(axis)
+            for spine in axis.spines.values():
+                spine.set(color=colour, linewidth=2)
+            if column == 1:
+                axis.set_ylabel(name + (", mirrored" if flip else ""), fontsize=8)
+        axes[0].set_title(title, fontsize=8)
+        centres = [
+            [_centre(token, crop.shape[1] // patch_size, patch_size) for token in tokens]
+            for crop, tokens in zip(crops, (tokens_a, idx_b), strict=True)
+        ]
+        for a, b, colour in zip(*centres, colours, strict=True):
+            style = {"color": colour, "linewidth": 0.8, "alpha": 0.9}
+            line = ConnectionPatch(a, b, "data", "data", axesA=axes[0], axesB=axes[1], **style)
+            figure.add_artist(line)
+            for axis, point in zip(axes, (a, b), strict=True):
+                axis.plot(*point, "o", color=colour, markersize=2.5, markeredgecolor="white", markeredgewidth=0.3)
+    if not right.all():
+        handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in (STUDENT, WRONG)]
+        labels = ["the same patch as by geometry", "another patch"]
+        figure.legend(handles, labels, loc="outside lower right", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def _centre(token, columns, patch_size):
+    """Return (x, y) of the middle of a patch, in pixels of the crop."""
+    row, column = divmod(int(token) - 1, columns)
+    return (column + 0.5) * patch_size - 0.5, (row + 0.5) * patch_size - 0.5
+
+
+def draw_image_neighbours(query, images, similarities, names):
+    """Draw a query and its nearest images, the nearest first.
+
+    Args:
+        query: uint8 [H, W, 3].
+        images: the same, each of its own size.
+        similarities: their cosines.
+        names: of the images, or classes.
+
+    Returns:
+        matplotlib Figure, up to six panels in a row
+    """
+    columns = min(len(images) + 1, 6)
+    rows = -(-(len(images) + 1) // columns)
+    figure = Figure(figsize=(WIDTH, rows * (WIDTH / columns + 0.4) + 0.3), dpi=200, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(images) + 1 :]:
+        axis.axis("off")
+    axes[0].imshow(query)
+    bare(axes[0], "query")
+    for spine in axes[0].spines.values():
+        spine.set(color=TEACHER, linewidth=2)
+    for axis, image, similarity, name in zip(axes[1:], images, similarities, names, strict=False):
+        axis.imshow(image)
+        bare(axis, f"{name}\n{similarity:.2f}")
+    figure.suptitle("Nearest images by the cosine of CLS", fontsize=9)
+    return figure
+
+
+def draw_patch_neighbours(images, similarities, patch, nearest, names, patch_size):
+    """Draw where the patches are that resemble one patch.
+
+    Args:
+        images: uint8 [H, W, 3] each, the first holding the query.
+        similarities: [rows, columns] each, cosines of all patches with the query.
+        patch: (row, column) of the query.
+        nearest: k triples (image, row, column), the most similar first.
+        names: of the images.
+
+    Returns:
+        matplotlib Figure: the images with the query and the numbered neighbours above, all cosines below
+    """
+    columns = len(images)
+    ratio = max(image.shape[0] / image.shape[1] for image in images)
+    height = 2 * WIDTH / max(columns, 2) * ratio + 0.9
+    figure = Figure(figsize=(WIDTH, height), dpi=200, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0.0, wspace=0.0)
+    axes = figure.subplots(2, columns, squeeze=False)
+    shown, negative = None, min(similarity.min() for similarity in similarities) < 0
+    for axis, below, image, similarity, name in zip(*axes, images, similarities, names, strict=True):
+        axis.imshow(image)
+        bare(axis, name)
+        shown = below.imshow(enlarge(similarity, patch_size), cmap="cividis", vmin=-1 if negative else 0, vmax=1)
+        bare(below)
+    for number, (i, row, column) in enumerate(nearest, start=1):
+        _frame(axes[0, i], row, column, patch_size, STUDENT, str(number))
+    for axis in axes[:, 0]:
+        _frame(axis, *patch, patch_size, WRONG)
+    bar = figure.colorbar(shown, ax=axes, location="bottom", fraction=0.04, aspect=50, pad=0.01)
+    bar.set_label("cosine with the query’s patch features (red frame)", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    figure.suptitle(f"The {len(nearest)} nearest patches (numbered)", fontsize=9)
+    return figure
+
+
+def _frame(axis, row, column, patch_size, colour, text=None):
+    corner = (column * patch_size - 0.5, row * patch_size - 0.5)
+    axis.add_patch(Rectangle(corner, patch_size, patch_size, fill=False, edgecolor=colour, linewidth=1.5))
+    if text is not None:
+        outline = [withStroke(linewidth=1.5, foreground="black")]
+        place = (corner[0] + patch_size / 2, corner[1] + patch_size / 2)
+        axis.annotate(text, place, color="white", fontsize=6, ha="center", va="center", path_effects=outline)
+
+
+MOST_CLASSES = 24  # in the legend of a map
+
+
+def draw_map(points, labels, classes, title):
+    """Draw labelled points in the plane; colour and marker say the class.
+
+    Args:
+        points: [n, 2].
+        labels: ints [n], places in `classes`.
+        classes: names. The legend has the MOST_CLASSES largest ones.
+
+    Returns:
+        matplotlib Figure
+    """
+    figure = Figure(figsize=(WIDTH, 4.6), dpi=200, layout="constrained")
+    axis = figure.subplots()
+    labels = np.asarray(labels)
+    counts = np.bincount(labels, minlength=len(classes))
+    in_legend = set(np.argsort(-counts, kind="stable")[:MOST_CLASSES].tolist())
+    for label in np.flatnonzero(counts):
+        own = points[labels == label]
+        colour, marker = COLOURS[label % len(COLOURS)], MARKERS[label // len(COLOURS) % len(MARKERS)]
+        name = str(classes[label]) if label in in_legend else None
+        style = {"color": colour, "marker": marker, "s": 14, "linewidths": 0.3, "edgecolors": "white"}
+        axis.scatter(own[:, 0], own[:, 1], label=name, **style)
+    bare(axis)
+    axis.set_title(title, fontsize=9)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, markerscale=1.3)
     return figure

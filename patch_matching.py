@@ -260,7 +260,7 @@ def main(argv=None):
     parser.check_crops(args)
 
     sizes = (args.global_crops_size, args.local_crops_size)
-    path = args.image or figures.example_photograph()
+    path = args.image or figures.example_photographs()[0]
     scales = (args.global_crops_scale, args.local_crops_scale)
     image, crops, boxes, flips = figures.draw_two_crops(path, sizes, scales, args.seed)
     grid_a, grid_b = ((size // args.patch_size,) * 2 for size in sizes)
