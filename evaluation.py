@@ -95,16 +95,32 @@ def open_parts(dataset, data_path, transforms, classes=None, download=False):
         raise UserError(
             f"{data_path} has no subfolders train and val, expected {data_path}/train/CLASS/IMAGE and .../val/..."
         )
+    check_parts(parts, data_path)
+    return parts
+
+
+def check_parts(parts, data_path):
+    """Check that the parts of a data set have labels and the same classes, and read their images as DINO does.
+
+    Args:
+        parts: {split: data set}
+
+    Raises:
+        UserError: they have not.
+    """
     for split, part in parts.items():
         part.upright = False  # DINO's evaluations do not look at the EXIF tag
         if min(part.labels) < 0:
             raise UserError(
                 f"the {split} images of {data_path} have no labels, expected {data_path}/{split}/CLASS/IMAGE"
             )
-    if parts["train"].classes != parts["val"].classes:
-        difference = sorted(set(parts["train"].classes) ^ set(parts["val"].classes))[0]
-        raise UserError(f"class {difference} is in only one of {data_path}/train and {data_path}/val, expected in both")
-    return parts
+    train, *others = (part.classes for part in parts.values())
+    for other in others:
+        if other != train:
+            difference = sorted(set(train) ^ set(other))[0]
+            raise UserError(
+                f"class {difference} is in only one of {data_path}/train and {data_path}/val, expected in both"
+            )
 
 
 def average_precision(ranks, count):

@@ -30,7 +30,7 @@ def eval_transform(crop_size):
 
 
 @torch.no_grad()
-def extract_features(network, dataset, device, batch_size=64, num_workers=2, title="features"):
+def extract_features(network, dataset, device, batch_size=64, num_workers=2, title="features", worker_init_fn=None):
     """Apply a network to all images of a data set.
 
     Each process takes every world_size-th image, so that none is computed twice; the results are gathered once. Memory:
@@ -39,15 +39,17 @@ def extract_features(network, dataset, device, batch_size=64, num_workers=2, tit
     Args:
         network: images [B, 3, H, W] -> features [B, D].
         dataset: gives (normalised image, label). Images of different sizes need a batch size of 1.
-        title: of the progress bar.
+        title: of the progress bar; None shows none.
+        worker_init_fn: of the data-loading processes.
 
     Returns:
         features [n, D], float32 on the CPU, in the order of the data set; on rank 0, elsewhere None.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = range(rank, len(dataset), world_size)
-    loader = DataLoader(Subset(dataset, own), batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
-    bar = tqdm(loader, title, unit="batch", disable=rank > 0 or not sys.stderr.isatty())
+    loading = {"num_workers": num_workers, "worker_init_fn": worker_init_fn, "pin_memory": device.type == "cuda"}
+    loader = DataLoader(Subset(dataset, own), batch_size, **loading)
+    bar = tqdm(loader, title, unit="batch", disable=rank > 0 or title is None or not sys.stderr.isatty())
     features, done = None, 0
     for images, _ in bar:
         batch = network(images.to(device, non_blocking=True)).float().cpu()

@@ -31,6 +31,7 @@ from augment import MultiCrop, normalize
 from datasets import DATASETS, BatchOrder, ResizeToTensor, build_dataset
 from health import WATCH_FROM, measure
 from losses import LOSSES, LocalGlobalLoss, teacher_temperature
+from observe import OnlineKNN, environment, is_due, training_pictures
 from patch_matching import RULES, batch_table, match_views
 from preemption import EXIT_CODE, StopRequest, ignore_signals
 from utils import UserError, bool_flag, cosine_schedule, number
@@ -39,6 +40,7 @@ from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead, archit
 # Arguments that may differ when a run goes on; any other would make it another run.
 MAY_CHANGE = "data_path download output_dir num_workers log_every saveckp_freq dist_url local_rank".split()
 MAY_CHANGE += "grad_checkpointing compile save_every_steps keep_last dist_timeout on_bad_image max_bad_images".split()
+MAY_CHANGE += ["knn_every", "image_every"]
 
 
 def parse_arguments(argv=None):
@@ -109,6 +111,9 @@ def parse_arguments(argv=None):
     add("--save_every_steps", type=whole, default=0, help="steps between two saves within an epoch; 0 saves at its end")
     add("--keep_last", type=whole, default=0, help="how many of the checkpoints of --saveckp_freq to keep; 0 is all")
     add("--log_every", type=natural, default=10, help="steps between two lines of the log")
+    add("--knn_every", type=whole, help="epochs between two measurements of the k-NN accuracy on a held-out part; 0 is "
+        "never; default: 10 where images have labels, which nothing else uses")
+    add("--image_every", type=whole, default=10, help="epochs between two sets of pictures in TensorBoard; 0 is never")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all random numbers")
     add("--num_workers", type=whole, default=min(10, os.cpu_count()), help="data-loading processes per process")
     add("--dist_url", default="env://", help="where the processes meet")
@@ -144,6 +149,17 @@ def pretrain(args, stop):
     dataset = build_dataset(args.dataset, args.data_path, "train", transform, args.classes, args.download, least_side)
     output_dir = Path(args.output_dir)
     path = output_dir / "checkpoint.pth"
+    skip_bad = args.on_bad_image == "skip"
+    online_knn, no_knn = None, "--knn_every 0"
+    if args.knn_every != 0:
+        source = (args.dataset, args.data_path, args.classes, args.global_crops_size)
+        try:
+            online_knn = OnlineKNN(dataset, *source, args.batch_size_per_gpu, args.num_workers, skip_bad)
+        except UserError as error:
+            if args.knn_every:
+                raise UserError(f"--knn_every {args.knn_every}: {error}") from error
+            no_knn = str(error)
+    args.knn_every = 10 if args.knn_every is None and online_knn else args.knn_every or 0
     checkpoint, found = open_output(output_dir, vars(args))
     timeout = datetime.timedelta(seconds=args.dist_timeout)
     rank, world_size, device = utils.init_distributed(args.dist_url, timeout)
@@ -173,9 +189,9 @@ def pretrain(args, stop):
     )
     rule = None if args.loss == "cls" else args.matching
     order = BatchOrder(len(dataset), args.batch_size_per_gpu, args.accum_steps, rank, world_size, args.seed)
-    skip_bad = args.on_bad_image == "skip"
+    batches = BatchesOfViews(dataset, multi_crop, args.patch_size, rule, rank, skip_bad)
     loader = DataLoader(
-        BatchesOfViews(dataset, multi_crop, args.patch_size, rule, rank, skip_bad),
+        batches,
         sampler=order,
         batch_size=None,  # a key of the order is a whole batch
         num_workers=args.num_workers,
@@ -205,7 +221,7 @@ def pretrain(args, stop):
 
     images = [len(dataset), fingerprint(dataset)]
     saved = {"student": student, "teacher": teacher, "optimizer": optimizer, "loss": loss_function, "scaler": scaler}
-    meters = Meters(device, args.precision, int(args.max_bad_images * len(dataset) + 1e-6))
+    meters = Meters(device, args.precision, patches, int(args.max_bad_images * len(dataset) + 1e-6))
     start_step = 0
     if checkpoint:
         start_step = restore(checkpoint, found, saved, meters, batch_size, images, rank, world_size)
@@ -241,6 +257,10 @@ def pretrain(args, stop):
     if rank == 0:
         utils.write_text(json.dumps(vars(args), indent=2) + "\n", output_dir / "args.json")
         report = utils.Report(output_dir, start_step, args.epochs, order.steps, min(warmup_steps, WATCH_FROM))
+        start = {"step": start_step, "processes": world_size, **environment()}
+        utils.append_line(start, output_dir / "environment.jsonl")
+        report.text("arguments", vars(args))
+        report.text("environment", start)
         millions = sum(p.numel() for p in student.backbone.parameters()) / 1e6
         print(
             f"{args.arch}/{args.patch_size} ({millions:.1f} M parameters), loss {args.loss}, {len(dataset)} images, "
@@ -248,6 +268,8 @@ def pretrain(args, stop):
             + (f"; going on after step {start_step} of {total_steps}" if start_step else ""),
             flush=True,
         )
+        if not online_knn:
+            print(f"no online k-NN: {no_knn}", flush=True)
 
     def save(step, *more_names):
         """Save the state after `step` steps; for all processes to call."""
@@ -302,17 +324,27 @@ def pretrain(args, stop):
         if not whole:
             break  # saved
         end = (epoch + 1) * order.steps
-        means = meters.epoch_means()
+        means, matched_counts = meters.end_epoch()
+        top1 = None
+        if is_due(epoch, args.knn_every, args.epochs):
+            top1 = online_knn(teacher.backbone.forward, device)  # of the uncompiled backbone, for batches of any size
         if rank == 0:
             for name in ("lr", "wd"):
                 means[name] = sum(map(schedules[name], range(end - order.steps, end))) / order.steps
-            report.epoch(epoch, means)
+            report.epoch(epoch, end - 1, means, top1)
+            if is_due(epoch, args.image_every, args.epochs):
+                image, views = batches.image(0, {}), batches.views((epoch, end - 1, [0]))
+                pictures = training_pictures(teacher.backbone, image, views, args.patch_size, rule)
+                report.pictures(pictures, end - 1)
+                report.histogram("matched_patches_per_pair", matched_counts, end - 1)
         save(end, *([f"checkpoint{epoch:04}.pth"] if args.saveckp_freq and epoch % args.saveckp_freq == 0 else []))
         if end == total_steps:
             stop.agreed = None  # too late: nothing is left to do
         if stop.agreed:
             break
     if rank == 0:
+        if report.metrics and not stop.agreed:
+            report.hyperparameters(vars(args))
         report.close()
         if stop.agreed:
             print(f"stopped early, as asked: the same command goes on from {path}", flush=True)
@@ -399,7 +431,7 @@ def train_one_epoch(
                 # A loss that is not finite makes all gradients so, on all processes.
                 scaler.scale(loss * torch.where(loss.isfinite(), 1.0, math.nan)).backward()
             images, view_pairs = count_pairs(crops)
-            meters.add(loss.detach(), (len(table.image) / (images * view_pairs) - 1) / accum_steps)
+            meters.add(loss.detach(), (len(table.image) / (images * view_pairs) - 1) / accum_steps, table.run_length)
 
         scheduled = {name: schedule(step) for name, schedule in schedules.items()}
         for group in optimizer.param_groups:
@@ -449,13 +481,14 @@ class Meters:
     Args:
         device: where the losses are. Adding up does not wait for it.
         precision: "fp16" may leave out steps.
+        patches: largest number of patches that two views can have in common.
         most_bad_images: how many images that cannot be read are borne.
     """
 
     # fp16: the scaler halves its scale in each step that it leaves out; 2^16 is where it starts.
     MOST_SKIPPED = 30
 
-    def __init__(self, device, precision, most_bad_images=0):
+    def __init__(self, device, precision, patches, most_bad_images=0):
         self.fp16, self.most_bad_images = precision == "fp16", most_bad_images
         self.loss = torch.zeros((), device=device)  # sum since the last report
         self.matched, self.steps = 0.0, 0
@@ -463,13 +496,18 @@ class Meters:
         # The first step with a loss that is not finite, with such a gradient, and of which parameter
         self.bad = torch.full((3,), math.inf, device=device)
         self.epoch = {}  # name: (sum over steps of the epoch, their number)
+        self.matched_counts = torch.zeros(
+            1 + patches, dtype=torch.float64
+        )  # [n]: pairs of views with n matched patches
         self.bad_images = {}  # {sample: why it cannot be read}, of all processes
         self.new_bad_images = {}  # of this one, since the last report
 
-    def add(self, loss, matched):
-        """Add the loss of a batch, or of a part of it, and the matched patches of a pair of views."""
+    def add(self, loss, matched, run_length):
+        """Add the loss of a batch, or of a part of it, its matched patches of a pair of views, and its run lengths."""
         self.loss += loss
         self.matched += matched
+        entries = torch.bincount(run_length, minlength=len(self.matched_counts) + 1)[1:]  # a run of n + 1 has so many
+        self.matched_counts += entries / torch.arange(1, len(entries) + 1)
 
     def end_step(self, step, norms):
         """Look for what is not finite: the loss, or one of the gradients with these norms."""
@@ -550,16 +588,21 @@ class Meters:
                 f"--max_bad_images allows; the first: {next(iter(self.bad_images.values()))}"
             )
 
-    def epoch_means(self):
-        """Return the means over an epoch's reports, each counted by its steps, and begin the next epoch."""
+    def end_epoch(self):
+        """Return (means, matched_counts) of an epoch, and begin the next one.
+
+        The means are over its reports, each counted by its steps; the counts are this process's.
+        """
         means = {name: total / steps for name, (total, steps) in self.epoch.items()}
+        counts, self.matched_counts = self.matched_counts, torch.zeros_like(self.matched_counts)
         self.epoch = {}
-        return means
+        return means, counts
 
     def state_dict(self):
         """Return the state of all processes; for all of them to call."""
         own = [self.loss, *self.skipped, self.loss.new_tensor(self.matched, dtype=torch.float64)]
         own = torch.stack([x.double() for x in [*own, self.loss.new_tensor(self.steps)]])
+        own = torch.cat([own, self.matched_counts.to(own.device)])
         interval = utils.all_gather(own).cpu()
         return {"interval": interval, "epoch": dict(self.epoch), "bad_images": dict(self.bad_images)}
 
@@ -567,7 +610,7 @@ class Meters:
         """Take on the state that a process had."""
         own = state["interval"][rank].to(self.loss.device)
         self.loss, self.skipped = own[0].to(self.loss.dtype), own[1:3].to(self.skipped.dtype)
-        self.matched, self.steps = own[3].item(), int(own[4])
+        self.matched, self.steps, self.matched_counts = own[3].item(), int(own[4]), own[5:].cpu()
         self.epoch, self.bad_images = dict(state["epoch"]), dict(state["bad_images"])
 
 

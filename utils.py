@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from health import CollapseWatch
 
+VERSION = "0.9.0"
 DEAD_WORKER = "a data-loading process died, most likely for want of memory: give fewer --num_workers"
 
 
@@ -248,7 +249,7 @@ class Report:
     """What a run says: a progress bar or plain lines, `log.txt`, `steps.jsonl` and TensorBoard.
 
     `log.txt` has one line of JSON per epoch, as DINO's, `steps.jsonl` one per logging interval. The files of an earlier
-    run are cut back to where this one goes on.
+    run are cut back to where this one goes on. TensorBoard's are written by a thread of its own.
 
     Args:
         watch_from: step from which on a collapse is looked for; before, all outputs are alike anyway.
@@ -264,12 +265,14 @@ class Report:
         for values in _cut_log(self.step_log, "step", start_step):
             if values["step"] >= watch_from:
                 self.watch(values)  # has warned already
-        self.board = SummaryWriter(output_dir / "tb", purge_step=start_step)
+        # A slow disk holds up the training only once so many entries wait.
+        self.board = SummaryWriter(output_dir / "tb", max_queue=1000, purge_step=start_step)
+        self.metrics = {}  # the last ones
         self.bar = tqdm(total=self.total_steps, initial=start_step, unit="step", disable=not sys.stderr.isatty())
 
     def interval(self, epoch, step, seconds_per_step, values):
         """Report the mean values since the last interval, `step` being its last step."""
-        _append(self.step_log, {"epoch": epoch, "step": step, **values})
+        append_line({"epoch": epoch, "step": step, **values}, self.step_log)
         for name, value in values.items():
             if value is not None:
                 self.board.add_scalar(name, value, step)
@@ -285,9 +288,41 @@ class Report:
         for text in self.watch(values) if step >= self.watch_from else []:
             warn(text)
 
-    def epoch(self, epoch, values):
-        """Report the means of an epoch."""
-        _append(self.epoch_log, {**{f"train_{name}": value for name, value in values.items()}, "epoch": epoch})
+    def epoch(self, epoch, step, means, knn_top1=None):
+        """Report the means of an epoch that ended with `step`, and the online k-NN where it was measured."""
+        values = {f"train_{name}": value for name, value in means.items()}
+        if knn_top1 is not None:
+            values["knn_top1"] = knn_top1
+            self.board.add_scalar("knn_top1", knn_top1, step)
+            tqdm.write(f"epoch {epoch + 1}/{self.epochs}  online k-NN top-1 {knn_top1:.2f} %")
+        self.metrics |= {name: value for name, value in values.items() if value is not None}
+        append_line({**values, "epoch": epoch}, self.epoch_log)
+
+    def pictures(self, pictures, step):
+        """Show pictures {name: uint8 [H, W, 3]}."""
+        for name, picture in pictures.items():
+            self.board.add_image(name, picture, step, dataformats="HWC")
+
+    def histogram(self, name, counts, step):
+        """Show how often each of the values 0, 1, ... occurred, counts [n]."""
+        used = counts.nonzero()[:, 0]
+        if len(used):
+            counts = counts[: used[-1] + 1]
+            values = torch.arange(len(counts), dtype=counts.dtype)
+            numbers = (counts.sum(), (counts * values).sum(), (counts * values**2).sum())
+            edges = (values + 0.5).tolist()
+            bounds = (float(used[0]), float(used[-1]))
+            self.board.add_histogram_raw(name, *bounds, *map(float, numbers), edges, counts.tolist(), step)
+
+    def text(self, name, values):
+        """Show a dictionary."""
+        self.board.add_text(name, "    " + json.dumps(values, indent=2).replace("\n", "\n    "), 0)
+
+    def hyperparameters(self, args):
+        """Store the arguments with the last metrics of the run, for TensorBoard's HPARAMS."""
+        plain = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in args.items()}
+        metrics = {f"final/{name}": value for name, value in self.metrics.items()}
+        self.board.add_hparams(plain, metrics, run_name=".")
 
     def sync(self):
         """Make sure that what was reported outlasts a failure of the machine, as a checkpoint does."""
@@ -333,6 +368,7 @@ def write_text(text, path):
     temporary.replace(path)
 
 
-def _append(path, entry):
+def append_line(entry, path):
+    """Add a line of JSON to a file."""
     with path.open("a") as file:
         file.write(json.dumps(entry) + "\n")

@@ -84,10 +84,10 @@ def test_a_collapse_that_lasts_is_named_once(values, name, option):
 
 
 def test_fp16_gives_up_after_many_steps_without_a_finite_gradient():
-    meters = Meters(torch.device("cpu"), "fp16")
+    meters = Meters(torch.device("cpu"), "fp16", 4)
     bad, good = torch.tensor([1.0, math.inf]), torch.tensor([1.0, 2.0])
     for step in range(40):
-        meters.add(torch.tensor(1.0), 0.0)
+        meters.add(torch.tensor(1.0), 0.0, torch.tensor([1]))
         meters.end_step(step, good if step == 5 else bad)
         if step < 35:
             meters.stop_at_bad_step(["a", "b"])

@@ -46,6 +46,10 @@ TINY = [
     "2",
     "--drop_path_rate",
     "0.2",
+    "--knn_every",
+    "0",
+    "--image_every",
+    "0",
 ]
 
 
@@ -678,7 +682,7 @@ def test_every_option_reaches_what_it_is_for(tmp_path, monkeypatch):
     assert given["DINOHead"] == (96, 30, False, False, 20)
     assert given["networks"] == [(4, 24, 0.25), (4, 24, 0.0)]  # the teacher has no stochastic depth
     assert given["BatchesOfViews"][2:] == (4, "nearest", 0, True)
-    assert given["Meters"][1:] == ("bf16", 700)
+    assert given["Meters"][1:] == ("bf16", 36, 700)
     assert given["timeout"] == datetime.timedelta(seconds=77)
     assert given["BatchesOfViews"][0][0][0].shape == (3, 40, 40)
     assert given["BatchOrder"] == (1400, 64, 2, 0, 1, 7)

@@ -1,0 +1,186 @@
+"""Looking at a training while it goes on: online k-NN, pictures for TensorBoard, and what the run was started with."""
+
+import copy
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+from torch.utils.data import Dataset, Subset
+
+import figures
+from datasets import ImageFolder, build_dataset
+from eval_knn import knn_accuracy
+from evaluation import check_parts
+from features import eval_transform, extract_features
+from patch_matching import match_views
+from preemption import ignore_signals
+from utils import VERSION, UserError, warn
+from visualize import cls_attention, patch_features, principal_colours, to_picture
+
+NEIGHBOURS = 10
+MOST_REFERENCES, MOST_QUERIES = 5000, 1000  # images, so that the k-NN takes a bounded time
+
+
+def is_due(epoch, every, epochs):
+    """Return whether something is done after an epoch, from 0: each `every` epochs and after the last; 0 is never."""
+    return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == epochs)
+
+
+class OnlineKNN:
+    """The k-NN accuracy of a network in training, as `eval_knn.py` measures it, K = 10, on a bounded number of images.
+
+    The queries are validation images. Where the data set has none, a part of the training images is held out of the
+    references; these the network has been trained on, without their labels. At most MOST_REFERENCES training images and
+    MOST_QUERIES validation images are used, always the same ones.
+
+    Args:
+        train: labelled data set of the training.
+        name, data_path, classes: of `build_dataset`, to find the validation images.
+        crop_size: side of the images in pixels.
+        skip_bad: take a black image for one that cannot be read.
+
+    Raises:
+        UserError: images have no labels, or those of training and validation do not belong together.
+    """
+
+    def __init__(self, train, name, data_path, classes, crop_size, batch_size, num_workers, skip_bad=False):
+        train = copy.copy(train)
+        train.transform, train.least_side = eval_transform(crop_size), None
+        rng = np.random.default_rng(0)
+        if isinstance(train, ImageFolder) and train.root == Path(data_path):
+            check_parts({"train": train}, data_path)
+            order = rng.permutation(len(train))
+            held_out = min(MOST_QUERIES, max(len(train) // 5, 1))
+            chosen = {"val": (train, order[:held_out]), "train": (train, order[held_out:][:MOST_REFERENCES])}
+        else:
+            val = build_dataset(name, data_path, "val", train.transform, classes)
+            check_parts({"train": train, "val": val}, data_path)
+            chosen = {
+                split: (part, rng.permutation(len(part))[:most])
+                for split, part, most in (("train", train, MOST_REFERENCES), ("val", val, MOST_QUERIES))
+            }
+        if not len(chosen["train"][1]):
+            raise UserError(f"found {len(train)} images, too few for the online k-NN")
+        self.labels = {split: torch.tensor(part.labels)[indices] for split, (part, indices) in chosen.items()}
+        self.parts = {split: Subset(part, indices.tolist()) for split, (part, indices) in chosen.items()}
+        if skip_bad:
+            self.parts = {split: BlackForBad(part, crop_size) for split, part in self.parts.items()}
+        self.batch_size, self.num_workers = batch_size, num_workers
+
+    def __call__(self, backbone, device):
+        """Return the top-1 accuracy in per cent on rank 0, elsewhere None; for all processes to call.
+
+        Args:
+            backbone: normalised images [B, 3, S, S] -> tokens [B, 1+P, D].
+        """
+
+        def network(images):
+            return F.normalize(backbone(images)[:, 0])
+
+        batches = {"batch_size": self.batch_size, "num_workers": self.num_workers, "worker_init_fn": ignore_signals}
+        features = {
+            split: extract_features(network, part, device, title=None, **batches) for split, part in self.parts.items()
+        }
+        if features["val"] is None:
+            return None
+        both = (x for split in ("train", "val") for x in (features[split], self.labels[split]))
+        return knn_accuracy(*(x.to(device) for x in both), k=min(NEIGHBOURS, len(features["train"])))[0]
+
+
+class BlackForBad(Dataset):
+    """A data set that gives a black image, and a warning, in the place of one that cannot be read."""
+
+    def __init__(self, dataset, crop_size):
+        self.dataset, self.crop_size = dataset, crop_size
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        try:
+            return self.dataset[index]
+        except UserError as error:
+            warn(f"{error}; the online k-NN takes a black one")
+            return torch.zeros(3, self.crop_size, self.crop_size), -1
+
+
+@torch.no_grad()
+def training_pictures(backbone, image, views, patch_size, rule):
+    """Return pictures of one image, {name: uint8 [H, W, 3]}.
+
+    Args:
+        backbone: VisionTransformer.
+        image: uint8 [3, H, W].
+        views: its views by MultiCrop, a batch of this one image.
+        rule: of `match_views`.
+
+    Returns:
+        views: the first global view above each of the others, matched patches in one colour.
+        attention: of CLS in the last block, head by head, and their mean.
+        features: the first three principal components of the patch features as colours.
+    """
+    size = views[0].pixels.shape[-1]
+    grids = [(view.pixels.shape[-1] // patch_size,) * 2 for view in views]
+    boxes, flips = np.stack([view.boxes for view in views]), np.stack([view.flips for view in views])
+    matches = match_views(boxes, flips, grids, teacher_views=1, rule=rule)
+    pixels = [to_picture(view.pixels[0]) for view in views]
+    above, below = [], []
+    for j in range(1, len(views)):
+        pair = (matches.student_view == j) & (matches.student_token > 0)
+        above.append(figures.tint_patches(pixels[0], matches.teacher_token[pair], grids[0][1], patch_size))
+        below.append(figures.tint_patches(pixels[j], matches.student_token[pair], grids[j][1], patch_size))
+
+    whole = TF.resize(image, [size, size], TF.InterpolationMode.BICUBIC, antialias=True)
+    heads = cls_attention(backbone, whole)
+    maps = [figures.heat_map(head, patch_size) for head in (*heads, heads.mean(0))]
+    (colours,), _ = principal_colours([patch_features(backbone, whole)])
+    return {
+        "views": figures.tile([above, below]),
+        "attention": figures.tile([[to_picture(whole), *maps]]),
+        "features": figures.tile([[to_picture(whole), figures.enlarge(colours, patch_size)]]),
+    }
+
+
+PACKAGES = "torch torchvision timm numpy pillow opencv-python-headless safetensors scikit-learn matplotlib tensorboard"
+
+
+def environment():
+    """Return what a run is started with: time, command line, version, git commit, packages, machine."""
+    root = Path(__file__).parent
+
+    def git(*words):
+        try:
+            return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+            return None
+
+    packages = {}
+    for name in PACKAGES.split():
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # another package may offer the same modules
+            packages[name] = None
+    own = git("rev-parse", "--show-toplevel") == str(root.resolve())  # not a repository around this folder
+    changes = git("status", "--porcelain", "--untracked-files=no") if own else None
+    return {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "version": VERSION,
+        "git_commit": git("rev-parse", "HEAD") if own else None,
+        "git_changed": bool(changes) if changes is not None else None,
+        "python": platform.python_version(),
+        "packages": packages,
+        "system": platform.platform(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,208 @@
+import io
+import json
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_main_lgssl import TINY, read, train
+
+import eval_knn
+import main_lgssl
+import observe
+from augment import MultiCrop
+from datasets import ResizeToTensor, build_dataset
+from main_lgssl import BatchesOfViews, Meters
+from observe import OnlineKNN, environment, is_due, training_pictures
+from patch_matching import batch_table, match_patches, match_views
+from utils import UserError
+from vision_transformer import vit_micro
+
+WATCHED = ("--knn_every", 1, "--image_every", 1)
+KNN = {"crop_size": 32, "batch_size": 4, "num_workers": 0}
+
+
+def board(folder):
+    accumulator = EventAccumulator(str(folder / "tb"), {"images": 0, "histograms": 0, "scalars": 0, "tensors": 0})
+    return accumulator.Reload()
+
+
+def pixels(image):
+    return np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+
+
+def test_due():
+    assert [e for e in range(7) if is_due(e, 3, 7)] == [2, 5, 6]
+    assert not any(is_due(e, 0, 7) for e in range(7))
+
+
+# --- online k-NN
+
+
+def test_knn_is_that_of_the_evaluation(photo_folder, tmp_path, capsys):
+    train(photo_folder, tmp_path, "--epochs", 2, *WATCHED)
+    logged = [epoch["knn_top1"] for epoch in read(tmp_path / "log.txt")]
+    capsys.readouterr()
+    words = f"--data_path {photo_folder} --pretrained_weights {tmp_path / 'checkpoint.pth'} --nb_knn 10 --num_workers 0"
+    eval_knn.main(words.split())
+    measured = json.loads((tmp_path / "knn_folder.json").read_text())["knn"]["10"]["top1"]
+    assert logged[1] == pytest.approx(measured)
+    assert [e.value for e in board(tmp_path).Scalars("knn_top1")] == pytest.approx(logged)
+
+
+def test_knn_holds_out_training_images_where_there_are_no_others(photo_folder):
+    train_folder = photo_folder / "train"
+    dataset = build_dataset("folder", train_folder, "train", ResizeToTensor(40))
+    knn = OnlineKNN(dataset, "folder", train_folder, None, **KNN)
+    references, queries = (set(knn.parts[split].indices) for split in ("train", "val"))
+    assert (len(references), len(queries)) == (10, 2)
+    assert references | queries == set(range(12))
+    assert [knn.labels["train"][i] for i in range(10)] == [dataset.labels[i] for i in knn.parts["train"].indices]
+    assert dataset[0][0].shape == (3, 40, 40)  # the training's own transform is left
+
+
+def test_knn_is_bounded(monkeypatch):
+    monkeypatch.setattr(observe, "MOST_REFERENCES", 50)
+    monkeypatch.setattr(observe, "MOST_QUERIES", 20)
+    knn = OnlineKNN(build_dataset("digits"), "digits", None, None, **KNN)
+    assert [len(knn.parts[split]) for split in ("train", "val")] == [50, 20]
+    assert len(set(knn.labels["train"].tolist())) > 5
+    # Features that are the labels: all right, and none where the queries' labels are other ones.
+    both = {split: iter(labels) for split, labels in knn.labels.items()}
+
+    def label_as_feature(images):
+        split = "train" if len(seen) < 50 else "val"
+        seen.extend(images)
+        chosen = torch.stack([next(both[split]) for _ in images])
+        return torch.eye(10)[chosen][:, None]
+
+    seen = []
+    assert knn(label_as_feature, torch.device("cpu")) == 100
+    both, seen = {"train": iter(knn.labels["train"]), "val": iter((knn.labels["val"] + 1) % 10)}, []
+    assert knn(label_as_feature, torch.device("cpu")) == 0
+
+
+def test_knn_without_labels_is_off_or_an_error(photo_folder, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted((photo_folder / "train").rglob("*.jpg"))):
+        (flat / f"{i}.jpg").write_bytes(path.read_bytes())
+    options = ["--data_path", str(flat), "--output_dir", str(tmp_path / "a")]
+    with pytest.raises(UserError, match=r"--knn_every 2: .*have no labels"):
+        main_lgssl.main([*TINY, "--knn_every", "2", *options])
+    assert not (tmp_path / "a").exists()
+    at = TINY.index("--knn_every")
+    main_lgssl.main([*TINY[:at], *TINY[at + 2 :], "--epochs", "1", *options])
+    assert "no online k-NN: the train images" in capsys.readouterr().out
+    assert "knn_top1" not in read(tmp_path / "a/log.txt")[0]
+
+
+def test_knn_takes_a_black_image_for_a_bad_one(photo_folder, tmp_path, capsys):
+    for split in ("train", "val"):
+        for path in sorted((photo_folder / split).rglob("*.jpg")):
+            copy = tmp_path / path.relative_to(photo_folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    (tmp_path / "val/china/0.jpg").write_bytes(b"no image")
+    dataset = build_dataset("folder", tmp_path)
+    backbone = vit_micro(8, img_size=32).eval()
+    with pytest.raises(UserError, match=r"cannot read image .*china/0.jpg"):
+        OnlineKNN(dataset, "folder", tmp_path, None, **KNN)(backbone, torch.device("cpu"))
+    OnlineKNN(dataset, "folder", tmp_path, None, **KNN, skip_bad=True)(backbone, torch.device("cpu"))
+    assert "china/0.jpg" in capsys.readouterr().err
+
+
+def test_watching_changes_no_weight(photo_folder, tmp_path):
+    plain = train(photo_folder, tmp_path / "plain", "--epochs", 2)
+    watched = train(photo_folder, tmp_path / "watched", "--epochs", 2, *WATCHED)
+    for name in ("student", "teacher"):
+        torch.testing.assert_close(watched[name], plain[name], rtol=0, atol=0)
+
+
+# --- pictures
+
+
+@pytest.mark.parametrize("loss", ["mean", "cls"])
+def test_pictures_show_the_matched_patches(photo_folder, loss):
+    rule = None if loss == "cls" else "paper"
+    dataset = build_dataset("folder", photo_folder, "train", ResizeToTensor(64))
+    batches = BatchesOfViews(dataset, MultiCrop(32, 16, local_number=2, geometry="image"), 8, rule, 0)
+    image, views = batches.image(0, {}), batches.views((3, 7, [0]))
+    pictures = training_pictures(vit_micro(8, img_size=32).eval(), image, views, 8, rule)
+    height, gap = 160, 4
+    assert pictures["views"].shape == (2 * (height + gap), 3 * (height + gap), 3)
+    assert pictures["attention"].shape == (height + gap, 5 * (height + gap), 3)
+    assert pictures["features"].shape == (height + gap, 2 * (height + gap), 3)
+    # Patches that are tinted are those of the table; the others are the view's own pixels.
+    for j in (1, 2, 3):
+        box_a, box_b = views[0].boxes[0], views[j].boxes[0]
+        grids = [(v.pixels.shape[-1] // 8,) * 2 for v in (views[0], views[j])]
+        idx_a, idx_b = match_patches(box_a, views[0].flips[0], grids[0], box_b, views[j].flips[0], grids[1])
+        for row, (view, idx) in enumerate(((views[0], idx_a), (views[j], idx_b))):
+            side = view.pixels.shape[-1]
+            shown = pictures["views"][row * 164 : row * 164 + 160, (j - 1) * 164 : (j - 1) * 164 + 160]
+            shown = shown[:: 160 // side, :: 160 // side]
+            changed = (shown != view.pixels[0].permute(1, 2, 0).numpy()).any(-1)
+            cells = changed.reshape(side // 8, 8, side // 8, 8).any((1, 3)).ravel()
+            expected = set() if rule is None else set(idx[1:].tolist())
+            assert set((np.flatnonzero(cells) + 1).tolist()) == expected
+
+
+def test_tensorboard_has_pictures_histogram_and_hyperparameters(photo_folder, tmp_path):
+    train(photo_folder, tmp_path, "--epochs", 2, *WATCHED, "--lr", 0.01)
+    events = board(tmp_path)
+    assert set(events.Tags()["images"]) == {"views", "attention", "features"}
+    for name in ("views", "attention", "features"):
+        assert [event.step for event in events.Images(name)] == [2, 5]
+    assert pixels(events.Images("attention")[0]).shape == (164, 5 * 164, 3)
+    # All pairs of views: 12 images, 2 x 3 pairs each; their mean is the log's.
+    histograms = events.Histograms("matched_patches_per_pair")
+    assert [h.histogram_value.num for h in histograms] == [72, 72]
+    for epoch, h in zip(read(tmp_path / "log.txt"), histograms, strict=True):
+        assert h.histogram_value.sum / h.histogram_value.num == pytest.approx(epoch["train_matched_patches"], rel=1e-5)
+    assert "final/knn_top1" in events.Tags()["scalars"]
+    assert events.Scalars("final/train_loss")[0].value == pytest.approx(read(tmp_path / "log.txt")[-1]["train_loss"])
+    raw = b"".join(path.read_bytes() for path in (tmp_path / "tb").iterdir())
+    assert b"_hparams_/session_start_info" in raw
+    assert b"arguments/text_summary" in raw
+
+
+def test_histogram_counts_pairs_of_views():
+    boxes = np.array([[[0, 0, 32, 32]], [[0, 0, 32, 32]], [[0, 0, 16, 16]], [[40, 40, 8, 8]]])
+    flips, grids = np.zeros((4, 1), bool), [(4, 4), (4, 4), (2, 2), (2, 2)]
+    table = batch_table(match_views(boxes, flips, grids), 3, [17, 17, 5, 5])
+    meters = Meters(torch.device("cpu"), "fp32", 16)
+    meters.add(torch.tensor(1.0), 1.0, table.run_length)
+    state = meters.state_dict()
+    resumed = Meters(torch.device("cpu"), "fp32", 16)
+    resumed.load_state_dict(state, 0)
+    for m in (meters, resumed):
+        _, counts = m.end_epoch()
+        # Of each of 3 images: the two global views with each other, each with the quarter, and with nothing in common.
+        assert {n: int(c) for n, c in enumerate(counts) if c} == {0: 6, 4: 6, 16: 6}
+        assert not m.end_epoch()[1].any()
+
+
+# --- provenance
+
+
+def test_environment_of_each_start_is_stored(photo_folder, tmp_path):
+    train(photo_folder, tmp_path, "--epochs", 1)
+    train(photo_folder, tmp_path, "--epochs", 1)
+    first, second = read(tmp_path / "environment.jsonl")
+    assert (first["step"], second["step"], first["processes"]) == (0, 3, 1)
+    assert first["packages"]["torch"] == torch.__version__.split("+")[0]
+    root = observe.Path(observe.__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    assert first["git_commit"] == (commit.stdout.strip() if commit.returncode == 0 else None)
+
+
+def test_environment_without_git(monkeypatch):
+    def no_git(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "run", no_git)
+    found = environment()
+    assert (found["git_commit"], found["git_changed"]) == (None, None)
