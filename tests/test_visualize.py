@@ -172,12 +172,12 @@ def test_features_are_drawn_below_their_images(drawn):
 
 
 def test_matches_draws_and_counts_the_agreement(drawn, capsys):
-    run("matches", *MICRO, "--global_crops_size", 64, "--local_crops_size", 32, "--pairs", 3, "--seed", 1)
+    run("matches", *MICRO, "--global_crops_size", 64, "--local_crops_size", 32, "--pairs", 3, "--seed", 2)
     (figure,) = drawn
-    backbone = visualize.evaluation.open_model("none", "vit_micro", 8, "teacher", 1)[0]
+    backbone = visualize.evaluation.open_model("none", "vit_micro", 8, "teacher", 2)[0]
     image = visualize.open_image(figures.example_photographs()[0], 8)
     agree, near, total = 0, 0, 0
-    for seed in (1, 2, 3):
+    for seed in (2, 3, 4):
         crops, boxes, flips = visualize.draw_crops(image, (64, 32), ((0.4, 1), (0.05, 0.4)), seed)
         idx_a, idx_b = match_patches(boxes[0], flips[0], (8, 8), boxes[1], flips[1], (4, 4))
         a, b = (backbone(normal(crop).float())[0, 1:].detach().double() for crop in crops)
@@ -188,7 +188,7 @@ def test_matches_draws_and_counts_the_agreement(drawn, capsys):
             agree += found[-1] == i
             near += max(abs((found[-1] - 1) // 8 - (i - 1) // 8), abs((found[-1] - 1) % 8 - (i - 1) % 8)) <= 1
         total += len(found)
-        if seed == 1:
+        if seed == 2:
             first, share = (idx_a[1:].tolist(), idx_b[1:].tolist(), found), np.mean(idx_a[1:].numpy() == found)
     expected = f"{total} matched patches in 3 pairs of crops; of these the features find {agree / total:.1%}, "
     assert expected + f"and {near / total:.1%} within a patch (by chance 1.6%)" in capsys.readouterr().out
