@@ -1,0 +1,105 @@
+"""What watching a run costs: TensorBoard, its pictures and the online k-NN, beside the steps of the demo.
+
+python -m benchmarks.bench_watching
+"""
+
+import argparse
+import functools
+import tempfile
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch.utils.tensorboard
+
+import main_lgssl
+from benchmarks.machine import machine, print_table
+from utils import number
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "digits.args"
+
+
+class Silent:
+    """A SummaryWriter that takes everything and writes nothing."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=number(int, 1), default=1, help="of a run")
+    parser.add_argument("--rounds", type=number(int, 1), default=5, help="runs with TensorBoard and without, in turn")
+    parser.add_argument("--log_every", type=number(int, 1), default=10, help="steps between two reports")
+    args = parser.parse_args()
+    print(machine())
+    options = [
+        "--epochs",
+        args.epochs,
+        "--log_every",
+        args.log_every,
+        "--saveckp_freq",
+        0,
+        "--image_every",
+        args.epochs,
+    ]
+    options += ["--knn_every", args.epochs]
+    steps, parts = {"on": [], "off": []}, {"pictures": [], "online k-NN": []}
+    for _ in range(args.rounds):
+        for board, seconds in steps.items():
+            seconds.append(seconds_per_step([str(option) for option in options], board == "on", parts))
+    on, off = (1000 * np.median(steps[board]) for board in ("on", "off"))
+    rows = [("step with TensorBoard", f"{on:.1f} ms"), ("step without", f"{off:.1f} ms"), ("ratio", f"{on / off:.3f}")]
+    rows += [(name, f"{np.median(seconds):.2f} s each time") for name, seconds in parts.items()]
+    print_table(("what", "median"), rows)
+
+
+def seconds_per_step(options, board, parts):
+    """Run the demo's training and return the seconds of a step, reports included, those between epochs not."""
+    steps = []
+
+    def timed(function, seconds):
+        @functools.wraps(function)
+        def call(*arguments, **named):
+            start = time.perf_counter()
+            result = function(*arguments, **named)
+            seconds.append(time.perf_counter() - start)
+            return result
+
+        return call
+
+    knn, pictures = main_lgssl.OnlineKNN.__call__, main_lgssl.utils.Report.pictures
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "output").open("w") as output:
+        patches = [
+            mock.patch.object(main_lgssl, "train_one_epoch", timed(main_lgssl.train_one_epoch, steps)),
+            mock.patch.object(main_lgssl.OnlineKNN, "__call__", timed(knn, parts["online k-NN"])),
+        ]
+        if board:
+            drawing = []
+            patches.append(
+                mock.patch.object(main_lgssl, "training_pictures", timed(main_lgssl.training_pictures, drawing))
+            )
+            writing = []
+            patches.append(mock.patch.object(main_lgssl.utils.Report, "pictures", timed(pictures, writing)))
+        else:
+            patches.append(mock.patch.object(torch.utils.tensorboard, "SummaryWriter", Silent))
+        for patch in patches:
+            patch.start()
+        try:
+            with redirect_stdout(output):
+                main_lgssl.main([f"@{RECIPE}", *options, "--output_dir", f"{folder}/run"])
+        finally:
+            mock.patch.stopall()
+        if board:
+            parts["pictures"] += [a + b for a, b in zip(drawing, writing, strict=True)]
+        lines = (Path(folder) / "run/steps.jsonl").read_text().splitlines()
+    return sum(steps) / (1 + int(main_lgssl.json.loads(lines[-1])["step"]))
+
+
+if __name__ == "__main__":
+    main()
