@@ -1,30 +1,64 @@
 """Every picture that is drawn. Nothing here needs a display.
 
-Figures are 7 inches wide, two columns of a paper, and their smallest text has 6 points; `save` writes PNG and PDF.
+Figures are 7 inches wide, two columns of a paper, or one column, and written as PNG or PDF.
 """
 
-import os
+import errno
+import tempfile
+import textwrap
+from itertools import cycle
 from pathlib import Path
 
 import cv2
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch, Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator, NullLocator
 
 import augment
-from datasets import read_image, to_uint8
-from utils import UserError, first_line
+from utils import UserError
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 TEACHER, STUDENT, OVERLAP = "#E69F00", "#0072B2", "#009E73"
 WRONG = "#D55E00"
-COLOURS = (STUDENT, TEACHER, OVERLAP, "#CC79A7", "#56B4E9", WRONG, "#F0E442", "#000000")
+COLOURS = (STUDENT, WRONG, OVERLAP, "#CC79A7", TEACHER, "#56B4E9", "#000000", "#F0E442")
+LINE_COLOURS = COLOURS[:-1]  # yellow is too light for lines on white
 MARKERS = "o^sDvP*X"
+LINE_STYLES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1.5, 1, 1.5)))
+PANELS = {  # what a run logs: title and unit
+    "loss": ("Loss", "nats"),
+    "knn_top1": ("Online k-NN", "top-1 accuracy (%)"),
+    "entropy_share": ("Entropy of the teacher’s outputs", "share of ln K"),
+    "matched_patches": ("Matched patches", "per pair of views"),
+}
 
 SUFFIXES = (".png", ".pdf")
 WIDTH = 7.0  # inches
+
+
+def check_output(path):
+    """Make the folder of a figure, and raise UserError where it cannot be written there, or has an unknown suffix."""
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"cannot write {path}: found the suffix {path.suffix!r}, expected {' or '.join(SUFFIXES)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def save(figure, path):
+    """Write a figure as PNG or PDF, by the suffix."""
+    check_output(path)
+    with rc_context({"pdf.fonttype": 42}):  # fonts that journals take and programs can edit
+        figure.savefig(path)
 
 
 def example_photographs():
@@ -35,54 +69,27 @@ def example_photographs():
     return [folder / "china.jpg", folder / "flower.jpg"]
 
 
-def check_outputs(paths):
-    """Check, before long work, that `save` will be able to write these files.
-
-    Raises:
-        UserError: another suffix than SUFFIXES, or the folder cannot be made or written.
-    """
-    for path in map(Path, paths):
-        if path.suffix.lower() not in SUFFIXES:
-            raise UserError(f"cannot write {path}: expected a name that ends in {' or '.join(SUFFIXES)}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder of {path}: {error.strerror}") from error
-        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise UserError(f"cannot write {path}: give a place that can be written")
-
-
-def save(figure, paths):
-    """Write a figure to one or more files, whose suffixes say the format.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
-    for path in paths:
-        try:
-            figure.savefig(path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {first_line(error)}") from error
-
-
-def draw_two_crops(path, sizes, scales, seed):
-    """Read an image and cut a teacher's and a student's crop out of it.
+def draw_crops(image, sizes, scales, seed):
+    """Cut a teacher's and a student's crop out of an image.
 
     Args:
+        image: uint8 [3, H, W].
         sizes, scales: of the two crops: side in pixels after resizing, (low, high) share of the image's area.
         seed: of box and flip.
 
     Returns:
-        (image [H, W, 3], crops two arrays [S, S, 3], boxes [2, 4], flips [2])
+        (crops two tensors uint8 [3, S, S], boxes two of (top, left, height, width), flips two booleans)
     """
-    image = to_uint8(read_image(path))
     rng = np.random.default_rng(seed)
     boxes = [augment.random_box(rng, *image.shape[-2:], scale) for scale in scales]
     flips = [bool(rng.random() < 0.5) for _ in scales]
     crops = [augment.crop_and_resize(image[None], box, size)[0] for box, size in zip(boxes, sizes, strict=True)]
-    crops = [crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)]
-    crops = [crop.permute(1, 2, 0).numpy() for crop in crops]
-    return image.permute(1, 2, 0).numpy(), crops, boxes, flips
+    return [crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)], boxes, flips
+
+
+def to_picture(image):
+    """Turn a tensor [3, H, W] into an array [H, W, 3]."""
+    return image.permute(1, 2, 0).numpy()
 
 
 def draw_matches(image, crops, boxes, flips, patch_size, idx_a, idx_b):
@@ -453,4 +460,63 @@ def draw_map(points, labels, classes, title):
     bare(axis)
     axis.set_title(title, fontsize=9)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, markerscale=1.3)
+    return figure
+
+
+def draw_curves(curves):
+    """Draw the logs of runs over epochs, a panel for each of PANELS that there is something of, a column wide (8.5 cm).
+
+    Args:
+        curves: {label: {name of a panel: array [4, n]}}, the rows being epochs trained, mean, standard deviation (NaN
+            where there is none) and number of seeds.
+
+    Returns:
+        matplotlib Figure
+    """
+    names = [name for name in PANELS if any(curve[name].size for curve in curves.values())]
+    labels = []
+    for label, curve in curves.items():
+        seeds = sorted({int(n) for name in names for n in curve[name][3]})
+        count = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
+        labels.append(textwrap.fill(f"{label} ({count} {'seed' if count == '1' else 'seeds'})", 52))
+    banded = any(np.isfinite(curve[name][2]).any() for curve in curves.values() for name in names)
+    columns = 2 if max(map(len, labels)) <= 21 else 1
+    lines = sum(1 + label.count("\n") for label in labels) / columns + banded
+
+    figure = Figure(figsize=(3.35, 0.45 + 1.2 * len(names) + 0.13 * lines), dpi=300, layout="constrained")
+    axes = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
+    # The styles tell lines apart in print without colours, too.
+    looks = [
+        {"color": colour, "linestyle": style, "linewidth": 1.1}
+        for _, colour, style in zip(curves, cycle(LINE_COLOURS), cycle(LINE_STYLES))
+    ]
+    for axis, name in zip(axes, names, strict=True):
+        for look, curve in zip(looks, curves.values(), strict=True):
+            epochs, mean, deviation, _ = curve[name]
+            few = {"marker": "o", "markersize": 2} if 0 < len(epochs) < 10 else {}  # one point alone makes no line
+            axis.plot(epochs, mean, **look, **few)
+            if np.isfinite(deviation).any():
+                band = {"color": look["color"], "alpha": 0.2, "linewidth": 0}
+                axis.fill_between(epochs, mean - deviation, mean + deviation, **band)
+        title, unit = PANELS[name]
+        values = np.concatenate([curve[name][1] for curve in curves.values()])
+        if name == "loss" and 0 < 5 * values.min() < values.max():  # a sum and a mean over patches
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_locator(NullLocator())
+            unit += ", log scale"
+        axis.set_title(title, fontsize=8, pad=3)
+        axis.set_ylabel(unit, fontsize=7)
+        axis.tick_params(labelsize=7, width=0.6, length=2.5)
+        axis.grid(linewidth=0.3, alpha=0.5)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_linewidth(0.6)
+    axes[-1].set_xlabel("epochs", fontsize=7)
+    figure.align_ylabels(axes)
+    style = {"fontsize": 7, "frameon": False, "handlelength": 3, "borderaxespad": 0.2, "labelspacing": 0.3}
+    if banded:
+        style |= {"title": "mean ± one standard deviation over seeds", "title_fontsize": 7}
+    handles = [Line2D([], [], **look) for look in looks]
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
     return figure

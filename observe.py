@@ -21,10 +21,11 @@ from datasets import ImageFolder, build_dataset
 from eval_knn import knn_accuracy
 from evaluation import check_parts
 from features import eval_transform, extract_features
+from figures import to_picture
 from patch_matching import match_views
 from preemption import ignore_signals
 from utils import VERSION, UserError, warn
-from visualize import cls_attention, patch_features, principal_colours, to_picture
+from visualize import cls_attention, patch_features, principal_colours
 
 NEIGHBOURS = 10
 MOST_REFERENCES, MOST_QUERIES = 5000, 1000  # images, so that the k-NN takes a bounded time

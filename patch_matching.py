@@ -228,7 +228,7 @@ def _spread(first, count):
 
 def main(argv=None):
     import figures
-    from utils import ArgumentParser, UserError, number
+    from utils import ArgumentParser, number
 
     parser = ArgumentParser(description="Draw two crops of an image and their matched patches, numbered alike.")
     parser.add_argument("image", nargs="?", help="default: a photograph that scikit-learn ships")
@@ -258,18 +258,17 @@ def main(argv=None):
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of boxes and flips")
     args = parser.parse_args(argv)
     parser.check_crops(args)
+    figures.check_output(args.output)
 
+    image = to_uint8(read_image(args.image or figures.example_photographs()[0]))
     sizes = (args.global_crops_size, args.local_crops_size)
-    path = args.image or figures.example_photographs()[0]
     scales = (args.global_crops_scale, args.local_crops_scale)
-    image, crops, boxes, flips = figures.draw_two_crops(path, sizes, scales, args.seed)
+    crops, boxes, flips = figures.draw_crops(image, sizes, scales, args.seed)
     grid_a, grid_b = ((size // args.patch_size,) * 2 for size in sizes)
     idx_a, idx_b = match_patches(boxes[0], flips[0], grid_a, boxes[1], flips[1], grid_b, args.matching)
+    image, *crops = map(figures.to_picture, (image, *crops))
     figure = figures.draw_matches(image, crops, boxes, flips, args.patch_size, idx_a, idx_b)
-    try:
-        figure.savefig(args.output)
-    except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not know
-        raise UserError(f"cannot write {args.output}: {error}") from error
+    figures.save(figure, args.output)
     print(f"{len(idx_a) - 1} matched patches, drawn in {args.output}")
 
 

@@ -354,6 +354,11 @@ def _cut_log(path, key, end):
     return [entry for _, entry in kept]
 
 
+def read_log(path):
+    """Return the entries of a log, without lines that were cut short."""
+    return [entry for line in path.read_text(errors="replace").splitlines(keepends=True) if (entry := _entry(line))]
+
+
 def _entry(line):
     try:
         return dict(json.loads(line)) if line.endswith("\n") else {}

@@ -20,9 +20,10 @@ from torch.utils.data import Subset
 import evaluation
 import figures
 import utils
-from augment import crop_and_resize, normalize, random_box
+from augment import normalize
 from datasets import ImageList, build_dataset, listed_images, read_image, to_uint8
 from features import eval_transform, extract_features
+from figures import to_picture
 from patch_matching import RULES, match_patches
 from utils import UserError, number
 
@@ -123,24 +124,6 @@ def agreement(idx_a, found_a, columns):
     return far == 0, far <= 1
 
 
-def draw_crops(image, sizes, scales, seed):
-    """Cut a teacher's and a student's crop out of an image.
-
-    Args:
-        image: uint8 [3, H, W].
-        sizes, scales: of the two crops: side in pixels after resizing, (low, high) share of the image's area.
-        seed: of box and flip.
-
-    Returns:
-        (crops two tensors uint8 [3, S, S], boxes two of (top, left, height, width), flips two booleans)
-    """
-    rng = np.random.default_rng(seed)
-    boxes = [random_box(rng, *image.shape[-2:], scale) for scale in scales]
-    flips = [bool(rng.random() < 0.5) for _ in scales]
-    crops = [crop_and_resize(image[None], box, size)[0] for box, size in zip(boxes, sizes, strict=True)]
-    return [crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)], boxes, flips
-
-
 # --- the sub-commands: each returns (figure, text to print)
 
 
@@ -178,7 +161,7 @@ def matches(args, backbone, made_with, img_size):
 
     same, near, matched, drawn = 0, 0, 0, None
     for seed in range(args.seed, args.seed + args.pairs):
-        crops, boxes, flips = draw_crops(image, sizes, scales, seed)
+        crops, boxes, flips = figures.draw_crops(image, sizes, scales, seed)
         idx_a, idx_b = match_patches(boxes[0], flips[0], grid_a, boxes[1], flips[1], grid_b, args.matching)
         idx_a, idx_b = idx_a[1:], idx_b[1:]  # without CLS
         found_a = nearest_tokens(*(patch_features(backbone, crop) for crop in crops), idx_b)
@@ -308,10 +291,6 @@ def open_image(path, patch_size):
     return image
 
 
-def to_picture(image):
-    return image.permute(1, 2, 0).numpy()
-
-
 def parse_arguments(argv=None):
     parser = utils.ArgumentParser(description=__doc__.splitlines()[0], epilog="COMMAND --help lists its options.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -374,12 +353,14 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    figures.check_outputs(args.output)
+    for path in args.output:
+        figures.check_output(path)
     model = (args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
     backbone, made_with, img_size = evaluation.open_model(*model, args.seed, getattr(args, "crop_size", None))
     backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     figure, text = args.draw(args, backbone, made_with, img_size)
-    figures.save(figure, args.output)
+    for path in args.output:
+        figures.save(figure, path)
     print(f"{text}\ndrawn in {', '.join(map(str, args.output))}", flush=True)
 
 

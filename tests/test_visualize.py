@@ -32,7 +32,7 @@ def image(photographs):
 def drawn(monkeypatch):
     """Keep the figures that a command draws instead of writing them: a list."""
     kept = []
-    monkeypatch.setattr(figures, "save", lambda figure, paths: kept.append(figure))
+    monkeypatch.setattr(figures, "save", lambda figure, path: kept.append(figure))
     return kept
 
 
@@ -114,12 +114,12 @@ def test_agreement_counts_the_patch_and_those_around_it():
 
 def test_crops_are_cut_where_their_boxes_say(image):
     for seed in range(4):
-        crops, boxes, flips = visualize.draw_crops(image, (32, 16), ((0.4, 1), (0.1, 0.4)), seed)
+        crops, boxes, flips = figures.draw_crops(image, (32, 16), ((0.4, 1), (0.1, 0.4)), seed)
         for crop, (top, left, height, width), flip, size in zip(crops, boxes, flips, (32, 16), strict=True):
-            cut = Image.fromarray(visualize.to_picture(image)).crop((left, top, left + width, top + height))
+            cut = Image.fromarray(figures.to_picture(image)).crop((left, top, left + width, top + height))
             expected = np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
             expected = expected[:, ::-1] if flip else expected
-            assert np.abs(visualize.to_picture(crop) - expected).max() <= 2
+            assert np.abs(figures.to_picture(crop) - expected).max() <= 2
 
 
 @pytest.mark.parametrize(("size", "side", "expected"), [((100, 60), 32, (32, 56)), ((60, 100), 40, (64, 40))])
@@ -141,7 +141,7 @@ def test_attention_draws_each_head_and_what_it_holds_on_to(drawn, capsys):
         attention = visualize.cls_attention(backbone, image)
         above, below = figure.axes[10 * i : 10 * i + 5], figure.axes[10 * i + 5 : 10 * i + 10]
         assert [axis.get_title() for axis in above] == [path.stem, "head 1", "head 2", "head 3", "mean"]
-        picture = visualize.to_picture(image)
+        picture = figures.to_picture(image)
         assert (above[0].images[0].get_array() == picture).all()
         for maps, up, down in zip((*attention, attention.mean(0)), above[1:], below[1:], strict=True):
             brightness = np.asarray(up.images[0].get_array())[4::8, 4::8].astype(int).sum(-1)
@@ -178,7 +178,7 @@ def test_matches_draws_and_counts_the_agreement(drawn, capsys):
     image = visualize.open_image(figures.example_photographs()[0], 8)
     agree, near, total = 0, 0, 0
     for seed in (2, 3, 4):
-        crops, boxes, flips = visualize.draw_crops(image, (64, 32), ((0.4, 1), (0.05, 0.4)), seed)
+        crops, boxes, flips = figures.draw_crops(image, (64, 32), ((0.4, 1), (0.05, 0.4)), seed)
         idx_a, idx_b = match_patches(boxes[0], flips[0], (8, 8), boxes[1], flips[1], (4, 4))
         a, b = (backbone(normal(crop).float())[0, 1:].detach().double() for crop in crops)
         found = []
@@ -300,8 +300,8 @@ def test_files_are_written(tmp_path, capsys):
         ("attention {tiny}", r"tiny.png has 5x9 pixels, smaller than a patch of 8x8"),
         ("attention --image_size 4", "images of side 4 are smaller than a patch of 8 pixels"),
         ("attention absent.png", "cannot read image absent.png"),
-        ("features --output a.jpg", "cannot write a.jpg: expected a name that ends in .png or .pdf"),
-        ("features --output {tiny}/a.png", "cannot make the folder of"),
+        ("features --output a.jpg", "cannot write a.jpg: found the suffix '.jpg', expected .png or .pdf"),
+        ("features --output {tiny}/a.png", "cannot write .*tiny.png/a.png: File exists"),
         ("matches --local_crops_size 30", "--local_crops_size 30 is not a multiple of the patches of 8 pixels"),
         ("neighbours {photo}", "has no image to be compared with"),
         ("neighbours {photo} --patch 300 10", "outside of .*which has 300x240 pixels"),

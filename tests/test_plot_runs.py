@@ -1,0 +1,189 @@
+import json
+
+import numpy as np
+import pytest
+
+import figures
+import plot_runs
+import utils
+from utils import UserError
+
+STEPS = 10  # of an epoch, with reports after 4, 8 and 10: in two parts, the second has two reports
+REPORTS = (3, 7, 9)
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    """Write the logs of a run as main_lgssl.py does, of random numbers, and return (folder, its losses)."""
+
+    def write(name, epochs=3, knn_every=0, arguments=None, **changes):
+        folder = tmp_path / name
+        folder.mkdir()
+        rng = np.random.default_rng(len(list(tmp_path.iterdir())))
+        losses = rng.uniform(3, 5, (epochs, 3))
+        epoch_lines, step_lines = [], []
+        for epoch, row in enumerate(losses.tolist()):
+            for step, loss in zip(REPORTS, row, strict=True):
+                values = {"loss": loss, "entropy_share": loss / 10, "matched_patches": 2 * loss}
+                step_lines.append(json.dumps({"epoch": epoch, "step": epoch * STEPS + step, **values}))
+            entry = {"train_loss": np.average(row, weights=(4, 4, 2)), "epoch": epoch}
+            if knn_every and (epoch + 1) % knn_every == 0:
+                entry["knn_top1"] = 10.0 * row[0]
+            epoch_lines.append(json.dumps(entry))
+        (folder / "log.txt").write_text("\n".join(epoch_lines) + "\n")
+        (folder / "steps.jsonl").write_text("\n".join(step_lines) + "\n")
+        if arguments is None:
+            defaults = {"loss": "mean", "lambda_cls": 0.5, "matching": "paper", "geometry": "batch", "seed": 0}
+            arguments = {**defaults, "num_workers": len(name), "output_dir": str(folder), **changes}
+        if arguments:
+            (folder / "args.json").write_text(json.dumps(arguments))
+        return folder, losses
+
+    return write
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Run the command and return {title of a panel: its axes}, the texts of the legend, and the figure's file."""
+    figure = []
+
+    def run(*folders, output="runs.png"):
+        draw = figures.draw_curves
+        monkeypatch.setattr(figures, "draw_curves", lambda curves: figure.append(draw(curves)) or figure[-1])
+        plot_runs.main([*map(str, folders), "--output", str(tmp_path / output)])
+        legend = [text.get_text() for text in figure[-1].legends[0].get_texts()]
+        return {axis.get_title(): axis for axis in figure[-1].axes}, legend
+
+    return run
+
+
+def halves(losses):
+    """Return the means over the steps of each half of each epoch, [2 epochs]."""
+    return np.stack([losses[:, 0], (4 * losses[:, 1] + 2 * losses[:, 2]) / 6], axis=1).ravel()
+
+
+def band(collection, x):
+    """Return the lower and upper edge of a band at these x."""
+    vertices = collection.get_paths()[0].vertices
+    edges = [[y for vx, y in vertices if np.isclose(vx, at)] for at in x]
+    return np.array([min(ys) for ys in edges]), np.array([max(ys) for ys in edges])
+
+
+def test_curves_are_means_over_seeds_with_a_band_of_one_deviation(write_run, drawn, capsys):
+    ours = [write_run(f"mean-{seed}", seed=seed) for seed in range(3)]
+    dino = [write_run(f"dino-{seed}", loss="cls", lambda_cls=0.1, seed=seed) for seed in range(2)]
+    axes, legend = drawn(*(folder for folder, _ in ours + dino))
+    assert legend == ["loss mean (3 seeds)", "loss cls (2 seeds)"]
+    assert list(axes) == ["Loss", "Entropy of the teacher’s outputs", "Matched patches"]
+    for title, factor in (("Loss", 1), ("Entropy of the teacher’s outputs", 0.1), ("Matched patches", 2)):
+        for i, runs in enumerate((ours, dino)):
+            values = factor * np.stack([halves(losses) for _, losses in runs])
+            line = axes[title].lines[i]
+            x, deviation = np.arange(1, 7) / 2, values.std(0, ddof=1)
+            np.testing.assert_allclose(line.get_xdata(), x)
+            np.testing.assert_allclose(line.get_ydata(), values.mean(0))
+            low, high = band(axes[title].collections[i], x)
+            np.testing.assert_allclose(low, values.mean(0) - deviation)
+            np.testing.assert_allclose(high, values.mean(0) + deviation)
+    last = np.array([halves(losses)[-1] for _, losses in ours])
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split("  ")[0] == "setting"
+    assert table[1].split() == ["loss", "mean", "3", "3", f"{last.mean():.3f}", "±", f"{last.std(ddof=1):.3f}", "-"]
+    assert table[-1].startswith("drawn in ")
+
+
+def test_knn_is_drawn_where_it_was_measured(write_run, drawn, capsys):
+    runs = [write_run(f"r{seed}", epochs=5, knn_every=2, seed=seed) for seed in range(2)]
+    axes, _ = drawn(*(folder for folder, _ in runs))
+    values = 10 * np.stack([losses[[1, 3], 0] for _, losses in runs])
+    line = axes["Online k-NN"].lines[0]
+    np.testing.assert_allclose(line.get_xdata(), [2, 4])
+    np.testing.assert_allclose(line.get_ydata(), values.mean(0))
+    assert f"{values[:, 1].mean():.1f} ± {values[:, 1].std(ddof=1):.1f}" in capsys.readouterr().out
+
+
+def test_seeds_that_end_early_count_as_far_as_they_go(write_run, drawn, capsys):
+    runs = [write_run(f"r{seed}", epochs=seed + 1, seed=seed) for seed in range(3)]
+    axes, legend = drawn(*(folder for folder, _ in runs))
+    assert legend == ["loss mean (1 to 3 seeds)"]
+    values = np.full((3, 6), np.nan)
+    for row, (_, losses) in zip(values, runs, strict=True):
+        row[: 2 * len(losses)] = halves(losses)
+    line = axes["Loss"].lines[0]
+    np.testing.assert_allclose(line.get_ydata(), np.nanmean(values, 0))
+    low, _ = band(axes["Loss"].collections[0], [0.5, 1, 1.5, 2])
+    np.testing.assert_allclose(low, np.nanmean(values[:, :4], 0) - np.nanstd(values[:, :4], 0, ddof=1))
+    assert axes["Loss"].collections[0].get_paths()[0].vertices[:, 0].max() == 2  # no band of one seed
+    assert " 1 to 3 " in capsys.readouterr().out
+
+
+def test_lines_that_were_cut_short_are_left_out(write_run):
+    folder, losses = write_run("r")
+    path = folder / "steps.jsonl"
+    lines = path.read_text().splitlines()
+    damage = [lines[0][:20], *lines[1:3], '["no entry"]', '{"epoch": 1, "step": 13, "loss": NaN}', *lines[4:]]
+    path.write_text("\n".join(damage) + '\n{"epoch": 3, "st')
+    found = plot_runs.read_run(folder).points["loss"]
+    np.testing.assert_allclose(found[:, 0], [0.8, 1, 1.8, 2, 2.4, 2.8, 3])
+    np.testing.assert_allclose(found[:, 1], np.delete(losses.ravel(), [0, 3]))
+    # The log of epochs ends in the middle of a line, too: the last whole one says how long an epoch is.
+    log = folder / "log.txt"
+    log.write_text("\n".join(log.read_text().splitlines()[:2]) + '\n{"train_loss": 4.1, "epo')
+    np.testing.assert_allclose(plot_runs.read_run(folder).points["loss"], found)
+
+
+def test_a_long_run_is_averaged_to_its_log_of_epochs(write_run, drawn):
+    folder, _ = write_run("r", epochs=90)
+    axes, _ = drawn(folder)
+    log = [json.loads(line)["train_loss"] for line in (folder / "log.txt").read_text().splitlines()]
+    np.testing.assert_allclose(axes["Loss"].lines[0].get_ydata(), log)
+    assert axes["Loss"].lines[0].get_xdata().tolist() == list(range(1, 91))
+    assert len(axes["Loss"].collections) == 0  # one seed has no band
+
+
+def test_logs_of_epochs_are_enough(write_run, drawn):
+    folder, _ = write_run("theirs", arguments={})
+    (folder / "steps.jsonl").unlink()
+    axes, legend = drawn(folder)
+    assert (list(axes), legend) == (["Loss"], ["theirs (1 seed)"])
+
+
+def test_labels_name_the_arguments_that_differ(write_run):
+    def labels(*folders):
+        return {k: len(runs) for k, runs in plot_runs.settings([plot_runs.read_run(f) for f, _ in folders]).items()}
+
+    mean = [write_run(f"mean-{seed}", seed=seed, log_every=seed + 1) for seed in range(2)]
+    ignored = write_run("mean-2", seed=2, lambda_cls=0.9)  # means nothing without the λ-loss
+    lambdas = [write_run(f"lambda-{value}", loss="lambda", lambda_cls=value) for value in (0.2, 0.9)]
+    assert labels(*mean, ignored) == {"loss mean": 3}
+    assert labels(*mean, *lambdas) == {"loss mean": 2, "loss lambda, λ 0.2": 1, "loss lambda, λ 0.9": 1}
+    assert labels(*lambdas) == {"λ 0.2": 1, "λ 0.9": 1}
+    scales = write_run("scales", global_crops_scale=[0.25, 1.0])
+    assert labels(mean[0], scales) == {"global_crops_scale 0.4 1.0": 1, "global_crops_scale 0.25 1.0": 1}
+    moved = write_run("moved", seed=1, data_path="other")
+    assert labels(mean[0], moved) == {"data_path None": 1, "data_path other": 1}
+    assert labels(mean[0], write_run("bare", arguments={})) == {"loss mean": 1, "bare": 1}
+    with pytest.raises(UserError, match="mean-0 and .*again are runs of one setting and seed"):
+        labels(*mean, write_run("again"))
+
+
+def test_bad_input_is_refused_in_one_line(write_run, tmp_path, capsys):
+    good = str(write_run("good")[0])
+    empty, fresh, broken = tmp_path / "empty", write_run("fresh")[0], write_run("broken")[0]
+    empty.mkdir()
+    (fresh / "log.txt").unlink()
+    (broken / "args.json").write_text("{")
+    for words, message in [
+        ([tmp_path / "absent"], "no folder .*absent: expected"),
+        ([empty], "empty holds neither log.txt nor steps.jsonl"),
+        ([fresh], "fresh has not come to the end of an epoch"),
+        ([broken], "cannot read .*args.json"),
+        ([good, "--output", tmp_path / "runs.xyz"], "cannot write .*'.xyz', expected .png or .pdf"),
+        ([good, "--output", tmp_path / "absent/runs.png"], "cannot write .*runs.png: No such file"),
+        ([good, "--output", empty], "expected .png or .pdf"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            plot_runs.main(list(map(str, words)))
+    with pytest.raises(SystemExit) as ended, utils.one_line_errors():
+        plot_runs.main([str(empty)])
+    assert (ended.value.code, capsys.readouterr().err.count("\n")) == (2, 1)
