@@ -44,15 +44,14 @@ def write_run(tmp_path):
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
-    """Run the command and return {title of a panel: its axes}, the texts of the legend, and the figure's file."""
-    figure = []
+    """Run the command, but for the writing, and return {title of a panel: its axes} and the texts of the legend."""
 
-    def run(*folders, output="runs.png"):
-        draw = figures.draw_curves
-        monkeypatch.setattr(figures, "draw_curves", lambda curves: figure.append(draw(curves)) or figure[-1])
-        plot_runs.main([*map(str, folders), "--output", str(tmp_path / output)])
-        legend = [text.get_text() for text in figure[-1].legends[0].get_texts()]
-        return {axis.get_title(): axis for axis in figure[-1].axes}, legend
+    def run(*folders):
+        written = []
+        monkeypatch.setattr(figures, "save", lambda figure, path: written.append(figure))
+        plot_runs.main([*map(str, folders), "--output", str(tmp_path / "runs.png")])
+        legend = [text.get_text() for text in written[0].legends[0].get_texts()]
+        return {axis.get_title(): axis for axis in written[0].axes}, legend
 
     return run
 
@@ -121,11 +120,18 @@ def test_lines_that_were_cut_short_are_left_out(write_run):
     folder, losses = write_run("r")
     path = folder / "steps.jsonl"
     lines = path.read_text().splitlines()
-    damage = [lines[0][:20], *lines[1:3], '["no entry"]', '{"epoch": 1, "step": 13, "loss": NaN}', *lines[4:]]
+    damage = [
+        lines[0][:20],
+        lines[1],
+        lines[2][:-1],
+        '["no entry"]',
+        '{"epoch": 1, "step": 13, "loss": NaN}',
+        *lines[4:],
+    ]
     path.write_text("\n".join(damage) + '\n{"epoch": 3, "st')
     found = plot_runs.read_run(folder).points["loss"]
-    np.testing.assert_allclose(found[:, 0], [0.8, 1, 1.8, 2, 2.4, 2.8, 3])
-    np.testing.assert_allclose(found[:, 1], np.delete(losses.ravel(), [0, 3]))
+    np.testing.assert_allclose(found[:, 0], [0.8, 1.8, 2, 2.4, 2.8, 3])
+    np.testing.assert_allclose(found[:, 1], np.delete(losses.ravel(), [0, 2, 3]))
     # The log of epochs ends in the middle of a line, too: the last whole one says how long an epoch is.
     log = folder / "log.txt"
     log.write_text("\n".join(log.read_text().splitlines()[:2]) + '\n{"train_loss": 4.1, "epo')
@@ -165,6 +171,13 @@ def test_labels_name_the_arguments_that_differ(write_run):
     assert labels(mean[0], write_run("bare", arguments={})) == {"loss mean": 1, "bare": 1}
     with pytest.raises(UserError, match="mean-0 and .*again are runs of one setting and seed"):
         labels(*mean, write_run("again"))
+
+
+def test_the_figure_is_written(write_run, tmp_path, capsys):
+    path = tmp_path / "runs.pdf"
+    plot_runs.main([str(write_run("r")[0]), "--output", str(path)])
+    assert path.read_bytes().startswith(b"%PDF")
+    assert capsys.readouterr().out.endswith(f"drawn in {path}\n")
 
 
 def test_bad_input_is_refused_in_one_line(write_run, tmp_path, capsys):
