@@ -519,12 +519,14 @@ class BatchOrder(Sampler):
 
 def main(argv=None):
     parser = utils.ArgumentParser(description="Write the lists of images that copy detection needs (section 4.3.1).")
-    parser.add_argument("imagenet", help="ImageNet: class folders, or train and val with class folders")
-    parser.add_argument("--output_dir", default=".", help="folder of whitening.txt and distractors.txt")
-    parser.add_argument("--classes", default=IMAGENET100_CLASSES, help="file with the class folders to leave out")
-    parser.add_argument("--whitening", type=utils.number(int, 1), default=20000, help="number of images")
-    parser.add_argument("--distractors", type=utils.number(int, 1), default=10000, help="number of images")
-    parser.add_argument("--seed", type=utils.number(int, 0), default=0, help="of the drawing")
+    add = parser.add_argument_group("images").add_argument
+    add("imagenet", help="ImageNet: class folders, or train and val with class folders")
+    add("--classes", default=IMAGENET100_CLASSES, help="file with the class folders to leave out")
+    add = parser.add_argument_group("lists").add_argument
+    add("--output_dir", default=".", help="folder of whitening.txt and distractors.txt")
+    add("--whitening", type=utils.number(int, 1), default=20000, help="number of images in whitening.txt")
+    add("--distractors", type=utils.number(int, 1), default=10000, help="number of images in distractors.txt")
+    add("--seed", type=utils.number(int, 0), default=0, help="of the drawing")
     args = parser.parse_args(argv)
     lists = copydays_lists(args.imagenet, args.whitening, args.distractors, args.seed, args.classes)
     folder = Path(args.output_dir)

@@ -227,39 +227,29 @@ def _spread(first, count):
 
 
 def main(argv=None):
-    import figures
     from utils import ArgumentParser, number
 
     parser = ArgumentParser(description="Draw two crops of an image and their matched patches, numbered alike.")
-    parser.add_argument("image", nargs="?", help="default: a photograph that scikit-learn ships")
-    parser.add_argument("--output", default="matches.png", help="file to write, PNG or PDF")
-    parser.add_argument("--matching", choices=RULES, default="paper", help="how patches are matched")
-    parser.add_argument("--patch_size", type=number(int, 1), default=16, help="side of a patch in pixels")
-    parser.add_argument(
-        "--global_crops_size", type=number(int, 1), default=224, help="side of the teacher's crop in pixels"
-    )
-    parser.add_argument(
-        "--local_crops_size", type=number(int, 1), default=96, help="side of the student's crop in pixels"
-    )
-    parser.add_argument(
-        "--global_crops_scale",
-        type=number(float, 1e-6, 1),
-        nargs=2,
-        default=[0.4, 1.0],
-        help="share of the image's area",
-    )
-    parser.add_argument(
-        "--local_crops_scale",
-        type=number(float, 1e-6, 1),
-        nargs=2,
-        default=[0.05, 0.4],
-        help="share of the image's area",
-    )
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of boxes and flips")
+    side, share = number(int, 1), number(float, 1e-6, 1)
+    add = parser.add_argument_group("picture").add_argument
+    add("image", nargs="?", help="the image; default: a photograph that scikit-learn ships")
+    add("--output", default="matches.png", help="file to write, PNG or PDF")
+    add = parser.add_argument_group("crops").add_argument
+    add("--global_crops_size", type=side, default=224, help="side of the teacher's crop in pixels")
+    add("--local_crops_size", type=side, default=96, help="side of the student's crop in pixels")
+    add("--global_crops_scale", type=share, nargs=2, default=[0.4, 1.0], help="share of the image's area")
+    add("--local_crops_scale", type=share, nargs=2, default=[0.05, 0.4], help="share of the image's area")
+    add("--seed", type=number(int, 0), default=0, help="of boxes and flips")
+    add = parser.add_argument_group("matching").add_argument
+    add("--matching", choices=RULES, default="paper", help="how patches are matched")
+    add("--patch_size", type=side, default=16, help="side of a patch in pixels")
     args = parser.parse_args(argv)
     parser.check_crops(args)
-    figures.check_output(args.output)
 
+    import figures
+    from datasets import read_image, to_uint8
+
+    figures.check_output(args.output)
     image = to_uint8(read_image(args.image or figures.example_photographs()[0]))
     sizes = (args.global_crops_size, args.local_crops_size)
     scales = (args.global_crops_scale, args.local_crops_scale)

@@ -186,7 +186,7 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    import figures
+    import figures  # and matplotlib, which --help does without
 
     figures.check_output(args.output)
     folders = {Path(folder).resolve(): Path(folder) for folder in args.runs}

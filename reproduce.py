@@ -467,18 +467,23 @@ def parse_arguments(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
     parser = utils.ArgumentParser(description=__doc__.splitlines()[0], epilog="-- OPTIONS go to main_lgssl.py.")
-    parser.add_argument("command", choices=("list", "show", "run", "report"))
-    parser.add_argument("table", nargs="?", choices=(*paper()["tables"], "digits"), help="table1 to table8, or digits")
-    parser.add_argument("--row", nargs="+", help="rows of the table, as `list` names them; default: all")
-    parser.add_argument("--data_root", help=f"folder that holds {TREE}, as far as they are needed")
-    parser.add_argument("--runs", default="runs", help="folder of all runs and results")
-    parser.add_argument("--nproc_per_node", type=number(int, 1), default=1, help="processes; the batch is shared out")
-    parser.add_argument("--classes", help="file of 100 class folders; default: recipes/imagenet100_cmc.txt")
-    parser.add_argument("--seeds", type=number(int, 1), default=5, help="number of seeds (digits)")
-    parser.add_argument(
-        "--jobs", type=number(int, 1), help="runs at a time (digits); default: the CPU cores, at most 8"
-    )
-    parser.add_argument("--output", help="file of the report; default: it is printed")
+    # fmt: off
+    add = parser.add_argument_group("what").add_argument
+    add("command", choices=("list", "show", "run", "report"), help="list what there is and is done; show the commands "
+        "of a table's rows; run those that are not done; report the paper's numbers and ours")
+    add("table", nargs="?", choices=(*paper()["tables"], "digits"), help="table1 to table8, or digits; needed to show "
+        "and to run")
+    add("--row", nargs="+", help="rows of the table, as `list` names them; default: all")
+    add("--seeds", type=number(int, 1), default=5, help="number of seeds (digits)")
+    add = parser.add_argument_group("where").add_argument
+    add("--data_root", help=f"folder that holds {TREE}, as far as they are needed")
+    add("--classes", help="file of 100 class folders; default: recipes/imagenet100_cmc.txt")
+    add("--runs", default="runs", help="folder of all runs and results")
+    add("--output", help="file of the report; default: it is printed")
+    add = parser.add_argument_group("computation").add_argument
+    add("--nproc_per_node", type=number(int, 1), default=1, help="processes; the batch is shared out")
+    add("--jobs", type=number(int, 1), help="runs at a time (digits); default: the CPU cores, at most 8")
+    # fmt: on
     args = parser.parse_args(argv[:split])
     args.extra = argv[split + 1 :]
     if args.command in ("show", "run") and args.table is None:

@@ -30,23 +30,23 @@ def parse_arguments(argv=None):
         allow_abbrev=False,
     )
     natural = number(int, 1)
-    add = parser.add_argument
+    # fmt: off
+    add = parser.add_argument_group("machines").add_argument
     add("--cluster", choices=("slurm", "local"), default="slurm", help="local runs without SLURM, on this machine")
     add("--nodes", type=natural, default=1, help="number of machines")
-    add(
-        "--gpus_per_node",
-        "--ngpus",
-        type=number(int, 0),
-        help="GPUs of a machine; 0 runs on its CPUs; default: 8, with --cluster local what there is",
-    )
+    add("--gpus_per_node", "--ngpus", type=number(int, 0), help="GPUs of a machine; 0 runs on its CPUs; default: 8, "
+        "with --cluster local what there is")
     add("--tasks_per_node", type=natural, help="processes of a machine; default: one per GPU, or one")
     add("--cpus_per_task", type=natural, default=10, help="CPU cores of a process")
+    add("--mem_gb", type=natural, help="memory of a machine in GB; default: the partition's")
+    add = parser.add_argument_group("time").add_argument
     add("--timeout", "--time", type=natural, default=2800, help="minutes until the job is stopped, and requeued")
     add("--signal_delay", type=natural, default=120, help="seconds before that in which it saves")
-    add("--mem_gb", type=natural, help="memory of a machine in GB; default: the partition's")
+    add = parser.add_argument_group("queue").add_argument
     for name in ("partition", "account", "qos", "constraint", "comment"):
         add(f"--{name}", help="as sbatch's; default: the cluster's")
     add("--job_name", default="lgssl", help="name in the queue")
+    # fmt: on
     args, words = parser.parse_known_args(argv)
     if args.gpus_per_node is None:
         args.gpus_per_node = torch.cuda.device_count() if args.cluster == "local" else 8

@@ -5,7 +5,6 @@ python -m benchmarks.bench_knn
 Features are random; by default as many as ImageNet-100 has. Both sides give the same accuracy.
 """
 
-import argparse
 import time
 
 import torch
@@ -13,17 +12,17 @@ import torch.nn.functional as F
 
 from benchmarks.machine import machine, print_table
 from eval_knn import knn_accuracy
-from utils import number
+from utils import ArgumentParser, number
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     natural = number(int, 1)
     parser.add_argument("--train", type=natural, default=126_689, help="training features")
     parser.add_argument("--test", type=natural, default=5000, help="test features")
-    parser.add_argument("--dim", type=natural, default=384)
-    parser.add_argument("--classes", type=number(int, 5), default=100)
-    parser.add_argument("--k", type=natural, default=20)
+    parser.add_argument("--dim", type=natural, default=384, help="length of a feature")
+    parser.add_argument("--classes", type=number(int, 5), default=100, help="number of classes")
+    parser.add_argument("--k", type=natural, default=20, help="number of neighbours")
     parser.add_argument("--rounds", type=natural, default=3, help="the best of which counts")
     args = parser.parse_args()
     if args.k > args.train:

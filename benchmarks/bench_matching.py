@@ -3,7 +3,6 @@
 python -m benchmarks.bench_matching
 """
 
-import argparse
 import time
 
 import numpy as np
@@ -11,13 +10,13 @@ import numpy as np
 from augment import random_box
 from benchmarks.machine import machine, print_table
 from patch_matching import RULES, batch_table, match_patches, match_views
-from utils import number
+from utils import ArgumentParser, number
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=number(int, 1), default=64, help="of a batch")
-    parser.add_argument("--local_crops_number", type=number(int, 0), default=8)
+    parser.add_argument("--local_crops_number", type=number(int, 0), default=8, help="number of local views")
     args = parser.parse_args()
     print(machine())
     grids = [(14, 14)] * 2 + [(6, 6)] * args.local_crops_number

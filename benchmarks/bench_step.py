@@ -26,7 +26,7 @@ from benchmarks.machine import machine, memory_size, print_table
 from losses import LocalGlobalLoss
 from main_lgssl import BatchesOfViews, Meters, build_optimizer, train_one_epoch
 from patch_matching import match_patches
-from utils import number
+from utils import ArgumentParser, number
 from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead
 
 SIDES = {  # options of each side
@@ -46,15 +46,17 @@ BOTTLENECK, VIEWS, GLOBAL, LOCAL = 256, 10, 224, 96
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     natural = number(int, 1)
-    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES)
-    parser.add_argument("--patch_size", nargs="+", type=natural, default=[16])
-    parser.add_argument("--batch_size", nargs="+", type=natural, default=[10])
-    parser.add_argument("--out_dim", nargs="+", type=natural, default=[4096, 10000, 65536])
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["lgssl", "naive", "cls"])
-    parser.add_argument("--steps", type=natural, default=3, help="whose mean counts, after one that is not timed")
-    parser.add_argument("--rounds", type=natural, default=2, help="through all sides, the best of which counts")
+    add = parser.add_argument_group("cases, all combinations of these; used with --arch").add_argument
+    add("--arch", nargs="+", choices=ARCHITECTURES, help="networks; default: the cases of the README")
+    add("--patch_size", nargs="+", type=natural, default=[16], help="sides of a patch in pixels")
+    add("--batch_size", nargs="+", type=natural, default=[10], help="images of a step")
+    add("--out_dim", nargs="+", type=natural, default=[4096, 10000, 65536], help="K, numbers of prototypes")
+    add("--sides", nargs="+", choices=SIDES, default=["lgssl", "naive", "cls"], help="what is compared")
+    add = parser.add_argument_group("measurement").add_argument
+    add("--steps", type=natural, default=3, help="whose mean counts, after one that is not timed")
+    add("--rounds", type=natural, default=2, help="through all sides, the best of which counts")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

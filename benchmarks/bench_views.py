@@ -5,7 +5,6 @@
 From decoded photographs of 500×375 pixels to uint8 views; decoding of JPEG files and normalisation apart.
 """
 
-import argparse
 import random
 import statistics
 import tempfile
@@ -20,12 +19,12 @@ from torchvision import transforms
 from augment import MEAN, STD, MultiCrop, normalize
 from benchmarks.machine import machine, print_table
 from datasets import ResizeToTensor, read_image
-from utils import number
+from utils import ArgumentParser, number
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=number(int, 1), default=40)
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch_size", type=number(int, 1), default=40, help="images that are cut at a time")
     parser.add_argument("--rounds", type=number(int, 1), default=5, help="the median of which counts")
     args = parser.parse_args()
     torch.set_num_threads(1)

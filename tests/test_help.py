@@ -1,0 +1,71 @@
+"""What --help says, of each file that can be run as a script."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(
+    path.relative_to(ROOT)
+    for pattern in ("*.py", "benchmarks/*.py", "tests/*.py")
+    for path in ROOT.glob(pattern)
+    if '\nif __name__ == "__main__":\n' in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.fixture
+def parser_of(monkeypatch):
+    """Run a script as far as to the parsing of its arguments, and return its parser."""
+
+    class Parses(Exception):
+        pass
+
+    def stop(parser, *args, **kwargs):
+        raise Parses(parser)
+
+    def run(script):
+        name = script.stem if script.parts[0] != "benchmarks" else f"benchmarks.{script.stem}"
+        monkeypatch.setattr(sys, "argv", [str(script)])
+        main = importlib.import_module(name).main
+        # The base of all ways to parse
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+        with pytest.raises(Parses) as parses:
+            main()
+        return parses.value.args[0]
+
+    return run
+
+
+def test_scripts_are_found():
+    assert {"main_lgssl.py", "plot_runs.py", "benchmarks/bench_step.py"} <= {path.as_posix() for path in SCRIPTS}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_help_is_complete_and_grouped(parser_of, script):
+    parser = parser_of(script)
+    assert parser.description
+    options = [action for action in parser._actions if action.help != argparse.SUPPRESS and action.dest != "help"]
+    assert options
+    for action in options:
+        assert action.help, f"{action.dest} has no help"
+        text = parser._get_formatter()._expand_help(action)
+        if action.option_strings and action.default is not None and not action.required:
+            assert "default: " in text, f"{action.dest} does not say its default"
+            assert str(action.default) in text, f"{action.dest} says another default than {action.default}"
+    if len(options) > 6:
+        positionals, optionals, *groups = parser._action_groups
+        loose = [action.dest for group in (positionals, optionals) for action in group._group_actions]
+        assert not {action.dest for action in options} & set(loose)
+        assert all(group.title and group._group_actions for group in groups)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_help_is_printed(run_script, script):
+    words = ["-m", f"benchmarks.{script.stem}"] if script.parts[0] == "benchmarks" else [script]
+    process = run_script(*words, "--help")
+    assert process.stdout.startswith(f"usage: {script.name}" if sys.version_info < (3, 14) else "usage: ")
+    assert process.stderr == ""
