@@ -20,8 +20,8 @@ def add_model_arguments(parser):
         help="checkpoint of main_lgssl.py or DINO, or timm's .safetensors; none is a random network",
     )
     add("--checkpoint_key", default="teacher", help="network of the checkpoint, teacher or student")
-    add("--arch", type=architecture, help=f"{', '.join(ARCHITECTURES)}; default: the checkpoint's, or vit_small")
-    add("--patch_size", type=number(int, 1), help="default: the checkpoint's, or 16")
+    add("--arch", type=architecture, help=f"{', '.join(ARCHITECTURES)}; default: the weights', or vit_small")
+    add("--patch_size", type=number(int, 1), help="default: the weights', or 16")
 
 
 def add_labelled_data_arguments(parser):

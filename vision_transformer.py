@@ -99,6 +99,7 @@ def vit_base(patch_size=16, **kwargs):
 
 
 ARCHITECTURES = {"vit_micro": vit_micro, "vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base}
+WIDTHS = {96: "vit_micro", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
 
 
 def architecture(name):
@@ -203,7 +204,8 @@ def load_backbone(path, arch=None, patch_size=None, checkpoint_key="teacher", im
 
     Args:
         path: the file, or "none" for a randomly initialised network.
-        arch, patch_size: what the file holds; None takes them from the file where it says so, otherwise ViT-S/16.
+        arch, patch_size: what the file holds; None takes them from its arguments, or else from the weights' shapes. Of
+            a random network None is ViT-S/16.
         checkpoint_key: which network of a checkpoint that has several, "teacher" or "student".
         img_size: side in pixels that a random network's position embedding is made for.
 
@@ -212,7 +214,7 @@ def load_backbone(path, arch=None, patch_size=None, checkpoint_key="teacher", im
         its total `batch_size`, as far as the file has them.
 
     Raises:
-        UserError: the file is no checkpoint, has no such network, or its keys or shapes do not fit.
+        UserError: the file is no checkpoint, has no such network, holds no ViT, or its keys or shapes do not fit.
     """
     if str(path) == "none":
         return ARCHITECTURES[arch or "vit_small"](patch_size or 16, img_size=img_size).eval(), {}
@@ -235,11 +237,21 @@ def load_backbone(path, arch=None, patch_size=None, checkpoint_key="teacher", im
     for name, wanted in {"arch": arch, "patch_size": patch_size}.items():
         if None not in (wanted, made_with[name]) and wanted != made_with[name]:
             raise UserError(f"{path} was made with --{name} {made_with[name]}, found --{name} {wanted}")
-    arch, patch_size = arch or made_with["arch"] or "vit_small", patch_size or made_with["patch_size"] or 16
+    arch, patch_size = arch or made_with["arch"], patch_size or made_with["patch_size"]
+    if arch:
+        arch = architecture(arch)
+    projection = state["patch_embed.proj.weight"].shape if "patch_embed.proj.weight" in state else ()
+    if len(projection) != 4 or 0 in projection:
+        found = f"one of shape {list(projection)}" if projection else ", ".join(list(state)[:3]) or "nothing"
+        raise UserError(f"{path} holds no ViT: expected patch_embed.proj.weight [D, 3, p, p], found {found}")
+    if not arch and projection[0] not in WIDTHS:
+        known = ", ".join(f"{width} ({name})" for width, name in WIDTHS.items())
+        raise UserError(f"{path} holds a ViT of width {projection[0]}, expected one of {known}")
+    arch, patch_size = arch or WIDTHS[projection[0]], patch_size or projection[-1]
 
     shape = state["pos_embed"].shape if "pos_embed" in state else ()
     side = math.isqrt(max(shape[1] - 1, 1)) if len(shape) == 3 else 14  # else: refused below
-    backbone = ARCHITECTURES[architecture(arch)](patch_size, img_size=side * patch_size)
+    backbone = ARCHITECTURES[arch](patch_size, img_size=side * patch_size)
     own = backbone.state_dict()
     problems = [f"{name} is missing" for name in own if name not in state]
     problems += [f"{name} is not part of the network" for name in state if name not in own]

@@ -8,7 +8,17 @@ from safetensors.torch import save_file
 
 import vision_transformer
 from utils import UserError
-from vision_transformer import BackboneWithHead, DINOHead, load_backbone, vit_base, vit_micro, vit_small, vit_tiny
+from vision_transformer import (
+    ARCHITECTURES,
+    WIDTHS,
+    BackboneWithHead,
+    DINOHead,
+    load_backbone,
+    vit_base,
+    vit_micro,
+    vit_small,
+    vit_tiny,
+)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +162,7 @@ def test_backbone_alone_is_read(tmp_path):
 def test_timms_safetensors_are_read_and_agree(tmp_path):
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
-    backbone, _ = load_backbone(tmp_path / "model.safetensors", "vit_tiny")
+    backbone, _ = load_backbone(tmp_path / "model.safetensors")
     image = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(backbone(image), theirs.forward_features(image), rtol=0, atol=1e-5)
@@ -164,6 +174,18 @@ def test_grid_of_the_position_embedding_is_read_from_the_weights(tmp_path):
     backbone, _ = load_backbone(tmp_path / "c.pth")
     assert backbone.patch_embed.grid_size == (4, 4)
     assert_same(backbone, network)
+
+
+@pytest.mark.parametrize(("arch", "patch_size"), [("vit_micro", 8), ("vit_tiny", 32)])
+def test_architecture_and_patch_size_are_read_from_the_shapes(tmp_path, arch, patch_size):
+    """DINO's and timm's files of a backbone alone say neither."""
+    network = ARCHITECTURES[arch](patch_size, img_size=64)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    backbone, _ = load_backbone(tmp_path / "model.safetensors")
+    assert_same(backbone, network)
+    assert backbone.patch_embed.patch_size == (patch_size, patch_size)
+    with torch.device("meta"):
+        assert {build().embed_dim: name for name, build in ARCHITECTURES.items()} == WIDTHS
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
@@ -184,6 +206,19 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     )
     for foreign in ({"teacher": 3}, {"teacher": {1: torch.zeros(1)}}, {"teacher": {"pos_embed": 1}, "args": [1]}):
         assert "holds no weights under 'teacher'" in message(foreign)
+    resnet = {"conv1.weight": torch.zeros(64, 3, 7, 7), "bn1.weight": torch.zeros(64), "bn1.bias": torch.zeros(64)}
+    for options in ({}, {"arch": None}):
+        found = "expected patch_embed.proj.weight [D, 3, p, p], found conv1.weight, bn1.weight, bn1.bias"
+        assert f"holds no ViT: {found}" in message(resnet, **options)
+        for shape in ((96, 768), (96, 3, 0, 0)):
+            foreign = {**state, "patch_embed.proj.weight": torch.zeros(shape)}
+            assert f"holds no ViT: expected patch_embed.proj.weight [D, 3, p, p], found one of shape {list(shape)}" in (
+                message(foreign, **options)
+            )
+    large = {"patch_embed.proj.weight": torch.zeros(1024, 3, 16, 16)}
+    assert "of width 1024, expected one of 96 (vit_micro), 192" in message(large, arch=None)
+    assert "holds no ViT: expected patch_embed.proj.weight [D, 3, p, p], found nothing" in message({}, arch=None)
+    assert "no architecture resnet50" in message({"teacher": resnet, "args": {"arch": "resnet50"}}, arch=None)
     assert "pos_embed is [5], expected" in message({**state, "pos_embed": torch.zeros(5)})
     assert "has no 'teacher', found student" in message({"student": state})
     assert "no checkpoint at" in str(pytest.raises(UserError, load_backbone, tmp_path / "absent.pth").value)
