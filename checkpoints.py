@@ -1,6 +1,7 @@
 """Saving, resuming and safe loading of checkpoints."""
 
 import argparse
+import contextlib
 import os
 import re
 import zipfile
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 
-from utils import UserError, warn
+from utils import UserError, first_line, warn
 
 # What DINO's released full checkpoints hold besides tensors and plain values: their arguments, and NumPy scalars in the
 # optimizer's state, under the old and the new name of NumPy's module.
@@ -89,10 +91,18 @@ def previous_path(path):
 
 
 def save(contents, path, keep_previous=False):
-    """Write a checkpoint so that `path` is at every moment either the old or the new one, whole.
+    """Write a checkpoint, a dictionary of tensors and plain values. See `written_whole`."""
+    with written_whole(path, keep_previous) as temporary, temporary.open("wb") as file:
+        torch.save(contents, file)
+
+
+@contextlib.contextmanager
+def written_whole(path, keep_previous=False):
+    """Write a file so that `path` is at every moment either the old or the new one, whole.
+
+    Gives the name to write it under; at the end it is renamed, and after an error removed.
 
     Args:
-        contents: dictionary of tensors and plain values.
         keep_previous: keep the old one at `previous_path`. Then there is room needed for three.
 
     Raises:
@@ -101,9 +111,8 @@ def save(contents, path, keep_previous=False):
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
-            torch.save(contents, file)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         if keep_previous and path.exists():
             previous = previous_path(path)
@@ -114,14 +123,17 @@ def save(contents, path, keep_previous=False):
                 path.replace(previous)
         temporary.replace(path)
         sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        # torch reports a failed write as a RuntimeError of its zip writer.
-        if isinstance(error, RuntimeError) and not isinstance(error.__context__, OSError):
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch reports a failed write as a RuntimeError of its zip writer, safetensors as an error of its own.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, (OSError, SafetensorError)):
             raise
-        reason = error.strerror if isinstance(error, OSError) else error.__context__.strerror
-        temporary.unlink(missing_ok=True)
+        reason = cause.strerror if isinstance(cause, OSError) else first_line(cause)
         left = f"{path} of the last save is left" if path.exists() else "there is no earlier one"
         raise UserError(f"cannot save {path}: {reason}; {left}: make room, and start the same command again") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def sync_folder(folder):

@@ -57,7 +57,7 @@ def parse_arguments(argv=None):
     group = parser.add_argument_group("protocol")
     group.add_argument("--nb_knn", type=number(int, 1), nargs="+", default=[10, 20], help="numbers of neighbours")
     group.add_argument("--temperature", type=number(float, 1e-6), default=0.07, help="of the votes")
-    evaluation.add_labelled_data_arguments(parser)
+    evaluation.add_data_arguments(parser)
     evaluation.add_computation_arguments(parser, batch_size=128)
     return parser.parse_args(argv)
 

@@ -150,7 +150,7 @@ def parse_arguments(argv=None):
     add("--evaluate", nargs="?", const=True, help="do not train; validate the weights of FILE, by default those of "
         "the run in --output_dir", metavar="FILE")
     # fmt: on
-    evaluation.add_labelled_data_arguments(parser)
+    evaluation.add_data_arguments(parser)
     evaluation.add_computation_arguments(parser, batch_size=128)
     return parser.parse_args(argv)
 

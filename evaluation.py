@@ -24,10 +24,11 @@ def add_model_arguments(parser):
     add("--patch_size", type=number(int, 1), help="default: the weights', or 16")
 
 
-def add_labelled_data_arguments(parser):
+def add_data_arguments(parser, layout="folder with train and val, each with class subfolders; or of CIFAR-10"):
+    """Add the options of a data set and return the group's add_argument; `layout` says what --data_path is."""
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="folder", help="see datasets.py")
-    add("--data_path", help="folder with train and val, each with class subfolders; or of CIFAR-10")
+    add("--data_path", help=layout)
     add("--classes", help="file with the class folders to use, one a line")
     add("--download", action="store_true", help="fetch CIFAR-10 where it is missing")
     add(
@@ -35,12 +36,14 @@ def add_labelled_data_arguments(parser):
         type=number(int, 1),
         help="side of the images that the network sees; default: the pretraining's global crops, or 224",
     )
+    return add
 
 
-def add_computation_arguments(parser, batch_size=None):
+def add_computation_arguments(parser, batch_size=None, json_result=True):
     """Add the other options; `batch_size` is None where images are taken one by one."""
-    add = parser.add_argument_group("computation and output").add_argument
-    add("--output_dir", help="folder of the JSON result; default: that of the weights")
+    add = parser.add_argument_group("computation and output" if json_result else "computation").add_argument
+    if json_result:
+        add("--output_dir", help="folder of the JSON result; default: that of the weights")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all random numbers")
     if batch_size:
         add("--batch_size_per_gpu", type=number(int, 1), default=batch_size, help="images per process and step")
@@ -148,13 +151,22 @@ def result_file(output_dir, pretrained_weights, name):
     if output_dir is None and pretrained_weights == "none":
         return None
     folder = Path(pretrained_weights).parent if output_dir is None else Path(output_dir)
+    make_folder(folder, "--output_dir")
+    return folder / f"{name}.json"
+
+
+def make_folder(folder, option):
+    """Make a folder to write to, where it is missing; `option` says in the message where it comes from.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make --output_dir {folder}: {error.strerror}") from error
+        raise UserError(f"cannot make {option} {folder}: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write the result to {folder}: give a folder that can be written as --output_dir")
-    return folder / f"{name}.json"
+        raise UserError(f"cannot write to {option} {folder}: give a folder that can be written")
 
 
 def write_result(path, result, made_with, args):

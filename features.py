@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from augment import MEAN, STD
 
-GATHERED_ROWS = 8192  # of each process at a time
+GATHERED_NUMBERS = 2**23  # of each process at a time
 
 
 def to_pixels():
@@ -30,7 +30,16 @@ def eval_transform(crop_size):
 
 
 @torch.no_grad()
-def extract_features(network, dataset, device, batch_size=64, num_workers=2, title="features", worker_init_fn=None):
+def extract_features(
+    network,
+    dataset,
+    device,
+    batch_size=64,
+    num_workers=2,
+    title="features",
+    dtype=torch.float32,
+    worker_init_fn=None,
+):
     """Apply a network to all images of a data set.
 
     Each process takes every world_size-th image, so that none is computed twice; the results are gathered once. Memory:
@@ -40,10 +49,11 @@ def extract_features(network, dataset, device, batch_size=64, num_workers=2, tit
         network: images [B, 3, H, W] -> features [B, D].
         dataset: gives (normalised image, label). Images of different sizes need a batch size of 1.
         title: of the progress bar; None shows none.
+        dtype: of the result.
         worker_init_fn: of the data-loading processes.
 
     Returns:
-        features [n, D], float32 on the CPU, in the order of the data set; on rank 0, elsewhere None.
+        features [n, D] on the CPU, in the order of the data set; on rank 0, elsewhere None.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = range(rank, len(dataset), world_size)
@@ -52,27 +62,28 @@ def extract_features(network, dataset, device, batch_size=64, num_workers=2, tit
     bar = tqdm(loader, title, unit="batch", disable=rank > 0 or title is None or not sys.stderr.isatty())
     features, done = None, 0
     for images, _ in bar:
-        batch = network(images.to(device, non_blocking=True)).float().cpu()
+        batch = network(images.to(device, non_blocking=True)).to(dtype).cpu()
         if features is None:
-            features = torch.empty(len(own), batch.shape[1])
+            features = torch.empty(len(own), batch.shape[1], dtype=dtype)
         features[done : done + len(batch)] = batch
         done += len(batch)
     if world_size == 1:
         return features
-    return _gather_interleaved(features, len(dataset), rank, world_size, device)
+    return _gather_interleaved(features, len(dataset), rank, world_size, device, dtype)
 
 
-def _gather_interleaved(features, total, rank, world_size, device):
+def _gather_interleaved(features, total, rank, world_size, device, dtype):
     """Collect what `extract_features` computed, rank r holding samples r, r + world_size, ..., on rank 0."""
     # A process without an image does not know the feature dimension: all agree on the largest.
     dim = torch.tensor(0 if features is None else features.shape[1], device=device)
     dist.all_reduce(dim, dist.ReduceOp.MAX)
     if features is None:
-        features = torch.empty(0, int(dim))
-    everything = torch.empty(total, int(dim)) if rank == 0 else None
+        features = torch.empty(0, int(dim), dtype=dtype)
+    everything = torch.empty(total, int(dim), dtype=dtype) if rank == 0 else None
     most = -(-total // world_size)  # samples of a process
-    for start in range(0, most, GATHERED_ROWS):
-        rows = slice(start, min(start + GATHERED_ROWS, most))
+    at_a_time = max(1, GATHERED_NUMBERS // max(1, int(dim)))
+    for start in range(0, most, at_a_time):
+        rows = slice(start, min(start + at_a_time, most))
         own = features[rows].to(device)
         padded = F.pad(own, (0, 0, 0, rows.stop - start - len(own)))
         gathered = [torch.empty_like(padded) for _ in range(world_size)] if rank == 0 else None
