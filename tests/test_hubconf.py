@@ -1,0 +1,69 @@
+import sys
+import types
+
+import pytest
+import torch
+from conftest import ROOT
+
+from vision_transformer import ARCHITECTURES, load_backbone, vit_micro
+
+OWN = ("vision_transformer", "checkpoints", "utils", "health")
+
+
+def load(name, **options):
+    return torch.hub.load(str(ROOT), name, source="local", **options)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Return a checkpoint's path."""
+    networks = {key: vit_micro(8, img_size=32).state_dict() for key in ("teacher", "student")}
+    torch.save({**networks, "args": {"arch": "vit_micro", "patch_size": 8}}, tmp_path / "checkpoint.pth")
+    return tmp_path / "checkpoint.pth"
+
+
+@pytest.mark.parametrize("key", ["teacher", "student"])
+def test_tokens_are_those_of_the_checkpoint(weights, key):
+    network = load("lgssl", weights=weights, checkpoint_key=key)
+    images = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), load_backbone(weights, checkpoint_key=key)[0](images))
+    assert not network.training
+
+
+def test_names_stand_for_the_papers_networks():
+    """Here the networks have no numbers, which would take time to draw."""
+    for arch, patch_size in [("tiny", 16), ("tiny", 32), ("small", 16), ("base", 16), ("base", 8)]:
+        with torch.device("meta"):
+            network = load(f"lgssl_vit_{arch}{patch_size}")
+            expected = ARCHITECTURES[f"vit_{arch}"](patch_size)
+        shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (network, expected)]
+        assert shapes[0] == shapes[1]
+        assert network.blocks[0].attn.num_heads == expected.blocks[0].attn.num_heads
+
+
+def test_modules_of_the_caller_stay_what_they_are(weights, monkeypatch):
+    """One project has imported modules of our names already, another one is going to."""
+    theirs = {name: types.ModuleType(name) for name in ("utils", "datasets", "vision_transformer")}
+    for name, module in theirs.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("checkpoints", "health"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    path = list(sys.path)
+    network = load("lgssl", weights=weights)
+    assert network(torch.randn(1, 3, 32, 32)).shape == (1, 17, 96)
+    assert {name: sys.modules[name] for name in theirs} == theirs
+    assert not {"checkpoints", "health"} & set(sys.modules)
+    assert sys.path == path
+    for name in OWN:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    load("lgssl", weights=weights)
+    assert not set(OWN) & set(sys.modules)
+
+
+def test_weights_of_another_network_are_refused(weights, tmp_path):
+    with pytest.raises(Exception, match="was made with --arch vit_micro, found --arch vit_small") as error:
+        load("lgssl_vit_small16", weights=weights)
+    assert error.type.__name__ == "UserError"
+    with pytest.raises(Exception, match="no checkpoint at .*absent.pth"):
+        load("lgssl", weights=tmp_path / "absent.pth")
