@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
+from safetensors.torch import save_file as save_safetensors
 
 from utils import UserError, first_line, warn
 
@@ -134,6 +135,14 @@ def written_whole(path, keep_previous=False):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def write_safetensors(tensors, path, metadata):
+    """Write tensors and a dictionary of texts to a `.safetensors` file, which gets the rights of any new file."""
+    path.touch()
+    rights = path.stat().st_mode
+    save_safetensors(tensors, path, metadata)  # its file is for its owner alone
+    path.chmod(rights)
 
 
 def sync_folder(folder):

@@ -20,12 +20,11 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from safetensors.torch import save_file
 
 import evaluation
 import utils
 from augment import MEAN, STD
-from checkpoints import written_whole
+from checkpoints import write_safetensors, written_whole
 from utils import UserError
 from vision_transformer import WIDTHS
 
@@ -156,11 +155,12 @@ def main(argv=None):
         for path in graph:
             program.save(path, external_data=False)
             checked = check_onnx(path, backbone)
-        save_file(state, weights, {"format": "pt"})
+        write_safetensors(state, weights, {"format": "pt"})
         text.write_text(json.dumps(config, indent=2) + "\n")
     side = backbone.patch_embed.img_size[0]
-    print(f'{folder} can be read by timm.create_model("local-dir:{folder}", pretrained=True)')
+    print(f'{folder} can be read by timm.create_model("local-dir:{folder}", pretrained=True), of timm 1.0.16 or newer')
     print(f"images of {side}x{side} pixels: largest difference of timm's forward_features {difference:.1e}")
+    print("images of other sizes: timm interpolates the position embedding in another way")
     if args.onnx:
         print(f"{folder / 'model.onnx'}: {checked}")
 

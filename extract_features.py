@@ -23,11 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 import evaluation
 import utils
-from checkpoints import written_whole
+from checkpoints import write_safetensors, written_whole
 from datasets import build_dataset
 from features import eval_transform, extract_features
 from utils import UserError
@@ -66,7 +65,7 @@ def write_features(path, features, labels, paths, classes, made_with):
     with written_whole(path) as temporary:
         if path.suffix == ".safetensors":
             metadata = {"paths": json.dumps(paths), "classes": json.dumps(classes), "made_with": made_with}
-            save_file({"features": features, "labels": labels}, temporary, metadata)
+            write_safetensors({"features": features, "labels": labels}, temporary, metadata)
         else:
             arrays = {"features": features.numpy(), "labels": labels.numpy(), "made_with": np.array(made_with)}
             arrays.update(paths=np.array(paths, dtype=str), classes=np.array(classes, dtype=str))

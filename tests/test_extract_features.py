@@ -61,6 +61,8 @@ def test_contents_are_those_of_a_direct_forward(photo_folder, weights, tmp_path,
     made_with = {"pretrained_weights": str(weights[0]), "arch": "vit_micro", "patch_size": 8, "crop_size": 32}
     assert {**found["made_with"], **made_with, "features": kind} == found["made_with"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == [f"f.{suffix}"]
+    (tmp_path / "any").touch()
+    assert (tmp_path / f"new/f.{suffix}").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])

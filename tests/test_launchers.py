@@ -154,8 +154,8 @@ def test_demo_recipe_learns(tmp_path, run_script):
 
 @pytest.mark.parametrize(
     "script",
-    "main_lgssl.py eval_linear.py eval_knn.py eval_copy_detection.py eval_image_retrieval.py reproduce.py datasets.py "
-    "patch_matching.py".split(),
+    "main_lgssl.py eval_linear.py eval_knn.py eval_copy_detection.py eval_image_retrieval.py extract_features.py "
+    "export.py reproduce.py datasets.py patch_matching.py".split(),
 )
 def test_help_is_complete(run_script, script):
     assert "default:" in run_script(script, "--help").stdout
@@ -175,6 +175,8 @@ def test_user_errors_exit_with_2_and_one_line(photo_folder, tmp_path, run_script
         (["eval_copy_detection.py", "--data_path", tmp_path, "--pretrained_weights", "none"], "no images in"),
         (["eval_image_retrieval.py", "--data_path", tmp_path, "--pretrained_weights", "none"], "no ground truth"),
         (["reproduce.py", "run", "table1", "--data_root", tmp_path], "no "),
+        (["extract_features.py", "--pretrained_weights", "none", "--output", tmp_path / "f.csv"], "--output "),
+        (["export.py", "--pretrained_weights", tmp_path / "absent.pth", "--output_dir", tmp_path], "no checkpoint at"),
         (["datasets.py", photo_folder], ""),
     ]  # fmt: skip
     for words, message in cases:
