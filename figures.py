@@ -293,38 +293,39 @@ def draw_features(images, colours, names, patch_size, explained):
     return figure
 
 
-def draw_correspondences(image, crops, boxes, flips, patch_size, idx_a, idx_b, found_a, agrees):
-    """Draw the matches of two crops that geometry gives beside those that the features of a network find.
+def draw_correspondences(image, crops, boxes, flips, patch_size, idx_a, idx_b, found_a, agrees, touches):
+    """Draw the matches of two views that geometry gives beside those that the features of a network find.
 
     Args:
         image, crops, boxes, flips, patch_size: as `draw_matches`.
         idx_a, idx_b: [n] matched patches, counting from 1, without CLS.
         found_a: [n] the teacher's patch nearest in feature space to each of idx_b.
-        agrees: booleans [n], whether it is the same.
+        agrees, touches: booleans [n], whether it is the same, and whether it is that or one around it.
 
     Returns:
         matplotlib Figure of the image with the two boxes, the geometric pairs, and the pairs by features, each with the
         teacher's crop above the student's and a line for each pair.
     """
-    figure = Figure(figsize=(WIDTH, 4.1), dpi=200, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.4), dpi=200, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.04, h_pad=0.02, hspace=0.06, wspace=0.02)
     grid = figure.add_gridspec(2, 3, width_ratios=[1.25, 1, 1])
     whole = figure.add_subplot(grid[:, 0])
     whole.imshow(image)
-    names = ("teacher’s crop", "student’s crop")
+    names = ("teacher’s view", "student’s view")
     for box, name, colour in zip(boxes, names, (TEACHER, STUDENT), strict=True):
         top, left, height, width = box
         whole.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=colour, linewidth=2, label=name))
     bare(whole, "Image")
     whole.legend(loc="upper center", bbox_to_anchor=(0.5, -0.03), fontsize=8, frameon=False)
-    right = np.asarray(agrees, bool)
-    titles = ("By geometry", f"By features: {right.mean():.0%} agree" if len(right) else "By features")
-    for column, (title, tokens_a, colours) in enumerate(
-        (
-            (titles[0], idx_a, [STUDENT] * len(idx_a)),
-            (titles[1], found_a, [STUDENT if agree else WRONG for agree in right]),
-        ),
-        start=1,
+
+    agrees, touches = (np.asarray(x, bool) for x in (agrees, touches))
+    kinds = np.where(agrees, 0, np.where(touches, 1, 2))
+    colours, labels = (STUDENT, OVERLAP, WRONG), ("the same patch as by geometry", "one around it", "another patch")
+    titles = ("By geometry", "By features")
+    if len(kinds):
+        titles = (titles[0], f"By features: {agrees.mean():.0%} the same")
+    for column, (title, tokens_a, its_kinds) in enumerate(
+        ((titles[0], idx_a, np.zeros_like(kinds)), (titles[1], found_a, kinds)), start=1
     ):
         axes = [figure.add_subplot(grid[row, column]) for row in (0, 1)]
         for axis, crop, flip, name, colour in zip(axes, crops, flips, names, (TEACHER, STUDENT), strict=True):
@@ -339,16 +340,14 @@ def draw_correspondences(image, crops, boxes, flips, patch_size, idx_a, idx_b, f
             [_centre(token, crop.shape[1] // patch_size, patch_size) for token in tokens]
             for crop, tokens in zip(crops, (tokens_a, idx_b), strict=True)
         ]
-        for a, b, colour in zip(*centres, colours, strict=True):
-            style = {"color": colour, "linewidth": 0.8, "alpha": 0.9}
-            line = ConnectionPatch(a, b, "data", "data", axesA=axes[0], axesB=axes[1], **style)
-            figure.add_artist(line)
+        for a, b, kind in zip(*centres, its_kinds, strict=True):
+            style = {"color": colours[kind], "linewidth": 0.9, "alpha": 0.9}
+            figure.add_artist(ConnectionPatch(a, b, "data", "data", axesA=axes[0], axesB=axes[1], **style))
             for axis, point in zip(axes, (a, b), strict=True):
-                axis.plot(*point, "o", color=colour, markersize=2.5, markeredgecolor="white", markeredgewidth=0.3)
-    if not right.all():
-        handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in (STUDENT, WRONG)]
-        labels = ["the same patch as by geometry", "another patch"]
-        figure.legend(handles, labels, loc="outside lower right", ncols=2, fontsize=8, frameon=False)
+                style = {"markersize": 2.8, "markeredgecolor": "white", "markeredgewidth": 0.3}
+                axis.plot(*point, "o", color=colours[kind], **style)
+    handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
+    figure.legend(handles, labels, loc="outside lower right", ncols=3, fontsize=8, frameon=False)
     return figure
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 import evaluation
 import figures
 import utils
-from augment import normalize
+from augment import MultiCrop, View, normalize
 from datasets import ImageList, build_dataset, listed_images, read_image, to_uint8
 from features import eval_transform, extract_features
 from figures import to_picture
@@ -158,22 +158,25 @@ def matches(args, backbone, made_with, img_size):
     scales = [made_with.get("global_crops_scale", (0.4, 1.0)), made_with.get("local_crops_scale", (0.05, 0.4))]
     grid_a, grid_b = ((size // patch_size,) * 2 for size in sizes)
     image = open_image(args.image or figures.example_photographs()[0], patch_size)
+    flip_prob = made_with.get("flip_prob", 0.5)
+    multi_crop = MultiCrop(*sizes, *scales, 1, flip_prob, geometry="image", seed=args.seed)
 
     same, near, matched, drawn = 0, 0, 0, None
-    for seed in range(args.seed, args.seed + args.pairs):
-        crops, boxes, flips = figures.draw_crops(image, sizes, scales, seed)
+    for pair in range(args.pairs):
+        teacher, _, student = multi_crop([image], [0], epoch=pair, step=0)
+        crops, boxes, flips = ([getattr(view, name)[0] for view in (teacher, student)] for name in View._fields)
         idx_a, idx_b = match_patches(boxes[0], flips[0], grid_a, boxes[1], flips[1], grid_b, args.matching)
         idx_a, idx_b = idx_a[1:], idx_b[1:]  # without CLS
         found_a = nearest_tokens(*(patch_features(backbone, crop) for crop in crops), idx_b)
         agrees, touches = agreement(idx_a, found_a, grid_a[1])
         if drawn is None:
-            drawn = (crops, boxes, flips, idx_a, idx_b, found_a, agrees)
+            drawn = (crops, boxes, flips, idx_a, idx_b, found_a, agrees, touches)
         same, near, matched = same + int(agrees.sum()), near + int(touches.sum()), matched + len(idx_a)
     crops, boxes, flips, *tokens = drawn
-    crops = [to_picture(crop) for crop in crops]
+    crops, boxes = [to_picture(crop) for crop in crops], [box.tolist() for box in boxes]
     figure = figures.draw_correspondences(to_picture(image), crops, boxes, flips, patch_size, *tokens)
     pairs = "one pair" if args.pairs == 1 else f"{args.pairs} pairs"
-    text = f"{matched} matched patches in {pairs} of crops"
+    text = f"{matched} matched patches in {pairs} of views"
     if matched:
         text += (
             f"; of these the features find {same / matched:.1%}, and {near / matched:.1%} within a patch "
@@ -303,28 +306,31 @@ def parse_arguments(argv=None):
         group = sub.add_argument_group("output")
         text = f"files to write, PNG or PDF; default: {name}.png"
         group.add_argument("--output", nargs="+", default=[f"{name}.png"], metavar="FILE", help=text)
-        return sub, sub.add_argument_group("images").add_argument, sub.add_argument_group("method").add_argument
+        return sub.add_argument_group("method").add_argument, sub
 
-    def images(add, nargs="*"):
-        add("images", nargs=nargs, metavar="IMAGE", help="images, or folders of them; default: two of scikit-learn's")
+    def images(sub, query=False):
+        add = sub.add_argument_group("images").add_argument
+        if query:
+            add("query", metavar="QUERY", help="image to start from")
+        add("images", nargs="*", metavar="IMAGE", help="images, or folders of them; default: two of scikit-learn's")
         add("--image_size", type=natural, help="shorter side in pixels that they get; default: twice the pretraining's")
         add("--max_images", type=natural, default=8, help="how many to draw, the first ones")
 
     def seed(add, text):
         add("--seed", type=number(int, 0, 2**32 - 1), default=0, help=text)
 
-    _, add, add_method = command("attention", attention, "what the CLS token attends to, head by head")
-    images(add)
+    add_method, sub = command("attention", attention, "what the CLS token attends to, head by head")
+    images(sub)
     share = "share of a head's attention that the patches shown bright hold"
     add_method("--threshold", type=number(float, 0, 1), default=0.6, help=share)
     seed(add_method, "of the network with --pretrained_weights none")
 
-    _, add, add_method = command("features", features, "the principal components of the patch features as colours")
-    images(add)
+    add_method, sub = command("features", features, "the principal components of the patch features as colours")
+    images(sub)
     seed(add_method, "of the network with --pretrained_weights none")
 
-    _, add, add_method = command("matches", matches, "the matches of two crops, by geometry and by learned features")
-    add("image", nargs="?", metavar="IMAGE", help="default: one of scikit-learn's")
+    add_method, sub = command("matches", matches, "the matches of two crops, by geometry and by learned features")
+    sub.add_argument_group("images").add_argument("image", nargs="?", metavar="IMAGE", help="default: scikit-learn's")
     add_method("--matching", choices=RULES, default="paper", help="how geometry matches patches, see patch_matching.py")
     for name, whose in (("global", "teacher"), ("local", "student")):
         text = f"side of the {whose}'s crop in pixels; default: the pretraining's"
@@ -332,18 +338,17 @@ def parse_arguments(argv=None):
     add_method("--pairs", type=natural, default=1, help="of crops, to measure the agreement on; the first is drawn")
     seed(add_method, "of boxes and flips, and of the network with --pretrained_weights none")
 
-    _, add, add_method = command("neighbours", neighbours, "the nearest images, or the nearest patches")
-    add("query", metavar="QUERY", help="image to start from")
-    images(add)
+    add_method, sub = command("neighbours", neighbours, "the nearest images, or the nearest patches")
+    images(sub, query=True)
     add_method("--k", type=natural, default=5, help="number of neighbours")
     place = "a point of the query, in its pixels: draw the patches nearest to the one there"
     add_method("--patch", type=number(int, 0), nargs=2, metavar=("X", "Y"), help=place)
     seed(add_method, "of the network with --pretrained_weights none")
     add_method("--num_workers", type=number(int, 0), default=2, help="data-loading processes")
 
-    sub, _, add_method = command("map", map_of_images, "a map of labelled images, by t-SNE of their CLS features")
-    evaluation.add_labelled_data_arguments(sub)
-    sub.add_argument("--split", choices=("train", "val"), default="val", help="which part of the data set")
+    add_method, sub = command("map", map_of_images, "a map of labelled images, by t-SNE of their CLS features")
+    add = evaluation.add_data_arguments(sub)
+    add("--split", choices=("train", "val"), default="val", help="which part of the data set")
     add_method("--max_images", type=natural, default=2000, help="how many to draw, at random")
     add_method("--perplexity", type=number(float, 1), default=30.0, help="t-SNE's, about how many neighbours count")
     seed(add_method, "of t-SNE, of the choice of images, and of the network with --pretrained_weights none")

@@ -3,7 +3,6 @@
 python -m benchmarks.bench_watching
 """
 
-import argparse
 import functools
 import tempfile
 import time
@@ -16,7 +15,7 @@ import torch.utils.tensorboard
 
 import main_lgssl
 from benchmarks.machine import machine, print_table
-from utils import number
+from utils import ArgumentParser, number
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "digits.args"
 
@@ -32,7 +31,7 @@ class Silent:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=number(int, 1), default=1, help="of a run")
     parser.add_argument("--rounds", type=number(int, 1), default=5, help="runs with TensorBoard and without, in turn")
     parser.add_argument("--log_every", type=number(int, 1), default=10, help="steps between two reports")

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 import patch_matching
 from datasets import to_uint8
@@ -119,7 +120,17 @@ def test_a_figure_is_written_as_png_or_pdf(tmp_path):
         save(figure, tmp_path / f"c{suffix}")
         assert (tmp_path / f"c{suffix}").read_bytes().startswith(start)
     assert b"/Type3" not in (tmp_path / "c.pdf").read_bytes()
-    for name in ("c", "c.xyz", "absent/c.png"):
+    for name in ("c", "c.xyz", "c.png/c.png"):
         with pytest.raises(UserError, match="cannot write"):
             save(figure, tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pdf", "c.png"]
+
+
+def test_crops_are_cut_where_their_boxes_say(photographs):
+    for seed in range(4):
+        crops, boxes, flips = draw_crops(to_uint8(photographs[0]), (32, 16), ((0.4, 1), (0.1, 0.4)), seed)
+        for crop, (top, left, height, width), flip, size in zip(crops, boxes, flips, (32, 16), strict=True):
+            cut = photographs[0].crop((left, top, left + width, top + height))
+            expected = np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+            expected = expected[:, ::-1] if flip else expected
+            assert np.abs(to_picture(crop) - expected).max() <= 2

@@ -45,11 +45,19 @@ def test_scripts_are_found():
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
 def test_help_is_complete_and_grouped(parser_of, script):
-    parser = parser_of(script)
+    check_parser(parser_of(script))
+
+
+def check_parser(parser):
     assert parser.description
     options = [action for action in parser._actions if action.help != argparse.SUPPRESS and action.dest != "help"]
     assert options
     for action in options:
+        if isinstance(action, argparse._SubParsersAction):
+            assert len(action._choices_actions) == len(action.choices)  # each with a help
+            for sub in action.choices.values():
+                check_parser(sub)
+            continue
         assert action.help, f"{action.dest} has no help"
         text = parser._get_formatter()._expand_help(action)
         if action.option_strings and action.default is not None and not action.required:
