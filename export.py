@@ -37,7 +37,7 @@ def timm_config(backbone):
     Architectures and patch sizes without a name in timm are ViT-Ti/16 with other arguments.
     """
     side, patch_size = backbone.patch_embed.img_size[0], backbone.patch_embed.patch_size[0]
-    name = f"{WIDTHS[backbone.embed_dim]}_patch{patch_size}_224"
+    name = f"{WIDTHS.get(backbone.embed_dim)}_patch{patch_size}_224"
     return {
         "architecture": name if timm.is_model(name) else "vit_tiny_patch16_224",
         "num_classes": 0,

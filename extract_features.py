@@ -109,7 +109,7 @@ def main(argv=None):
     transform = eval_transform(crop_size)
     dataset = build_dataset(args.dataset, args.data_path, args.split, transform, args.classes, args.download)
     dataset.upright = False  # as in the evaluations
-    network = {"arch": WIDTHS[backbone.embed_dim], "patch_size": backbone.patch_embed.patch_size[0]}
+    network = {"arch": WIDTHS.get(backbone.embed_dim), "patch_size": backbone.patch_embed.patch_size[0]}
     made_with = {**vars(args), **network, "crop_size": crop_size, "pretraining": pretraining}
     made_with = json.dumps(made_with, default=str)
     paths = image_names(dataset, args.data_path, args.split)

@@ -1,7 +1,7 @@
 """The local-global loss (paper, section 3.4): one weighted cross-entropy between matched tokens.
 
 With H the cross-entropy between the teacher's and the student's distribution over K prototypes, all losses of the paper
-are `sum of w * H` over the matched token pairs; `pair_weights` gives w.
+are `sum of w * H` over the matched token pairs; LOSSES gives w.
 """
 
 import itertools
@@ -13,30 +13,17 @@ from torch import nn
 
 from utils import all_reduce_mean
 
-LOSSES = ("cls", "mean", "sum", "lambda")
-
-
-def pair_weights(loss, is_cls, run_length, lambda_cls=0.5):
-    """Return the weight of every matched token pair within its pair of views.
-
-    Args:
-        loss: "cls" (DINO), "mean", "sum" or "lambda"; the equations of section 3.4.
-        is_cls: booleans [n], whether CLS is matched with CLS.
-        run_length: [n], tokens matched in this pair of views, CLS included.
-        lambda_cls: λ, the share of CLS in "lambda". Where nothing but CLS is matched, λ·H(CLS) is left.
-
-    Returns:
-        weights [n], float32; they still have to be divided by batch size × number of pairs of views.
-    """
-    if loss == "cls":
-        return is_cls.float()
-    if loss == "mean":
-        return 1 / run_length.float()
-    if loss == "sum":
-        return torch.ones_like(run_length, dtype=torch.float32)
-    if loss == "lambda":
-        return torch.where(is_cls, lambda_cls, (1 - lambda_cls) / (run_length - 1).clamp(min=1).float())
-    raise ValueError(f"unknown loss {loss!r}, expected one of {', '.join(LOSSES)}")
+# The weight of every matched token pair within its pair of views, by --loss: functions of is_cls, booleans [n], whether
+# CLS is matched with CLS; run_length [n], tokens matched in this pair of views, CLS included; and λ.
+LOSSES = {
+    "cls": lambda is_cls, run_length, lambda_cls: is_cls.float(),  # DINO
+    "mean": lambda is_cls, run_length, lambda_cls: 1 / run_length.float(),
+    "sum": lambda is_cls, run_length, lambda_cls: torch.ones_like(run_length, dtype=torch.float32),
+    # Where nothing but CLS is matched, λ·H(CLS) is left.
+    "lambda": lambda is_cls, run_length, lambda_cls: torch.where(
+        is_cls, lambda_cls, (1 - lambda_cls) / (run_length - 1).clamp(min=1).float()
+    ),
+}
 
 
 def teacher_temperature(epoch, warmup_temp, temp, warmup_epochs):
@@ -55,7 +42,7 @@ class LocalGlobalLoss(nn.Module):
     Args:
         out_dim: K, number of prototypes.
         grid_tokens: P, number of patch tokens of a view of the teacher. Only `center="position"` uses it.
-        loss: "cls", "mean", "sum" or "lambda".
+        loss: one of LOSSES.
         lambda_cls: λ of "lambda", in [0, 1].
         center: "position" keeps a center for every token position, [1+P, K], as the authors' code does; "shared" one
             for all tokens, [1, K], as Algorithm 1 says. The loss "cls" always has one.
@@ -99,10 +86,10 @@ class LocalGlobalLoss(nn.Module):
         """Return the weights [n] of the matched token pairs in the loss of a batch.
 
         Args:
-            is_cls, run_length: see `pair_weights`.
+            is_cls, run_length: see LOSSES.
             view_pairs: batch size × number of pairs of views of an image.
         """
-        return pair_weights(self.loss, is_cls, run_length, self.lambda_cls) / view_pairs
+        return LOSSES[self.loss](is_cls, run_length, self.lambda_cls) / view_pairs
 
     def forward(
         self,

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-RULES = ("paper", "released", "nearest")
-
 
 class Matches(NamedTuple):
     """Matched tokens of many pairs of views: n entries, sorted by image, then teacher view, then student view.
@@ -101,7 +99,7 @@ def match_views(boxes, flips, grids, teacher_views=2, rule="paper"):
     else:
         # A box is an interval of rows and an interval of columns, and so is all that follows from it.
         sides = boxes.swapaxes(0, 1)[:, pairs]  # [G, 2, M, 4]
-        counts, index = _AXIS_RULES[rule](sides[..., :2], sides[..., 2:], grids[pairs])
+        counts, index = RULES[rule](sides[..., :2], sides[..., 2:], grids[pairs])
         flipped = flips.T[:, pairs, None]  # [G, 2, M, 1]
         columns = index[..., 1, :]
         if rule == "nearest":  # ordered by the student's tokens: a mirrored student view is walked from its right edge
@@ -172,7 +170,7 @@ def batch_table(matches, batch_size, tokens_per_view, teacher_views=2):
     return MatchTable(*(torch.from_numpy(column) for column in columns))
 
 
-# The rules, for G images, two sides (teacher view, student view), M pairs of views and two axes (rows, columns).
+# RULES, for G images, two sides (teacher view, student view), M pairs of views and two axes (rows, columns).
 # Arguments are start and length [G, 2, M, 2] of the intervals in pixels, and the patches [2, M, 2] along them. Results
 # are n [G, M, 2], how many patches are matched, and numbers of patches [G, 2, M, 2, at least n] in the order of the
 # image; what stands behind the first n of them is meaningless.
@@ -210,7 +208,7 @@ def _match_nearest(start, length, patches):
     return inside.sum(-1), np.stack([centre * patches_t // (2 * patches_s * length_t), index_s], 1)
 
 
-_AXIS_RULES = {"paper": _match_paper, "released": _match_released, "nearest": _match_nearest}
+RULES = {"paper": _match_paper, "released": _match_released, "nearest": _match_nearest}
 
 
 def _intersect(start, length):

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from losses import LocalGlobalLoss, pair_weights, teacher_temperature
+from losses import LOSSES, LocalGlobalLoss, teacher_temperature
 
 
 def golden_case(golden, name):
@@ -278,7 +278,7 @@ def test_weights_are_those_of_section_3_4():
         "lambda": [0.8, 0.1, 0.1, 0.8],
     }
     for name, weights in expected.items():
-        torch.testing.assert_close(pair_weights(name, is_cls, run_length, 0.8), torch.tensor(weights).float())
+        torch.testing.assert_close(LOSSES[name](is_cls, run_length, 0.8), torch.tensor(weights).float())
 
 
 def test_teacher_temperature_is_dinos_schedule():

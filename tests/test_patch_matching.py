@@ -31,7 +31,7 @@ def naive_paper_axis(start_a, length_a, n_a, start_b, length_b, n_b):
 sides = st.integers(1, 60)
 boxes = st.tuples(st.integers(0, 60), st.integers(0, 60), sides, sides)
 grids = st.tuples(st.integers(1, 9), st.integers(1, 9))
-rules = st.sampled_from(RULES)
+rules = st.sampled_from(list(RULES))
 
 
 @given(boxes, grids, boxes, grids)
