@@ -125,33 +125,30 @@ class Digits(Dataset):
         return (self.transform(image) if self.transform else image), self.labels[index]
 
 
-# Those of scikit-image's are in its wheel; nothing is fetched.
-PHOTOGRAPHS = {
-    "sklearn.datasets": ("images/china.jpg", "images/flower.jpg"),
-    "skimage.data": (
+# name: (package that ships it, its place there)
+PHOTOGRAPHS = {name: ("sklearn.datasets", f"images/{name}.jpg") for name in ("china", "flower")} | {
+    name.split(".")[0]: ("skimage.data", name)
+    for name in (
         "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png "
         "hubble_deep_field.jpg moon.png motorcycle_left.png retina.jpg rocket.jpg"
-    ).split(),
+    ).split()
 }
 
 
-def photographs():
-    """Return the paths of the photographs that scikit-learn and scikit-image ship, by name.
+def photograph(name):
+    """Return the path of one of PHOTOGRAPHS, which are on the disk with scikit-learn and scikit-image.
 
     Raises:
-        UserError: scikit-image is not installed, or lacks one.
+        UserError: scikit-image is not installed, or lacks it.
     """
-    paths = {}
-    for package, names in PHOTOGRAPHS.items():
-        try:
-            folder = Path(importlib.import_module(package).__file__).parent
-        except ImportError as error:
-            raise UserError("--dataset photographs needs scikit-image: pip install scikit-image") from error
-        paths |= {Path(name).stem: folder / name for name in names}
-    missing = [str(path) for path in paths.values() if not path.is_file()]
-    if missing:
-        raise UserError(f"scikit-image lacks {missing[0]}: pip install --upgrade scikit-image")
-    return paths
+    package, place = PHOTOGRAPHS[name]
+    try:
+        path = Path(importlib.import_module(package).__file__).parent / place
+    except ImportError as error:
+        raise UserError(f"the photograph {name} comes with scikit-image: pip install scikit-image") from error
+    if not path.is_file():
+        raise UserError(f"this scikit-image lacks {path}: pip install --upgrade scikit-image")
+    return path
 
 
 class Photographs(Dataset):
@@ -165,8 +162,8 @@ class Photographs(Dataset):
 
     def __init__(self, split="train", transform=None):
         self.transform, self.images, self.classes, self.labels = transform, [], [], []
-        for label, (name, path) in enumerate(sorted(photographs().items())):
-            image = read_image(path)
+        for label, name in enumerate(sorted(PHOTOGRAPHS)):
+            image = read_image(photograph(name))
             scale = 320 / min(image.size)
             image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
             count, last = self.CUTTINGS[split], image.width - self.SIDE

@@ -61,14 +61,6 @@ def save(figure, path):
         figure.savefig(path)
 
 
-def example_photographs():
-    """Return the paths of the two photographs that scikit-learn ships, 640×427 pixels each."""
-    import sklearn.datasets
-
-    folder = Path(sklearn.datasets.__file__).parent / "images"
-    return [folder / "china.jpg", folder / "flower.jpg"]
-
-
 def draw_crops(image, sizes, scales, seed):
     """Cut a teacher's and a student's crop out of an image.
 
@@ -275,13 +267,17 @@ def draw_features(images, colours, names, patch_size, explained):
     """
     columns = min(len(images), 4)
     lines = -(-len(images) // columns)
-    ratio = max(image.shape[0] / image.shape[1] for image in images)
-    height = lines * (2 * WIDTH / columns * ratio + 0.2) + 0.25
+    ratios = [image.shape[0] / image.shape[1] for image in images]
+    ratios = [max(ratios[columns * line :][:columns]) for line in range(lines)]
+    height = sum(2 * WIDTH / columns * ratio + 0.2 for ratio in ratios) + 0.25
     figure = Figure(figsize=(WIDTH, height), dpi=200, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, hspace=0.0, wspace=0.0)
-    axes = figure.subplots(2 * lines, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
+    heights = [ratio for ratio in ratios for _ in ("above", "below")]
+    axes = figure.subplots(2 * lines, columns, squeeze=False, height_ratios=heights)
+    for axes_of_row, anchor in zip(axes, lines * ["S", "N"], strict=True):
+        for axis in axes_of_row:
+            axis.axis("off")
+            axis.set_anchor(anchor)
     for i, (image, colour, name) in enumerate(zip(images, colours, names, strict=True)):
         line, column = divmod(i, columns)
         axes[2 * line, column].imshow(image)
@@ -393,11 +389,11 @@ def draw_patch_neighbours(images, similarities, patch, nearest, names, patch_siz
         images: uint8 [H, W, 3] each, the first holding the query.
         similarities: [rows, columns] each, cosines of all patches with the query.
         patch: (row, column) of the query.
-        nearest: k triples (image, row, column), the most similar first.
+        nearest: k triples (image, row, column).
         names: of the images.
 
     Returns:
-        matplotlib Figure: the images with the query and the numbered neighbours above, all cosines below
+        matplotlib Figure: the images with the query and its neighbours in frames above, all cosines below
     """
     columns = len(images)
     ratio = max(image.shape[0] / image.shape[1] for image in images)
@@ -405,30 +401,26 @@ def draw_patch_neighbours(images, similarities, patch, nearest, names, patch_siz
     figure = Figure(figsize=(WIDTH, height), dpi=200, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0.0, wspace=0.0)
     axes = figure.subplots(2, columns, squeeze=False)
-    shown, negative = None, min(similarity.min() for similarity in similarities) < 0
+    scale = {"cmap": "cividis", "vmin": min(similarity.min() for similarity in similarities), "vmax": 1}
     for axis, below, image, similarity, name in zip(*axes, images, similarities, names, strict=True):
         axis.imshow(image)
         bare(axis, name)
-        shown = below.imshow(enlarge(similarity, patch_size), cmap="cividis", vmin=-1 if negative else 0, vmax=1)
+        shown = below.imshow(enlarge(similarity, patch_size), **scale)
         bare(below)
-    for number, (i, row, column) in enumerate(nearest, start=1):
-        _frame(axes[0, i], row, column, patch_size, STUDENT, str(number))
+    for i, row, column in nearest:
+        _frame(axes[0, i], row, column, patch_size, STUDENT)
     for axis in axes[:, 0]:
         _frame(axis, *patch, patch_size, WRONG)
     bar = figure.colorbar(shown, ax=axes, location="bottom", fraction=0.04, aspect=50, pad=0.01)
-    bar.set_label("cosine with the query’s patch features (red frame)", fontsize=8)
+    bar.set_label("cosine with the features of the query", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    figure.suptitle(f"The {len(nearest)} nearest patches (numbered)", fontsize=9)
+    figure.suptitle(f"A patch (red frame) and its {len(nearest)} nearest (blue frames)", fontsize=9)
     return figure
 
 
-def _frame(axis, row, column, patch_size, colour, text=None):
+def _frame(axis, row, column, patch_size, colour):
     corner = (column * patch_size - 0.5, row * patch_size - 0.5)
-    axis.add_patch(Rectangle(corner, patch_size, patch_size, fill=False, edgecolor=colour, linewidth=1.5))
-    if text is not None:
-        outline = [withStroke(linewidth=1.5, foreground="black")]
-        place = (corner[0] + patch_size / 2, corner[1] + patch_size / 2)
-        axis.annotate(text, place, color="white", fontsize=6, ha="center", va="center", path_effects=outline)
+    axis.add_patch(Rectangle(corner, patch_size, patch_size, fill=False, edgecolor=colour, linewidth=1.2))
 
 
 MOST_CLASSES = 24  # in the legend of a map

@@ -245,10 +245,10 @@ def main(argv=None):
     parser.check_crops(args)
 
     import figures
-    from datasets import read_image, to_uint8
+    from datasets import photograph, read_image, to_uint8
 
     figures.check_output(args.output)
-    image = to_uint8(read_image(args.image or figures.example_photographs()[0]))
+    image = to_uint8(read_image(args.image or photograph("china")))
     sizes = (args.global_crops_size, args.local_crops_size)
     scales = (args.global_crops_scale, args.local_crops_scale)
     crops, boxes, flips = figures.draw_crops(image, sizes, scales, args.seed)

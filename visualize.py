@@ -21,7 +21,7 @@ import evaluation
 import figures
 import utils
 from augment import MultiCrop, View, normalize
-from datasets import ImageList, build_dataset, listed_images, read_image, to_uint8
+from datasets import PHOTOGRAPHS, ImageList, build_dataset, listed_images, photograph, read_image, to_uint8
 from features import eval_transform, extract_features
 from figures import to_picture
 from patch_matching import RULES, match_patches
@@ -157,7 +157,7 @@ def matches(args, backbone, made_with, img_size):
             raise UserError(f"--{name}_crops_size {size} is not a multiple of the patches of {patch_size} pixels")
     scales = [made_with.get("global_crops_scale", (0.4, 1.0)), made_with.get("local_crops_scale", (0.05, 0.4))]
     grid_a, grid_b = ((size // patch_size,) * 2 for size in sizes)
-    image = open_image(args.image or figures.example_photographs()[0], patch_size)
+    image = open_image(find_image(args.image), patch_size)
     flip_prob = made_with.get("flip_prob", 0.5)
     multi_crop = MultiCrop(*sizes, *scales, 1, flip_prob, geometry="image", seed=args.seed)
 
@@ -186,9 +186,9 @@ def matches(args, backbone, made_with, img_size):
 
 
 def neighbours(args, backbone, made_with, img_size):
-    query = Path(args.query)
     if args.patch:
         return patch_neighbours(args, backbone, img_size)
+    query = find_image(args.query)
     paths = [path for path in find_images(args.images) if path.resolve() != query.resolve()]
     if not paths:
         raise UserError(f"{query} has no image to be compared with: give a folder, or more images")
@@ -207,7 +207,7 @@ def patch_neighbours(args, backbone, img_size):
     patch_size = backbone.patch_embed.patch_size[0]
     side = args.image_size or 2 * img_size
     images = open_images([args.query, *args.images], args.max_images, side, backbone)
-    width, height = read_image(args.query).size
+    width, height = read_image(find_image(args.query)).size
     x, y = args.patch
     if not (x < width and y < height):
         raise UserError(f"--patch {x} {y} is outside of {args.query}, which has {width}x{height} pixels")
@@ -256,17 +256,17 @@ def cls_features(backbone, dataset, num_workers):
     return extract_features(lambda x: F.normalize(backbone(x)[:, 0]), dataset, device, num_workers=num_workers)
 
 
-def open_images(sources, most, side, backbone):
+def open_images(names, most, side, backbone):
     """Read images, resized by `whole_patches`: {name: uint8 [3, H, W]}.
 
     Args:
-        sources: files and folders; empty is scikit-learn's two photographs.
+        names: files, folders, and some of PHOTOGRAPHS.
         most: how many, the first ones.
         side: of the shorter side in pixels.
     """
     evaluation.check_image_side(side, backbone)
     patch_size = backbone.patch_embed.patch_size[0]
-    paths = find_images(sources) or figures.example_photographs()
+    paths = find_images(names)
     if len(paths) > most:
         utils.warn(f"{len(paths)} images were given, the first {most} are drawn: see --max_images")
     images = {}
@@ -276,9 +276,14 @@ def open_images(sources, most, side, backbone):
     return images
 
 
-def find_images(sources):
-    """Return the paths of images: files as they are, and all that are in folders."""
-    return [path for s in map(Path, sources) for path in (listed_images(s) if s.is_dir() else [s])]
+def find_image(name):
+    """Return the path of an image that is named by its file, or is one of PHOTOGRAPHS."""
+    return photograph(name) if name in PHOTOGRAPHS and not Path(name).exists() else Path(name)
+
+
+def find_images(names):
+    """Return the paths of images that `find_image` knows, and of all that are in folders."""
+    return [path for p in map(find_image, names) for path in (listed_images(p) if p.is_dir() else [p])]
 
 
 def open_image(path, patch_size):
@@ -312,7 +317,11 @@ def parse_arguments(argv=None):
         add = sub.add_argument_group("images").add_argument
         if query:
             add("query", metavar="QUERY", help="image to start from")
-        add("images", nargs="*", metavar="IMAGE", help="images, or folders of them; default: two of scikit-learn's")
+        text = "files, folders, or photographs that scikit-learn and scikit-image ship"
+        both = [] if query else ["china", "flower"]
+        add(
+            "images", nargs="*", default=both, metavar="IMAGE", help=text + ("" if query else "; default: china flower")
+        )
         add("--image_size", type=natural, help="shorter side in pixels that they get; default: twice the pretraining's")
         add("--max_images", type=natural, default=8, help="how many to draw, the first ones")
 
@@ -330,7 +339,8 @@ def parse_arguments(argv=None):
     seed(add_method, "of the network with --pretrained_weights none")
 
     add_method, sub = command("matches", matches, "the matches of two crops, by geometry and by learned features")
-    sub.add_argument_group("images").add_argument("image", nargs="?", metavar="IMAGE", help="default: scikit-learn's")
+    text = "a file, or a photograph that scikit-learn or scikit-image ships"
+    sub.add_argument_group("images").add_argument("image", nargs="?", default="china", metavar="IMAGE", help=text)
     add_method("--matching", choices=RULES, default="paper", help="how geometry matches patches, see patch_matching.py")
     for name, whose in (("global", "teacher"), ("local", "student")):
         text = f"side of the {whose}'s crop in pixels; default: the pretraining's"

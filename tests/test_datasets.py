@@ -306,7 +306,8 @@ def test_cuttings_for_validation_do_not_overlap_the_others(tmp_path, monkeypatch
     x = np.broadcast_to(np.arange(500), (320, 500))
     for name in "ab":
         Image.fromarray(np.stack([x // 2, x % 2, 0 * x], -1).astype(np.uint8)).save(tmp_path / f"{name}.png")
-    monkeypatch.setattr(datasets, "photographs", lambda: {name: tmp_path / f"{name}.png" for name in "ba"})
+    monkeypatch.setattr(datasets, "PHOTOGRAPHS", dict.fromkeys("ba"))
+    monkeypatch.setattr(datasets, "photograph", lambda name: tmp_path / f"{name}.png")
     columns = {}
     for split in ("train", "val"):
         part = build_dataset("photographs", split=split, transform=np.asarray)
@@ -319,5 +320,5 @@ def test_cuttings_for_validation_do_not_overlap_the_others(tmp_path, monkeypatch
 
 def test_photographs_need_scikit_image(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage.data", None)
-    with pytest.raises(UserError, match="needs scikit-image: pip install scikit-image"):
+    with pytest.raises(UserError, match="comes with scikit-image: pip install scikit-image"):
         build_dataset("photographs")
