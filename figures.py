@@ -231,7 +231,7 @@ def draw_attention(images, attentions, masks, names, patch_size, threshold):
     side = WIDTH / columns
     height = sum(2 * side * ratios[i] + 0.22 for i, _ in blocks) + 0.25
     figure = Figure(figsize=(WIDTH, height), dpi=200, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, hspace=0.0, wspace=0.0)
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02, hspace=0.0, wspace=0.0)
     heights = [ratios[i] for i, _ in blocks for _ in ("above", "below")]
     axes = figure.subplots(2 * len(blocks), columns, squeeze=False, height_ratios=heights)
     for axis in axes.flat:
@@ -271,7 +271,7 @@ def draw_features(images, colours, names, patch_size, explained):
     ratios = [max(ratios[columns * line :][:columns]) for line in range(lines)]
     height = sum(2 * WIDTH / columns * ratio + 0.2 for ratio in ratios) + 0.25
     figure = Figure(figsize=(WIDTH, height), dpi=200, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, hspace=0.0, wspace=0.0)
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02, hspace=0.0, wspace=0.0)
     heights = [ratio for ratio in ratios for _ in ("above", "below")]
     axes = figure.subplots(2 * lines, columns, squeeze=False, height_ratios=heights)
     for axes_of_row, anchor in zip(axes, lines * ["S", "N"], strict=True):
@@ -399,7 +399,7 @@ def draw_patch_neighbours(images, similarities, patch, nearest, names, patch_siz
     ratio = max(image.shape[0] / image.shape[1] for image in images)
     height = 2 * WIDTH / max(columns, 2) * ratio + 0.9
     figure = Figure(figsize=(WIDTH, height), dpi=200, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0.0, wspace=0.0)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03, hspace=0.0, wspace=0.0)
     axes = figure.subplots(2, columns, squeeze=False)
     scale = {"cmap": "cividis", "vmin": min(similarity.min() for similarity in similarities), "vmax": 1}
     for axis, below, image, similarity, name in zip(*axes, images, similarities, names, strict=True):

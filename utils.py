@@ -180,9 +180,11 @@ def number(kind, low=-math.inf, high=math.inf):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Says the default of every option that has one, unless its help does."""
+    """Says the default of every option that has one, a list as it would be given."""
 
     def _get_help_string(self, action):
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return action.help if action.default is None else super()._get_help_string(action)
 
 

@@ -309,8 +309,8 @@ def parse_arguments(argv=None):
         sub.set_defaults(draw=draw)
         evaluation.add_model_arguments(sub)
         group = sub.add_argument_group("output")
-        text = f"files to write, PNG or PDF; default: {name}.png"
-        group.add_argument("--output", nargs="+", default=[f"{name}.png"], metavar="FILE", help=text)
+        output = {"nargs": "+", "default": [f"{name}.png"], "metavar": "FILE"}
+        group.add_argument("--output", **output, help="files to write, PNG or PDF")
         return sub.add_argument_group("method").add_argument, sub
 
     def images(sub, query=False):

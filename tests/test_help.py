@@ -62,7 +62,8 @@ def check_parser(parser):
         text = parser._get_formatter()._expand_help(action)
         if action.option_strings and action.default is not None and not action.required:
             assert "default: " in text, f"{action.dest} does not say its default"
-            assert str(action.default) in text, f"{action.dest} says another default than {action.default}"
+            default = " ".join(map(str, action.default)) if isinstance(action.default, list) else str(action.default)
+            assert default in text, f"{action.dest} says another default than {action.default}"
     if len(options) > 6:
         positionals, optionals, *groups = parser._action_groups
         loose = [action.dest for group in (positionals, optionals) for action in group._group_actions]
