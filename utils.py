@@ -183,9 +183,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Says the default of every option that has one, a list as it would be given."""
 
     def _get_help_string(self, action):
-        if isinstance(action.default, list):
+        if isinstance(action.default, list) and action.default:
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
