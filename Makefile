@@ -3,17 +3,28 @@ PYTHON ?= python3
 PY := .venv/bin/python
 RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-slow style
+PHOTOGRAPHS := --pretrained_weights runs/photographs/checkpoint.pth
+
+.PHONY: demo pictures test test-slow style
 
 demo: .venv/installed
 	@echo "== k-NN of the untrained teacher"
 	$(PY) eval_knn.py --dataset digits --pretrained_weights none --arch vit_micro --patch_size 8 --crop_size 32
 	@echo "== pretraining on scikit-learn's digits"
-	$(PY) main_lgssl.py @recipes/digits.args --output_dir $(RUN)
+	$(PY) main_lgssl.py @recipes/digits.args --output_dir $(RUN) $(OPTIONS)
 	@echo "== k-NN after training"
 	$(PY) eval_knn.py --dataset digits --pretrained_weights $(RUN)/checkpoint.pth
 	$(PY) patch_matching.py --seed 1 --output $(RUN)/matches.png
-	@echo "log $(RUN)/log.txt, checkpoint $(RUN)/checkpoint.pth, matching figure $(RUN)/matches.png, curves: .venv/bin/tensorboard --logdir runs"
+	$(PY) visualize.py map --dataset digits --pretrained_weights $(RUN)/checkpoint.pth --output $(RUN)/map.png
+	@echo "log $(RUN)/log.txt, checkpoint $(RUN)/checkpoint.pth, figures $(RUN)/matches.png and map.png, curves: .venv/bin/tensorboard --logdir runs"
+
+# The README's pictures
+pictures: .venv/installed-dev
+	$(PY) main_lgssl.py @recipes/photographs.args --output_dir runs/photographs
+	$(PY) visualize.py matches coffee --seed 51 $(PHOTOGRAPHS) --output assets/matches.png
+	$(PY) visualize.py attention $(PHOTOGRAPHS) --output assets/attention.png
+	$(PY) visualize.py features china flower chelsea coffee --image_size 320 $(PHOTOGRAPHS) --output assets/features.png
+	$(PY) visualize.py neighbours china flower rocket --patch 175 235 --k 12 --image_size 320 $(PHOTOGRAPHS) --output assets/neighbours.png
 
 test: .venv/installed-dev
 	$(PY) -m pytest
