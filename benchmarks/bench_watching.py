@@ -1,4 +1,4 @@
-"""What watching a run costs: TensorBoard, its pictures and the online k-NN, beside the steps of the demo.
+"""What watching a run costs: TensorBoard, its pictures and the online k-NN, beside the steps of a run.
 
 python -m benchmarks.bench_watching
 """
@@ -32,26 +32,18 @@ class Silent:
 
 def main():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", default=RECIPE, help="argument file of the run; its k-NN needs labels")
     parser.add_argument("--epochs", type=number(int, 1), default=1, help="of a run")
     parser.add_argument("--rounds", type=number(int, 1), default=5, help="runs with TensorBoard and without, in turn")
     parser.add_argument("--log_every", type=number(int, 1), default=10, help="steps between two reports")
     args = parser.parse_args()
     print(machine())
-    options = [
-        "--epochs",
-        args.epochs,
-        "--log_every",
-        args.log_every,
-        "--saveckp_freq",
-        0,
-        "--image_every",
-        args.epochs,
-    ]
-    options += ["--knn_every", args.epochs]
+    options = f"--epochs {args.epochs} --knn_every {args.epochs} --image_every {args.epochs} --saveckp_freq 0"
+    options = [f"@{args.recipe}", *options.split(), "--log_every", str(args.log_every)]
     steps, parts = {"on": [], "off": []}, {"pictures": [], "online k-NN": []}
     for _ in range(args.rounds):
         for board, seconds in steps.items():
-            seconds.append(seconds_per_step([str(option) for option in options], board == "on", parts))
+            seconds.append(seconds_per_step(options, board == "on", parts))
     on, off = (1000 * np.median(steps[board]) for board in ("on", "off"))
     rows = [("step with TensorBoard", f"{on:.1f} ms"), ("step without", f"{off:.1f} ms"), ("ratio", f"{on / off:.3f}")]
     rows += [(name, f"{np.median(seconds):.2f} s each time") for name, seconds in parts.items()]
@@ -59,7 +51,7 @@ def main():
 
 
 def seconds_per_step(options, board, parts):
-    """Run the demo's training and return the seconds of a step, reports included, those between epochs not."""
+    """Run a training and return the seconds of a step, reports included, those between epochs not."""
     steps = []
 
     def timed(function, seconds):
@@ -91,7 +83,7 @@ def seconds_per_step(options, board, parts):
             patch.start()
         try:
             with redirect_stdout(output):
-                main_lgssl.main([f"@{RECIPE}", *options, "--output_dir", f"{folder}/run"])
+                main_lgssl.main([*options, "--output_dir", f"{folder}/run"])
         finally:
             mock.patch.stopall()
         if board:

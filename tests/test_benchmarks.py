@@ -1,5 +1,6 @@
 import pytest
 import torch
+from test_main_lgssl import TINY
 
 import main_lgssl
 from augment import MultiCrop
@@ -44,10 +45,13 @@ def test_both_sides_of_knn_are_equally_accurate():
         ("bench_views --batch_size 2 --rounds 1", "torchvision and PIL"),
         ("bench_matching --images 2", "all 18 pairs"),
         ("bench_knn --train 1000 --test 200 --rounds 1", "DINO"),
+        ("bench_watching --rounds 1 --recipe {recipe}", "online k-NN"),
     ],
 )
-def test_benchmarks_print_their_tables(run_script, words, expected):
-    name, *options = words.split()
+def test_benchmarks_print_their_tables(run_script, tmp_path, words, expected):
+    recipe = tmp_path / "tiny.args"
+    recipe.write_text(f"--dataset digits {' '.join(TINY)} --batch_size_per_gpu 100 --num_workers 0")
+    name, *options = words.format(recipe=recipe).split()
     output = run_script("-m", f"benchmarks.{name}", *options).stdout
     assert expected in output
     assert "PyTorch" in output.splitlines()[0]
