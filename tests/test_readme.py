@@ -1,6 +1,7 @@
 """The README as documentation that is run: its commands and its Python, at a tiny size."""
 
 import importlib
+import itertools
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from test_launchers import TINY
 import datasets
 import losses
 import patch_matching
+import reproduce
 import vision_transformer
 from checkpoints import load_file
 
@@ -82,6 +84,22 @@ def test_every_file_that_is_named_is_there():
         re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)", README, re.M)
     }
     assert set(re.findall(r"\]\(#([^)]+)\)", prose)) <= headings
+
+
+def test_the_table_of_recipes_has_each_with_its_tables():
+    tables = {}
+    for cell, numbers in re.findall(r"^\| (`(?:cifar10|imagenet1)\S*`.*?) \|.*\| ([\d, ]+) \|$", README, re.M):
+        for pattern in re.findall(r"`(\S+)`", cell):
+            parts = [part.split(",") for part in re.split(r"[{}]", pattern)]
+            for chosen in itertools.product(*parts):
+                tables["".join(chosen)] = {f"table{n}" for n in numbers.split(", ")}
+    own = {}
+    for name, table in reproduce.paper()["tables"].items():
+        for row in table["rows"].values():
+            own.setdefault(row["recipe"], set()).add(name)
+    assert set(tables) == set(own)
+    assert all(own[recipe] <= tables[recipe] for recipe in own)
+    assert set.union(*tables.values()) == set.union(*own.values())
 
 
 def test_every_script_is_in_the_layout():
