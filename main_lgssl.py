@@ -610,7 +610,8 @@ class Meters:
         """Take on the state that a process had."""
         own = state["interval"][rank].to(self.loss.device)
         self.loss, self.skipped = own[0].to(self.loss.dtype), own[1:3].to(self.skipped.dtype)
-        self.matched, self.steps, self.matched_counts = own[3].item(), int(own[4]), own[5:].cpu()
+        self.matched, self.steps = own[3].item(), int(own[4])
+        self.matched_counts.copy_(own[5:])
         self.epoch, self.bad_images = dict(state["epoch"]), dict(state["bad_images"])
 
 
