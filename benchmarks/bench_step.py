@@ -145,7 +145,7 @@ def measure(arch, patch_size, batch_size, K, steps, loss, geometry="batch", chec
         scaler,
         schedules,
         0.04,
-        Meters(device, "fp32"),
+        Meters(device, "fp32", patches),
         steps=steps + 1,
         accum_steps=1,
         seed=0,

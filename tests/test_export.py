@@ -36,8 +36,6 @@ def difference(theirs, network, images):
         ("vit_tiny", 32, 224),
         ("vit_tiny", 16, 96),
         ("vit_tiny", 16, 224),
-        pytest.param("vit_small", 8, 224, marks=pytest.mark.slow),
-        pytest.param("vit_base", 16, 224, marks=pytest.mark.slow),
     ],
 )
 def test_timm_reads_the_folder(tmp_path, capsys, arch, patch_size, side):

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import json
 import os
 import re
 import shlex
@@ -218,13 +219,21 @@ def test_python_marked_as_runnable_runs(workplace, tmp_path, photo_folder, monke
 
 @pytest.mark.slow
 def test_the_demo_runs(tmp_path):
-    """`make demo`, as the Makefile has it, with one epoch."""
+    """`make demo`, as the Makefile has it, with few epochs."""
     command = ["make", "--old-file=.venv/installed", "demo", f"PY={sys.executable}", f"RUN={tmp_path}/run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     process = subprocess.run(
-        [*command, "OPTIONS=--epochs 1"], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*command, "OPTIONS=--epochs 3 --warmup_epochs 1 --knn_every 1"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert process.returncode == 0, process.stderr
-    assert len(re.findall(r"^k-NN \(K=10\): top-1", process.stdout, re.M)) == 2
+    before, after = map(float, re.findall(r"^k-NN \(K=10\): top-1 ([\d.]+)", process.stdout, re.M))
+    epochs = [json.loads(line) for line in (tmp_path / "run/log.txt").read_text().splitlines()]
+    assert epochs[2]["train_loss"] < epochs[0]["train_loss"] - 0.05
+    assert epochs[2]["knn_top1"] == pytest.approx(after, abs=0.01)
+    assert before > 30
     for name in ("checkpoint.pth", "log.txt", "matches.png", "map.png", "tb"):
         assert (tmp_path / "run" / name).exists(), name

@@ -313,17 +313,17 @@ def test_rows_run_from_data_to_report(data_root, tmp_path, run_script):
 
 @pytest.mark.slow
 def test_study_runs_and_goes_on(tmp_path, run_script):
-    words = ["reproduce.py", "run", "digits", "--row", "untrained", "pixels", "mean", "dino-image", "--runs", tmp_path]
+    words = ["reproduce.py", "run", "digits", "--row", "untrained", "pixels", "dino-image", "--runs", tmp_path]
     output = run_script(*words, "--seeds", 1, "--jobs", 2, "--", "--epochs", 1).stdout
     rows = re.findall(r"^\| (.*?) \| 1 \|", output, re.MULTILINE)
-    assert rows == ["untrained", "raw pixels", "DINO, crops drawn per image", "Ours, mean"]
-    before = (tmp_path / "digits/mean-0/checkpoint.pth").stat().st_mtime
+    assert rows == ["untrained", "raw pixels", "DINO, crops drawn per image"]
+    before = (tmp_path / "digits/dino-image-0/checkpoint.pth").stat().st_mtime
     output = run_script(*words, "--seeds", 2, "--jobs", 2, "--", "--epochs", 1).stdout
-    assert (tmp_path / "digits/mean-0/checkpoint.pth").stat().st_mtime == before
+    assert (tmp_path / "digits/dino-image-0/checkpoint.pth").stat().st_mtime == before
     assert re.search(r"^\| raw pixels \| 2 \| 9\d\.\d ± \d\.\d \| 9\d\.\d ± 0\.0 \|", output, re.MULTILINE)
-    args = [json.loads((tmp_path / f"digits/{row}-1/args.json").read_text()) for row in ("mean", "dino-image")]
-    assert [(a["loss"], a["geometry"], a["seed"]) for a in args] == [("mean", "batch", 1), ("cls", "image", 1)]
+    args = json.loads((tmp_path / "digits/dino-image-1/args.json").read_text())
+    assert (args["loss"], args["geometry"], args["seed"]) == ("cls", "image", 1)
     untrained = json.loads((tmp_path / "digits/untrained-1/knn_digits.json").read_text())
     assert untrained["args"]["seed"] == 1
-    state = torch.load(tmp_path / "digits/mean-1/checkpoint.pth", weights_only=True)
+    state = torch.load(tmp_path / "digits/dino-image-1/checkpoint.pth", weights_only=True)
     assert state["epoch"] == 1
