@@ -6,6 +6,7 @@ Figures are 7 inches wide, two columns of a paper, or one column, and written as
 import errno
 import tempfile
 import textwrap
+import warnings
 from itertools import cycle
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
 
 import augment
+import utils
 from utils import UserError
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -39,6 +41,11 @@ SUFFIXES = (".png", ".pdf")
 WIDTH = 7.0  # inches
 
 
+def shown(name):
+    """Return a name as matplotlib shows it: without mathematics between dollars, and not hidden for a leading _."""
+    return (" " if name.startswith("_") else "") + utils.printable(name).replace("$", r"\$")
+
+
 def check_output(path):
     """Make the folder of a figure, and raise UserError where it cannot be written there, or has an unknown suffix."""
     path = Path(path)
@@ -57,8 +64,10 @@ def check_output(path):
 def save(figure, path):
     """Write a figure as PNG or PDF, by the suffix."""
     check_output(path)
-    with rc_context({"pdf.fonttype": 42}):  # fonts that journals take and programs can edit
+    with rc_context({"pdf.fonttype": 42}), warnings.catch_warnings(record=True) as caught:  # fonts that can be edited
         figure.savefig(path)
+    for text in dict.fromkeys(utils.first_line(warning.message) for warning in caught):
+        utils.warn(f"{path}: {text}")
 
 
 def draw_crops(image, sizes, scales, seed):
@@ -242,7 +251,7 @@ def draw_attention(images, attentions, masks, names, patch_size, threshold):
         for panel, up, down in zip(panels, above, below, strict=False):
             if panel is None:
                 up.imshow(image)
-                up.set_title(names[i], fontsize=8)
+                up.set_title(shown(names[i]), fontsize=8)
                 text = f"{threshold:.0%} of the\nattention"
                 down.text(0.5, 0.5, text, fontsize=8, ha="center", va="center", transform=down.transAxes)
                 continue
@@ -281,7 +290,7 @@ def draw_features(images, colours, names, patch_size, explained):
     for i, (image, colour, name) in enumerate(zip(images, colours, names, strict=True)):
         line, column = divmod(i, columns)
         axes[2 * line, column].imshow(image)
-        axes[2 * line, column].set_title(name, fontsize=8)
+        axes[2 * line, column].set_title(shown(name), fontsize=8)
         axes[2 * line + 1, column].imshow(enlarge(colour, patch_size))
     shares = ", ".join(f"{share:.0%}" for share in explained)
     title = "Patch features: first three principal components as red, green, blue"
@@ -377,7 +386,7 @@ def draw_image_neighbours(query, images, similarities, names):
         spine.set(color=TEACHER, linewidth=2)
     for axis, image, similarity, name in zip(axes[1:], images, similarities, names, strict=False):
         axis.imshow(image)
-        bare(axis, f"{name}\n{similarity:.2f}")
+        bare(axis, f"{shown(name)}\n{similarity:.2f}")
     figure.suptitle("Nearest images by the cosine of CLS", fontsize=9)
     return figure
 
@@ -404,14 +413,14 @@ def draw_patch_neighbours(images, similarities, patch, nearest, names, patch_siz
     scale = {"cmap": "cividis", "vmin": min(similarity.min() for similarity in similarities), "vmax": 1}
     for axis, below, image, similarity, name in zip(*axes, images, similarities, names, strict=True):
         axis.imshow(image)
-        bare(axis, name)
-        shown = below.imshow(enlarge(similarity, patch_size), **scale)
+        bare(axis, shown(name))
+        heat = below.imshow(enlarge(similarity, patch_size), **scale)
         bare(below)
     for i, row, column in nearest:
         _frame(axes[0, i], row, column, patch_size, STUDENT)
     for axis in axes[:, 0]:
         _frame(axis, *patch, patch_size, WRONG)
-    bar = figure.colorbar(shown, ax=axes, location="bottom", fraction=0.04, aspect=50, pad=0.01)
+    bar = figure.colorbar(heat, ax=axes, location="bottom", fraction=0.04, aspect=50, pad=0.01)
     bar.set_label("cosine with the features of the query", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     figure.suptitle(f"A patch (red frame) and its {len(nearest)} nearest (blue frames)", fontsize=9)
@@ -445,7 +454,7 @@ def draw_map(points, labels, classes, title):
     for label in np.flatnonzero(counts):
         own = points[labels == label]
         colour, marker = COLOURS[label % len(COLOURS)], MARKERS[label // len(COLOURS) % len(MARKERS)]
-        name = str(classes[label]) if label in in_legend else None
+        name = shown(str(classes[label])) if label in in_legend else None
         style = {"color": colour, "marker": marker, "s": 14, "linewidths": 0.3, "edgecolors": "white"}
         axis.scatter(own[:, 0], own[:, 1], label=name, **style)
     bare(axis)
@@ -469,7 +478,7 @@ def draw_curves(curves):
     for label, curve in curves.items():
         seeds = sorted({int(n) for name in names for n in curve[name][3]})
         count = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
-        labels.append(textwrap.fill(f"{label} ({count} {'seed' if count == '1' else 'seeds'})", 52))
+        labels.append(textwrap.fill(f"{shown(label)} ({count} {'seed' if count == '1' else 'seeds'})", 52))
     banded = any(np.isfinite(curve[name][2]).any() for curve in curves.values() for name in names)
     columns = 2 if max(map(len, labels)) <= 21 else 1
     lines = sum(1 + label.count("\n") for label in labels) / columns + banded

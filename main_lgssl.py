@@ -149,12 +149,11 @@ def pretrain(args, stop):
     dataset = build_dataset(args.dataset, args.data_path, "train", transform, args.classes, args.download, least_side)
     output_dir = Path(args.output_dir)
     path = output_dir / "checkpoint.pth"
-    skip_bad = args.on_bad_image == "skip"
     online_knn, no_knn = None, "--knn_every 0"
     if args.knn_every != 0:
         source = (args.dataset, args.data_path, args.classes, args.global_crops_size)
         try:
-            online_knn = OnlineKNN(dataset, *source, args.batch_size_per_gpu, args.num_workers, skip_bad)
+            online_knn = OnlineKNN(dataset, *source, args.batch_size_per_gpu, args.num_workers)
         except UserError as error:
             if args.knn_every:
                 raise UserError(f"--knn_every {args.knn_every}: {error}") from error
@@ -189,6 +188,7 @@ def pretrain(args, stop):
     )
     rule = None if args.loss == "cls" else args.matching
     order = BatchOrder(len(dataset), args.batch_size_per_gpu, args.accum_steps, rank, world_size, args.seed)
+    skip_bad = args.on_bad_image == "skip"
     batches = BatchesOfViews(dataset, multi_crop, args.patch_size, rule, rank, skip_bad)
     loader = DataLoader(
         batches,
@@ -221,7 +221,8 @@ def pretrain(args, stop):
 
     images = [len(dataset), fingerprint(dataset)]
     saved = {"student": student, "teacher": teacher, "optimizer": optimizer, "loss": loss_function, "scaler": scaler}
-    meters = Meters(device, args.precision, patches, int(args.max_bad_images * len(dataset) + 1e-6))
+    most_matched = (max(args.global_crops_size, args.local_crops_size) // args.patch_size) ** 2
+    meters = Meters(device, args.precision, most_matched, int(args.max_bad_images * len(dataset) + 1e-6))
     start_step = 0
     if checkpoint:
         start_step = restore(checkpoint, found, saved, meters, batch_size, images, rank, world_size)
@@ -481,14 +482,14 @@ class Meters:
     Args:
         device: where the losses are. Adding up does not wait for it.
         precision: "fp16" may leave out steps.
-        patches: largest number of patches that two views can have in common.
+        most_matched: patches of two views that can be matched; where a rule matches more, these count as so many.
         most_bad_images: how many images that cannot be read are borne.
     """
 
     # fp16: the scaler halves its scale in each step that it leaves out; 2^16 is where it starts.
     MOST_SKIPPED = 30
 
-    def __init__(self, device, precision, patches, most_bad_images=0):
+    def __init__(self, device, precision, most_matched, most_bad_images=0):
         self.fp16, self.most_bad_images = precision == "fp16", most_bad_images
         self.loss = torch.zeros((), device=device)  # sum since the last report
         self.matched, self.steps = 0.0, 0
@@ -496,9 +497,8 @@ class Meters:
         # The first step with a loss that is not finite, with such a gradient, and of which parameter
         self.bad = torch.full((3,), math.inf, device=device)
         self.epoch = {}  # name: (sum over steps of the epoch, their number)
-        self.matched_counts = torch.zeros(
-            1 + patches, dtype=torch.float64
-        )  # [n]: pairs of views with n matched patches
+        # [n]: pairs of views with n matched patches in this epoch
+        self.matched_counts = torch.zeros(1 + most_matched, dtype=torch.float64)
         self.bad_images = {}  # {sample: why it cannot be read}, of all processes
         self.new_bad_images = {}  # of this one, since the last report
 
@@ -506,8 +506,11 @@ class Meters:
         """Add the loss of a batch, or of a part of it, its matched patches of a pair of views, and its run lengths."""
         self.loss += loss
         self.matched += matched
-        entries = torch.bincount(run_length, minlength=len(self.matched_counts) + 1)[1:]  # a run of n + 1 has so many
-        self.matched_counts += entries / torch.arange(1, len(entries) + 1)
+        pairs = torch.bincount(run_length)[1:]  # [n]: entries of pairs with n patches, 1 + n of each
+        pairs //= torch.arange(1, len(pairs) + 1)
+        most = len(self.matched_counts) - 1
+        self.matched_counts[: len(pairs)] += pairs[: most + 1]
+        self.matched_counts[most] += pairs[most + 1 :].sum()
 
     def end_step(self, step, norms):
         """Look for what is not finite: the loss, or one of the gradients with these norms."""

@@ -41,19 +41,19 @@ class OnlineKNN:
 
     The queries are validation images. Where the data set has none, a part of the training images is held out of the
     references; these the network has been trained on, without their labels. At most MOST_REFERENCES training images and
-    MOST_QUERIES validation images are used, always the same ones.
+    MOST_QUERIES validation images are used, always the same ones. One that cannot be read is taken for black, with a
+    warning: looking on does not end a training.
 
     Args:
         train: labelled data set of the training.
         name, data_path, classes: of `build_dataset`, to find the validation images.
         crop_size: side of the images in pixels.
-        skip_bad: take a black image for one that cannot be read.
 
     Raises:
         UserError: images have no labels, or those of training and validation do not belong together.
     """
 
-    def __init__(self, train, name, data_path, classes, crop_size, batch_size, num_workers, skip_bad=False):
+    def __init__(self, train, name, data_path, classes, crop_size, batch_size, num_workers):
         train = copy.copy(train)
         train.transform, train.least_side = eval_transform(crop_size), None
         rng = np.random.default_rng(0)
@@ -72,9 +72,9 @@ class OnlineKNN:
         if not len(chosen["train"][1]):
             raise UserError(f"found {len(train)} images, too few for the online k-NN")
         self.labels = {split: torch.tensor(part.labels)[indices] for split, (part, indices) in chosen.items()}
-        self.parts = {split: Subset(part, indices.tolist()) for split, (part, indices) in chosen.items()}
-        if skip_bad:
-            self.parts = {split: BlackForBad(part, crop_size) for split, part in self.parts.items()}
+        self.parts = {
+            split: BlackForBad(Subset(part, indices.tolist()), crop_size) for split, (part, indices) in chosen.items()
+        }
         self.batch_size, self.num_workers = batch_size, num_workers
 
     def __call__(self, backbone, device):

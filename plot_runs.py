@@ -30,7 +30,7 @@ class Run:
 
     Attributes:
         folder: where they are.
-        arguments: of main_lgssl.py; None where the folder does not hold them.
+        arguments: of main_lgssl.py, and the number of `processes`; None where the folder does not hold them.
         points: {name: array [n, 3]} of (epochs trained, value, steps that the value stands for), for each of NAMES.
     """
 
@@ -78,6 +78,9 @@ def read_run(folder):
         arguments = dict(json.loads(arguments.read_text())) if arguments.exists() else None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read {arguments}: remove it, and the run is named by its folder") from error
+    starts = folder / "environment.jsonl"
+    if arguments is not None and starts.exists():
+        arguments["processes"] = max((start.get("processes", 1) for start in utils.read_log(starts)), default=1)
     return Run(folder, arguments, {name: np.array(v, dtype=float).reshape(-1, 3) for name, v in values.items()})
 
 
@@ -99,7 +102,8 @@ def settings(runs):
     Raises:
         UserError: two runs differ in nothing, so that they are no two seeds.
     """
-    defaults = vars(pretraining_arguments([]))  # of options that an older run did not have
+    # Of what an older run did not have
+    defaults = {**vars(pretraining_arguments([])), "processes": 1}
     names = [run.folder.resolve().name for run in runs]
     groups, seen = {}, {}
     for run, name in zip(runs, names, strict=True):

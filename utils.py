@@ -61,6 +61,11 @@ def first_line(error):
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def printable(name):
+    """Return a file's name with replacement characters for bytes that are no text."""
+    return os.fsencode(name).decode(errors="replace")
+
+
 def _explain(error):
     """Return what an error means for the user, in one line; None where it has to be looked into."""
     text = first_line(error)
@@ -263,13 +268,14 @@ class Report:
         self.epochs, self.total_steps = epochs, epochs * steps_per_epoch
         self.watch, self.watch_from = CollapseWatch(), watch_from
         self.epoch_log, self.step_log = output_dir / "log.txt", output_dir / "steps.jsonl"
-        _cut_log(self.epoch_log, "epoch", start_step // steps_per_epoch)
+        self.metrics = {}  # the last ones
+        for values in _cut_log(self.epoch_log, "epoch", start_step // steps_per_epoch):
+            self._remember(values)
         for values in _cut_log(self.step_log, "step", start_step):
             if values["step"] >= watch_from:
                 self.watch(values)  # has warned already
         # A slow disk holds up the training only once so many entries wait.
         self.board = SummaryWriter(output_dir / "tb", max_queue=1000, purge_step=start_step)
-        self.metrics = {}  # the last ones
         self.bar = tqdm(total=self.total_steps, initial=start_step, unit="step", disable=not sys.stderr.isatty())
 
     def interval(self, epoch, step, seconds_per_step, values):
@@ -297,8 +303,11 @@ class Report:
             values["knn_top1"] = knn_top1
             self.board.add_scalar("knn_top1", knn_top1, step)
             tqdm.write(f"epoch {epoch + 1}/{self.epochs}  online k-NN top-1 {knn_top1:.2f} %")
-        self.metrics |= {name: value for name, value in values.items() if value is not None}
+        self._remember(values)
         append_line({**values, "epoch": epoch}, self.epoch_log)
+
+    def _remember(self, values):
+        self.metrics |= {name: value for name, value in values.items() if value is not None and name != "epoch"}
 
     def pictures(self, pictures, step):
         """Show pictures {name: uint8 [H, W, 3]}."""

@@ -27,6 +27,9 @@ from figures import to_picture
 from patch_matching import RULES, match_patches
 from utils import UserError, number
 
+MOST_PATCHES = 8000  # of an image: its attention takes the square of it
+
+
 # --- features
 
 
@@ -52,7 +55,7 @@ def cls_attention(backbone, image):
 
 
 def most_of(attention, share):
-    """Return a mask of the fewest patches that hold more than a share of the attention, as DINO draws it.
+    """Return a mask of the fewest patches that hold a share of the attention, as DINO draws it.
 
     Args:
         attention: [..., rows, columns].
@@ -63,8 +66,8 @@ def most_of(attention, share):
     """
     flat = attention.reshape(*attention.shape[:-2], -1)
     order = np.argsort(flat, -1, kind="stable")
-    ascending = np.take_along_axis(flat, order, -1)
-    kept = np.cumsum(ascending / ascending.sum(-1, keepdims=True), -1) > 1 - share
+    held = np.cumsum(np.take_along_axis(flat, order, -1), -1, dtype=np.float64)
+    kept = held / held[..., -1:] > 1 - share
     mask = np.empty_like(kept)
     np.put_along_axis(mask, order, kept, -1)
     return mask.reshape(attention.shape)
@@ -85,7 +88,7 @@ def principal_colours(features):
     """Turn patch features into colours: the first three principal components that all images have in common.
 
     Args:
-        features: list of [rows, columns, D], at least three patches in all.
+        features: list of [rows, columns, D].
 
     Returns:
         (colours, explained): uint8 [rows, columns, 3] for each, the middle 98 % of a component's values spread over 0
@@ -95,7 +98,7 @@ def principal_colours(features):
     mean = everything.mean(0)
     covariance = (everything - mean).T @ (everything - mean) / len(everything)
     variance, axes = torch.linalg.eigh(covariance)
-    axes, explained = axes[:, -3:].flip(1), variance[-3:].flip(0) / variance.sum()
+    axes, explained = axes[:, -3:].flip(1), variance[-3:].flip(0) / variance.sum().clamp(min=1e-12)
     axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # an axis has no sign of its own
     projected = [(f.double() - mean) @ axes for f in features]
     low, high = np.quantile(torch.cat([p.flatten(0, 1) for p in projected]), (0.01, 0.99), axis=0)
@@ -142,7 +145,11 @@ def attention(args, backbone, made_with, img_size):
 
 def features(args, backbone, made_with, img_size):
     images = open_images(args.images, args.max_images, args.image_size or 2 * img_size, backbone)
-    colours, explained = principal_colours([patch_features(backbone, image) for image in images.values()])
+    tokens = [patch_features(backbone, image) for image in images.values()]
+    count = sum(f.shape[0] * f.shape[1] for f in tokens)
+    if count < 4:
+        raise UserError(f"found {count} patches, expected at least 4: give a larger --image_size, or more images")
+    colours, explained = principal_colours(tokens)
     pictures = [to_picture(image) for image in images.values()]
     patch_size = backbone.patch_embed.patch_size[0]
     figure = figures.draw_features(pictures, colours, list(images), patch_size, explained)
@@ -186,9 +193,9 @@ def matches(args, backbone, made_with, img_size):
 
 
 def neighbours(args, backbone, made_with, img_size):
+    query = find_image(args.query)
     if args.patch:
         return patch_neighbours(args, backbone, img_size)
-    query = find_image(args.query)
     paths = [path for path in find_images(args.images) if path.resolve() != query.resolve()]
     if not paths:
         raise UserError(f"{query} has no image to be compared with: give a folder, or more images")
@@ -199,7 +206,8 @@ def neighbours(args, backbone, made_with, img_size):
     pictures = [to_picture(to_uint8(read_image(path))) for path in (query, *shown)]
     names = [f"{path.parent.name}/{path.name}" for path in shown]
     figure = figures.draw_image_neighbours(pictures[0], pictures[1:], similarity, names)
-    return figure, "\n".join(f"{s:.3f}  {path}" for s, path in zip(similarity, shown, strict=True))
+    lines = [f"{s:.3f}  {utils.printable(path)}" for s, path in zip(similarity, shown, strict=True)]
+    return figure, "\n".join(lines)
 
 
 def patch_neighbours(args, backbone, img_size):
@@ -271,19 +279,27 @@ def open_images(names, most, side, backbone):
         utils.warn(f"{len(paths)} images were given, the first {most} are drawn: see --max_images")
     images = {}
     for path in paths[:most]:
-        name = path.stem if path.stem not in images else f"{path.stem} ({len(images) + 1})"
+        name = utils.printable(path.stem)
+        name = name if name not in images else f"{name} ({len(images) + 1})"
         images[name] = whole_patches(open_image(path, patch_size), side, patch_size)
+        rows, columns = (length // patch_size for length in images[name].shape[-2:])
+        if rows * columns > MOST_PATCHES:
+            found = f"{name} has {rows}x{columns} patches, more than {MOST_PATCHES}"
+            raise UserError(f"{found}, at --image_size {side}: give a smaller one")
     return images
 
 
-def find_image(name):
-    """Return the path of an image that is named by its file, or is one of PHOTOGRAPHS."""
-    return photograph(name) if name in PHOTOGRAPHS and not Path(name).exists() else Path(name)
-
-
 def find_images(names):
-    """Return the paths of images that `find_image` knows, and of all that are in folders."""
-    return [path for p in map(find_image, names) for path in (listed_images(p) if p.is_dir() else [p])]
+    """Return the paths of images: of files, of all that are in folders, and of PHOTOGRAPHS by their names."""
+    paths = [photograph(name) if name in PHOTOGRAPHS and not Path(name).exists() else Path(name) for name in names]
+    return [path for found in paths for path in (listed_images(found) if found.is_dir() else [found])]
+
+
+def find_image(name):
+    """Return the path of a single image, see `find_images`."""
+    if Path(name).is_dir():
+        raise UserError(f"{name} is a folder, expected an image")
+    return find_images([name])[0]
 
 
 def open_image(path, patch_size):
@@ -338,14 +354,14 @@ def parse_arguments(argv=None):
     images(sub)
     seed(add_method, "of the network with --pretrained_weights none")
 
-    add_method, sub = command("matches", matches, "the matches of two crops, by geometry and by learned features")
+    add_method, sub = command("matches", matches, "the matches of two views, by geometry and by learned features")
     text = "a file, or a photograph that scikit-learn or scikit-image ships"
     sub.add_argument_group("images").add_argument("image", nargs="?", default="china", metavar="IMAGE", help=text)
     add_method("--matching", choices=RULES, default="paper", help="how geometry matches patches, see patch_matching.py")
     for name, whose in (("global", "teacher"), ("local", "student")):
         text = f"side of the {whose}'s crop in pixels; default: the pretraining's"
         add_method(f"--{name}_crops_size", type=natural, help=text)
-    add_method("--pairs", type=natural, default=1, help="of crops, to measure the agreement on; the first is drawn")
+    add_method("--pairs", type=natural, default=1, help="of views, to measure the agreement on; the first is drawn")
     seed(add_method, "of boxes and flips, and of the network with --pretrained_weights none")
 
     add_method, sub = command("neighbours", neighbours, "the nearest images, or the nearest patches")

@@ -56,10 +56,12 @@ def test_knn_holds_out_training_images_where_there_are_no_others(photo_folder):
     train_folder = photo_folder / "train"
     dataset = build_dataset("folder", train_folder, "train", ResizeToTensor(40))
     knn = OnlineKNN(dataset, "folder", train_folder, None, **KNN)
-    references, queries = (set(knn.parts[split].indices) for split in ("train", "val"))
+    references, queries = (set(knn.parts[split].dataset.indices) for split in ("train", "val"))
     assert (len(references), len(queries)) == (10, 2)
     assert references | queries == set(range(12))
-    assert [knn.labels["train"][i] for i in range(10)] == [dataset.labels[i] for i in knn.parts["train"].indices]
+    assert [knn.labels["train"][i] for i in range(10)] == [
+        dataset.labels[i] for i in knn.parts["train"].dataset.indices
+    ]
     assert dataset[0][0].shape == (3, 40, 40)  # the training's own transform is left
 
 
@@ -106,12 +108,9 @@ def test_knn_takes_a_black_image_for_a_bad_one(photo_folder, tmp_path, capsys):
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
     (tmp_path / "val/china/0.jpg").write_bytes(b"no image")
-    dataset = build_dataset("folder", tmp_path)
-    backbone = vit_micro(8, img_size=32).eval()
-    with pytest.raises(UserError, match=r"cannot read image .*china/0.jpg"):
-        OnlineKNN(dataset, "folder", tmp_path, None, **KNN)(backbone, torch.device("cpu"))
-    OnlineKNN(dataset, "folder", tmp_path, None, **KNN, skip_bad=True)(backbone, torch.device("cpu"))
-    assert "china/0.jpg" in capsys.readouterr().err
+    train(tmp_path, tmp_path / "out", "--epochs", 1, *WATCHED)
+    assert "china/0.jpg: cannot identify image file" in capsys.readouterr().err
+    assert "knn_top1" in read(tmp_path / "out/log.txt")[0]
 
 
 def test_watching_changes_no_weight(photo_folder, tmp_path):
@@ -206,3 +205,18 @@ def test_environment_without_git(monkeypatch):
     monkeypatch.setattr(subprocess, "run", no_git)
     found = environment()
     assert (found["git_commit"], found["git_changed"]) == (None, None)
+
+
+def test_local_views_may_be_larger_than_the_global_ones(photo_folder, tmp_path):
+    sizes = ("--global_crops_size", 16, "--local_crops_size", 32, "--matching", "nearest")
+    train(photo_folder, tmp_path, "--epochs", 1, *sizes, *WATCHED)
+    assert read(tmp_path / "log.txt")[0]["train_matched_patches"] > 4
+
+
+def test_a_run_that_ended_unseen_gets_its_hyperparameters(photo_folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(main_lgssl.utils.Report, "hyperparameters", lambda *_: None)
+        train(photo_folder, tmp_path, "--epochs", 1, *WATCHED)
+    train(photo_folder, tmp_path, "--epochs", 1, *WATCHED)
+    logged = read(tmp_path / "log.txt")[0]
+    assert board(tmp_path).Scalars("final/knn_top1")[0].value == pytest.approx(logged["knn_top1"])

@@ -200,3 +200,14 @@ def test_bad_input_is_refused_in_one_line(write_run, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended, utils.one_line_errors():
         plot_runs.main([str(empty)])
     assert (ended.value.code, capsys.readouterr().err.count("\n")) == (2, 1)
+
+
+def test_runs_on_other_numbers_of_processes_are_other_settings(write_run, capsys):
+    folders = [write_run(name, seed=seed)[0] for name, seed in (("one", 0), ("again", 1), ("two", 2))]
+    for folder, processes in zip(folders, (1, 1, 2), strict=True):
+        (folder / "environment.jsonl").write_text(json.dumps({"processes": processes}) + "\n")
+    runs = [plot_runs.read_run(folder) for folder in folders]
+    assert {label: len(members) for label, members in plot_runs.settings(runs).items()} == {
+        "processes 1": 2,
+        "processes 2": 1,
+    }

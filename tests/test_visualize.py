@@ -1,3 +1,4 @@
+import os
 import re
 
 import numpy as np
@@ -276,6 +277,21 @@ def test_a_sample_is_the_same_again(drawn):
     np.testing.assert_array_equal(first, second)
 
 
+def test_names_are_shown_as_they_are(drawn, tmp_path, capsys):
+    names = ["$x_$", "_a", os.fsdecode(b"\xff\xfe")]
+    for name in names:
+        Image.new("RGB", (40, 32), "red").save(tmp_path / f"{name}.png")
+    run("attention", tmp_path, *MICRO, "--image_size", 32)
+    run("neighbours", tmp_path / "_a.png", tmp_path, *MICRO, "--num_workers", 0)
+    run("features", tmp_path, *MICRO, "--image_size", 32)
+    drawn[-1].draw_without_rendering()
+    shown = [axis.get_title() for axis in drawn[-1].axes if axis.get_title()]
+    assert sorted(shown) == sorted([r"\$x_\$", " _a", "\ufffd\ufffd"])
+    assert "\ufffd\ufffd.png" in capsys.readouterr().out
+    figure = figures.draw_map(np.eye(3, 2), [0, 1, 2], ["_bg", "$b_$", "c"], "")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [" _bg", r"\$b_\$", "c"]
+
+
 def test_files_are_written(tmp_path, capsys):
     files = [tmp_path / "new" / name for name in ("a.png", "a.pdf")]
     run("features", *MICRO, "--image_size", 32, "--output", *files)
@@ -297,6 +313,12 @@ def test_files_are_written(tmp_path, capsys):
         ("features --output a.jpg", "cannot write a.jpg: found the suffix '.jpg', expected .png or .pdf"),
         ("features --output {tiny}/a.png", "cannot write .*tiny.png/a.png: File exists"),
         ("matches --local_crops_size 30", "--local_crops_size 30 is not a multiple of the patches of 8 pixels"),
+        (
+            "attention {wide}.png --image_size 8",
+            "wide has 1x9000 patches, more than 8000, at --image_size 8",
+        ),
+        ("features {square} --image_size 8", "found 1 patches, expected at least 4: give a larger --image_size"),
+        ("neighbours {flat} {flat}", "flat is a folder, expected an image"),
         ("neighbours {photo}", "has no image to be compared with"),
         ("neighbours {photo} --patch 300 10", "outside of .*which has 300x240 pixels"),
         ("map --data_path {flat}", "flat has no labels: expected at least two class subfolders"),
@@ -308,7 +330,10 @@ def test_bad_input_is_one_line(tmp_path, photo_folder, words, message):
     flat.mkdir()
     Image.new("RGB", (5, 9)).save(tiny)
     Image.new("RGB", (50, 90)).save(flat / "a.png")
-    words = words.format(tiny=tiny, flat=flat, photo=photo_folder / "val/china/0.jpg").split()
+    wide, square = tmp_path / "wide", tmp_path / "square.png"
+    Image.new("RGB", (72000, 8)).save(f"{wide}.png")
+    Image.new("RGB", (8, 8)).save(square)
+    words = words.format(tiny=tiny, flat=flat, wide=wide, square=square, photo=photo_folder / "val/china/0.jpg").split()
     output = [] if "--output" in words else ["--output", tmp_path / "x.png"]
     with pytest.raises(UserError, match=message) as error:
         run(words[0], *words[1:], *output, *MICRO)
