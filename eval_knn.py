@@ -7,11 +7,10 @@ Runs in one process or under torchrun, on GPUs or CPUs, and writes a JSON result
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 import evaluation
 import utils
-from features import eval_transform, extract_features
+from features import eval_transform, extract_features, normalized_cls
 from utils import UserError, number
 
 
@@ -75,11 +74,11 @@ def main(argv=None):
     rank, world_size, device = utils.init_distributed(args.dist_url)
     backbone.to(device)
 
-    def network(images):
-        return F.normalize(backbone(images)[:, 0])
-
     batches = (device, args.batch_size_per_gpu, args.num_workers)
-    features = {split: extract_features(network, part, *batches, f"{split} features") for split, part in parts.items()}
+    features = {
+        split: extract_features(normalized_cls(backbone), part, *batches, f"{split} features")
+        for split, part in parts.items()
+    }
     if rank == 0:
         labels = {split: torch.tensor(part.labels, device=device) for split, part in parts.items()}
         features = {split: part.to(device) for split, part in features.items()}

@@ -29,6 +29,11 @@ def eval_transform(crop_size):
     return T.Compose([resize, T.CenterCrop(crop_size), to_pixels()])
 
 
+def normalized_cls(backbone):
+    """Return a network, images [B, 3, H, W] -> CLS features of length 1 [B, D], whose dot product is the cosine."""
+    return lambda images: F.normalize(backbone(images)[:, 0])
+
+
 @torch.no_grad()
 def extract_features(
     network,

@@ -4,7 +4,6 @@ Figures are 7 inches wide, two columns of a paper, or one column, and written as
 """
 
 import errno
-import tempfile
 import textwrap
 import warnings
 from itertools import cycle
@@ -52,11 +51,9 @@ def check_output(path):
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"cannot write {path}: found the suffix {path.suffix!r}, expected {' or '.join(SUFFIXES)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        utils.make_writable(path.parent)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
@@ -152,7 +149,7 @@ def draw_matches(image, crops, boxes, flips, patch_size, idx_a, idx_b):
             spine.set(color=colour, linewidth=2.5)
         axis.set_title(f"{name}, {side}×{side}" + (", mirrored" if flip else ""), fontsize=9)
     for axis in axes:
-        axis.set(xticks=[], yticks=[])
+        bare(axis)
     return figure
 
 

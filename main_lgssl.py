@@ -13,7 +13,6 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -780,9 +779,7 @@ def open_output(output_dir, args):
         UserError: the folder cannot be written, or holds a run with other arguments.
     """
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
+        utils.make_writable(output_dir)
     except OSError as error:
         raise UserError(f"cannot write to --output_dir {output_dir}: {error.strerror}") from error
     checkpoint, found = checkpoints.load_latest(output_dir / "checkpoint.pth")

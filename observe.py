@@ -12,20 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from torch.utils.data import Dataset, Subset
 
-import figures
 from datasets import ImageFolder, build_dataset
 from eval_knn import knn_accuracy
 from evaluation import check_parts
-from features import eval_transform, extract_features
-from figures import to_picture
+from features import eval_transform, extract_features, normalized_cls
 from patch_matching import match_views
 from preemption import ignore_signals
 from utils import VERSION, UserError, warn
-from visualize import cls_attention, patch_features, principal_colours
 
 NEIGHBOURS = 10
 MOST_REFERENCES, MOST_QUERIES = 5000, 1000  # images, so that the k-NN takes a bounded time
@@ -83,10 +79,7 @@ class OnlineKNN:
         Args:
             backbone: normalised images [B, 3, S, S] -> tokens [B, 1+P, D].
         """
-
-        def network(images):
-            return F.normalize(backbone(images)[:, 0])
-
+        network = normalized_cls(backbone)
         batches = {"batch_size": self.batch_size, "num_workers": self.num_workers, "worker_init_fn": ignore_signals}
         features = {
             split: extract_features(network, part, device, title=None, **batches) for split, part in self.parts.items()
@@ -129,6 +122,10 @@ def training_pictures(backbone, image, views, patch_size, rule):
         attention: of CLS in the last block, head by head, and their mean.
         features: the first three principal components of the patch features as colours.
     """
+    import figures  # and matplotlib, which the other processes do without
+    from figures import to_picture
+    from visualize import cls_attention, patch_features, principal_colours
+
     size = views[0].pixels.shape[-1]
     grids = [(view.pixels.shape[-1] // patch_size,) * 2 for view in views]
     boxes, flips = np.stack([view.boxes for view in views]), np.stack([view.flips for view in views])

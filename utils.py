@@ -13,6 +13,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -375,6 +376,13 @@ def _entry(line):
         return dict(json.loads(line)) if line.endswith("\n") else {}
     except (ValueError, TypeError):
         return {}
+
+
+def make_writable(folder):
+    """Make a folder where it is missing, and raise OSError where no file can be made in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def write_text(text, path):

@@ -22,7 +22,7 @@ import figures
 import utils
 from augment import MultiCrop, View, normalize
 from datasets import PHOTOGRAPHS, ImageList, build_dataset, listed_images, photograph, read_image, to_uint8
-from features import eval_transform, extract_features
+from features import eval_transform, extract_features, normalized_cls
 from figures import to_picture
 from patch_matching import RULES, match_patches
 from utils import UserError, number
@@ -195,7 +195,7 @@ def matches(args, backbone, made_with, img_size):
 def neighbours(args, backbone, made_with, img_size):
     query = find_image(args.query)
     if args.patch:
-        return patch_neighbours(args, backbone, img_size)
+        return patch_neighbours(args, query, backbone, img_size)
     paths = [path for path in find_images(args.images) if path.resolve() != query.resolve()]
     if not paths:
         raise UserError(f"{query} has no image to be compared with: give a folder, or more images")
@@ -210,15 +210,15 @@ def neighbours(args, backbone, made_with, img_size):
     return figure, "\n".join(lines)
 
 
-def patch_neighbours(args, backbone, img_size):
+def patch_neighbours(args, query, backbone, img_size):
     """Draw the patches nearest to the one at a point of the query, in it and in the other images."""
     patch_size = backbone.patch_embed.patch_size[0]
     side = args.image_size or 2 * img_size
-    images = open_images([args.query, *args.images], args.max_images, side, backbone)
-    width, height = read_image(find_image(args.query)).size
+    images = open_images([query, *args.images], args.max_images, side, backbone)
+    width, height = read_image(query).size
     x, y = args.patch
     if not (x < width and y < height):
-        raise UserError(f"--patch {x} {y} is outside of {args.query}, which has {width}x{height} pixels")
+        raise UserError(f"--patch {x} {y} is outside of {query}, which has {width}x{height} pixels")
     tokens = [F.normalize(patch_features(backbone, image), dim=-1) for image in images.values()]
     rows, columns = tokens[0].shape[:2]
     patch = y * rows // height, x * columns // width
@@ -261,7 +261,7 @@ def map_of_images(args, backbone, made_with, img_size):
 def cls_features(backbone, dataset, num_workers):
     """Return the normalised CLS features [n, D] of all images of a data set."""
     device = backbone.cls_token.device
-    return extract_features(lambda x: F.normalize(backbone(x)[:, 0]), dataset, device, num_workers=num_workers)
+    return extract_features(normalized_cls(backbone), dataset, device, num_workers=num_workers)
 
 
 def open_images(names, most, side, backbone):
@@ -335,9 +335,7 @@ def parse_arguments(argv=None):
             add("query", metavar="QUERY", help="image to start from")
         text = "files, folders, or photographs that scikit-learn and scikit-image ship"
         both = [] if query else ["china", "flower"]
-        add(
-            "images", nargs="*", default=both, metavar="IMAGE", help=text + ("" if query else "; default: china flower")
-        )
+        add("images", nargs="*", default=both, metavar="IMAGE", help=text)
         add("--image_size", type=natural, help="shorter side in pixels that they get; default: twice the pretraining's")
         add("--max_images", type=natural, default=8, help="how many to draw, the first ones")
 
