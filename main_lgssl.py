@@ -6,6 +6,7 @@
 `--loss cls` is DINO. A run whose output folder holds a checkpoint goes on from it.
 """
 
+import atexit
 import datetime
 import hashlib
 import json
@@ -138,6 +139,7 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     """Run to the end and return None, or until a signal stops the run early, which is saved, and return the signal."""
+    atexit.register(utils.kill_workers)  # where a reference to their loader is left, it does not end them
     with StopRequest() as stop:
         return pretrain(parse_arguments(argv), stop)
 

@@ -39,10 +39,7 @@ def one_line_errors():
     try:
         yield
     except Exception as error:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler could raise more when data loaders die
-        # They do not listen to SIGTERM, by which Python would end them, and for which it would wait.
-        for child in multiprocessing.active_children():
-            child.kill()
+        kill_workers()
         # A worker's error arrives with the worker's traceback in its text; the message is the last line.
         message = _explain(error)
         if isinstance(error, UserError):
@@ -54,6 +51,17 @@ def one_line_errors():
             # Another rank may be inside a collective, and a tidy shutdown would wait for it.
             os._exit(2)
         sys.exit(2)
+
+
+def kill_workers():
+    """Kill this process's data-loading processes.
+
+    Those of a training do not listen to SIGTERM, by which Python would end them when it exits, and wait for their end.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise that they have died
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def first_line(error):

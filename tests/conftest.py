@@ -142,7 +142,7 @@ def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     words = [*torchrun(), *RUN, "--batch_size_per_gpu", "4", "--output_dir", str(folder)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(words, cwd=ROOT, env=env, check=True, capture_output=True)
+    subprocess.run(words, cwd=ROOT, env=env, check=True, capture_output=True, timeout=300)
     return folder
 
 
