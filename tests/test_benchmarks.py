@@ -41,7 +41,7 @@ def test_both_sides_of_knn_are_equally_accurate():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("bench_step --arch vit_micro --patch_size 16 --batch_size 2 --out_dim 64 4096 --steps 1 --rounds 1", "naive"),
+        ("bench_step --arch vit_micro --patch_size 16 --batch_size 2 --out_dim 64 4096 --steps 2 --rounds 1", "naive"),
         ("bench_views --batch_size 2 --rounds 1", "torchvision and PIL"),
         ("bench_matching --images 2", "all 18 pairs"),
         ("bench_knn --train 1000 --test 200 --rounds 1", "DINO"),
