@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
 
 from datasets import DATASETS, build_dataset
-from utils import UserError, number, write_text
+from utils import UserError, make_writable, number, write_text
 from vision_transformer import ARCHITECTURES, architecture, load_backbone
 
 
@@ -162,11 +161,11 @@ def make_folder(folder, option):
         UserError: it cannot be made or written to.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_writable(folder)
     except OSError as error:
+        if folder.is_dir():
+            raise UserError(f"cannot write to {option} {folder}: give a folder that can be written") from error
         raise UserError(f"cannot make {option} {folder}: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write to {option} {folder}: give a folder that can be written")
 
 
 def write_result(path, result, made_with, args):

@@ -1,6 +1,8 @@
+import errno
 import json
 import resource
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from safetensors import safe_open
 
 import eval_knn
 import extract_features
+import utils
 from eval_knn import knn_accuracy
 from features import eval_transform
 from utils import UserError
@@ -120,7 +123,8 @@ def test_bad_input_is_named_before_any_work(photo_folder, weights, tmp_path, mon
     assert "smaller than a patch of 8" in message(tmp_path / "g.npz", "--crop_size", 7)
     monkeypatch.setattr(extract_features, "MOST_METADATA", 300)
     assert "the paths of 12 images are too much for the header of" in message(tmp_path / "g.safetensors")
-    monkeypatch.setattr(extract_features.os, "access", lambda *_: False)
+    refuse = mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
+    monkeypatch.setattr(utils.tempfile, "TemporaryFile", refuse)
     assert f"cannot write to the folder of --output {tmp_path}: give" in message(tmp_path / "g.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]
 
