@@ -44,7 +44,7 @@ README = [  # (arch, patch size, batch size, K, sides)
     ("vit_base", 16, 4, 10000, ("lgssl", "cls")),
 ]
 BOTTLENECK, VIEWS, GLOBAL, LOCAL = 256, 10, 224, 96
-LOG_EVERY = 10
+LOG_EVERY = 10  # as a training
 
 
 def main():
@@ -155,7 +155,7 @@ def measure(arch, patch_size, batch_size, K, steps, loss, geometry="batch", chec
         freeze_last_layer=False,
         precision="fp32",
         device=device,
-        log_every=LOG_EVERY,
+        log_every=steps + 1,  # the last one
         report=None,
         after_step=lambda step: times.append(synchronized_time(device)),
     )

@@ -137,12 +137,12 @@ def cifar10_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def two_processes(tmp_path_factory):
+def two_processes(tmp_path_factory, run_script):
     """Return the folder of an undisturbed run of two processes."""
     folder = tmp_path_factory.mktemp("two")
-    words = [*torchrun(), *RUN, "--batch_size_per_gpu", "4", "--output_dir", str(folder)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(words, cwd=ROOT, env=env, check=True, capture_output=True, timeout=300)
+    _, *launcher = torchrun()
+    words = [*RUN, "--batch_size_per_gpu", 4, "--output_dir", folder]
+    run_script(*words, launcher=launcher, CUDA_VISIBLE_DEVICES="")
     return folder
 
 
