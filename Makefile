@@ -14,7 +14,7 @@ demo: .venv/installed
 	$(PY) main_lgssl.py @recipes/digits.args --output_dir $(RUN) $(OPTIONS)
 	@echo "== k-NN after training"
 	$(PY) eval_knn.py --dataset digits --pretrained_weights $(RUN)/checkpoint.pth
-	$(PY) patch_matching.py --seed 1 --output $(RUN)/matches.png
+	$(PY) visualize.py matches --seed 1 --output $(RUN)/matches.png
 	$(PY) visualize.py map --dataset digits --pretrained_weights $(RUN)/checkpoint.pth --output $(RUN)/map.png
 	@echo "log $(RUN)/log.txt, checkpoint $(RUN)/checkpoint.pth, figures $(RUN)/matches.png and map.png, curves: .venv/bin/tensorboard --logdir runs"
 

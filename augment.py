@@ -1,7 +1,7 @@
 """Views of images: crops and flips that know where they come from, and DINO's photometric distortion.
 
-Pixels are uint8 RGB tensors [..., 3, height, width] until `normalize`. A crop's box is (top, left, height, width) in
-pixels of the image that it was cut from.
+Images and crops are uint8 RGB arrays [height, width, 3] as long as a data-loading process works on them. `MultiCrop`
+returns them as tensors [B, 3, S, S]. A crop's box is (top, left, height, width) in pixels of its image.
 
 Random numbers are functions of keys alone: what is drawn per image of (seed, epoch, sample index), what a batch shares
 of (seed, global step, rank). Neither the number of workers nor anything drawn before plays a part.
@@ -55,14 +55,20 @@ def random_box(rng, height, width, scale, ratio=(3 / 4, 4 / 3)):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def crop_and_resize(images, box, size):
-    """Cut a box out of uint8 images [B, 3, H, W] and resize it to size × size (bicubic, antialiased).
+def resize(images, size, mode):
+    """Resize uint8 images [B, H, W, 3] to (height, width) with antialiasing; mode "bilinear" or "bicubic".
 
-    Several times faster where the colours of a pixel lie together in memory (torch.channels_last).
+    Returns:
+        uint8 array [B, height, width, 3]
     """
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)  # the layout that F.interpolate resizes fastest
+    return F.interpolate(pixels, size, mode=mode, antialias=True).permute(0, 2, 3, 1).numpy()
+
+
+def crop_and_resize(images, box, size):
+    """Cut a box out of uint8 images [B, H, W, 3] and resize it to [B, size, size, 3] (bicubic, antialiased)."""
     top, left, height, width = box
-    crops = images[..., top : top + height, left : left + width]
-    return F.interpolate(crops, (size, size), mode="bicubic", antialias=True)
+    return resize(images[:, top : top + height, left : left + width], (size, size), "bicubic")
 
 
 def distort(rng, image, blur_prob, solarize_prob):
@@ -156,14 +162,14 @@ class MultiCrop:
         cv2.setNumThreads(0)
         self.flip_prob, self.geometry, self.seed = flip_prob, geometry, seed
         # (size, scale, blur probability, solarisation probability) of each view
-        self.recipes = [(global_size, global_scale, 1.0, 0.0), (global_size, global_scale, 0.1, 0.2)]
-        self.recipes += [(local_size, local_scale, 0.5, 0.0)] * local_number
+        self.view_specs = [(global_size, global_scale, 1.0, 0.0), (global_size, global_scale, 0.1, 0.2)]
+        self.view_specs += [(local_size, local_scale, 0.5, 0.0)] * local_number
 
     def __call__(self, images, indices, epoch, step, rank=0):
         """Return the views of a batch.
 
         Args:
-            images: uint8 [3, H, W] each, or one tensor [B, 3, H, W].
+            images: uint8 arrays [H, W, 3], or one [B, H, W, 3].
             indices: B sample indices, the keys of what is drawn per image.
             epoch: from 0.
             step, rank: the keys of what the batch shares; step counts through all epochs.
@@ -179,26 +185,24 @@ class MultiCrop:
                     f"geometry batch needs images of one size, found {len(sizes)}: resize them or use geometry image"
                 )
             geometry = [np.random.default_rng((_BATCH_GEOMETRY, self.seed, step, rank))]
-            images = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)  # channels last
+            images = np.stack(images)
         else:
-            images = [image.permute(1, 2, 0)[None].permute(0, 3, 1, 2) for image in images]
             geometry = [np.random.default_rng((_IMAGE_GEOMETRY, self.seed, epoch, i)) for i in indices]
-        return [self._view(images, geometry, photometry, *recipe) for recipe in self.recipes]
+        return [self._view(images, geometry, photometry, *spec) for spec in self.view_specs]
 
     def _view(self, images, geometry, photometry, size, scale, blur_prob, solarize_prob):
         boxes, flips = [], []
         for rng, image in zip(geometry, images, strict=False):  # one for all where the batch shares its geometry
-            boxes.append(random_box(rng, *image.shape[-2:], scale))
+            boxes.append(random_box(rng, *image.shape[:2], scale))
             flips.append(rng.random() < self.flip_prob)
         if self.geometry == "batch":
             crops = crop_and_resize(images, boxes[0], size)
             flips_of_images = flips * len(images)
         else:
-            crops = [crop_and_resize(image, box, size)[0] for image, box in zip(images, boxes, strict=True)]
+            crops = [crop_and_resize(image[None], box, size)[0] for image, box in zip(images, boxes, strict=True)]
             flips_of_images = flips
         pixels = np.empty((len(photometry), size, size, 3), np.uint8)
         for i, (rng, crop, flip) in enumerate(zip(photometry, crops, flips_of_images, strict=True)):
-            image = np.ascontiguousarray(crop.permute(1, 2, 0).numpy())
-            image = cv2.flip(image, 1) if flip else image
-            pixels[i] = distort(rng, image, blur_prob, solarize_prob)
+            crop = cv2.flip(crop, 1) if flip else np.ascontiguousarray(crop)
+            pixels[i] = distort(rng, crop, blur_prob, solarize_prob)
         return View(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(boxes), torch.tensor(flips))

@@ -1,6 +1,6 @@
 """Copy detection on INRIA Copydays (paper, section 4.3.1; DINO's protocol).
 
-    python datasets.py IMAGENET --output_dir LISTS
+    python reproduce.py lists IMAGENET --output_dir LISTS
     python eval_copy_detection.py --data_path COPYDAYS --pretrained_weights OUT/checkpoint.pth \\
         --whitening_path LISTS/whitening.txt --distractors_path LISTS/distractors.txt
 
@@ -9,6 +9,9 @@ Distorted images look for their originals among the originals and distractors; t
 checkpoint.
 """
 
+import os
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -16,11 +19,84 @@ import torch.nn.functional as F
 import torchvision.transforms.v2 as T
 from torchvision.transforms import InterpolationMode
 
-import evaluation
 import utils
-from datasets import COPYDAYS_SIZES, ImageList, copydays, listed_images
-from features import extract_features, to_pixels
-from utils import number
+from support import evaluation
+from support.arguments import ArgumentParser, number
+from support.features import extract_features, to_pixels
+from support.images import IMAGENET100_CLASSES, ImageFolder, ImageList, has_image_name, listed_folders, listed_images
+from utils import UserError
+
+COPYDAYS_SIZES = {"original": 157, "strong": 229}
+COPYDAYS_BLOCKS = ["strong"]
+COPYDAYS_BLOCKS += [f"jpegqual/{quality}" for quality in (3, 5, 8, 10, 15, 20, 30, 50, 75)]
+COPYDAYS_BLOCKS += [f"crops/{percent}" for percent in (10, 15, 20, 30, 40, 50, 60, 70, 80)]
+
+
+def copydays(root):
+    """Find the images of INRIA Copydays.
+
+    Args:
+        root: folder with `original/*.jpg`, `strong/*.jpg`, and where present `jpegqual/*/*.jpg` and `crops/*/*.jpg`.
+
+    Returns:
+        (blocks, positives): lists of paths, {"original": ..., "strong": ..., ...}, and for each block but the originals
+        the places in `blocks["original"]` that each of its images is a copy of: those whose names begin with the same
+        four characters.
+
+    Raises:
+        UserError: the layout is another, or an image has no original.
+    """
+    root = Path(root)
+    blocks = {}
+    for name in ["original", *COPYDAYS_BLOCKS]:
+        folder = root / name
+        paths = [path for path in folder.iterdir() if has_image_name(path.name)] if folder.is_dir() else []
+        if not paths and name in COPYDAYS_SIZES:
+            raise UserError(
+                f"no images in {folder}: Copydays is {root}/original/*.jpg and {root}/strong/*.jpg, "
+                "and where present jpegqual/*/*.jpg and crops/*/*.jpg"
+            )
+        if paths:
+            blocks[name] = sorted(paths)
+    positives = {}
+    for name in list(blocks)[1:]:
+        positives[name] = [
+            [i for i, original in enumerate(blocks["original"]) if original.name[:4] == path.name[:4]]
+            for path in blocks[name]
+        ]
+        for path, originals in zip(blocks[name], positives[name], strict=True):
+            if not originals:
+                raise UserError(f"{path} has no original: expected {root}/original/{path.name[:4]}*.jpg")
+    return blocks, positives
+
+
+def copydays_lists(root, count_whitening=20000, count_distractors=10000, seed=0, classes=IMAGENET100_CLASSES):
+    """Draw the two disjoint sets of images of the paper's section 4.3.1: ImageNet without the classes of ImageNet-100.
+
+    Args:
+        root: ImageNet's training images in class folders, or the folder that holds `train` and `val`.
+        seed: with the same images the same lists.
+        classes: file with the class folders to leave out.
+
+    Returns:
+        (whitening, distractors): lists of absolute paths
+
+    Raises:
+        UserError: a class is missing, or there are too few images.
+    """
+    folder = ImageFolder(root)
+    left_out = {path.name for path in listed_folders(folder.root, classes)}
+    paths = [
+        path
+        for path, label in zip(folder.paths, folder.labels, strict=True)
+        if label >= 0 and folder.classes[label] not in left_out
+    ]
+    count = count_whitening + count_distractors
+    if len(paths) < count:
+        raise UserError(f"{root} has {len(paths)} images outside the classes of {classes}, expected at least {count}")
+    drawn = np.random.default_rng(seed).choice(len(paths), count, replace=False)
+    chosen = [os.path.abspath(paths[i]) for i in drawn]
+    return chosen[:count_whitening], chosen[count_whitening:]
 
 
 def copy_features(backbone, images):
@@ -40,8 +116,9 @@ class Whitening:
     """
 
     def __init__(self, features):
-        self.mean = sum(part.sum(0, dtype=torch.float64) for part in features.split(4096)) / len(features)  # [D]
-        covariance = sum(part.double().T @ part.double() for part in features.split(4096)) / len(features)
+        chunks = features.split(4096)
+        self.mean = sum(chunk.sum(0, dtype=torch.float64) for chunk in chunks) / len(features)  # [D]
+        covariance = sum(chunk.double().T @ chunk.double() for chunk in chunks) / len(features)
         values, vectors = torch.linalg.eigh(covariance)
         self.projection = vectors * values.clamp(min=1e-5 * values.max()) ** -0.5  # [D, D]
 
@@ -67,7 +144,7 @@ def mean_average_precision(similarity, positives, topk=0):
 
 
 def parse_arguments(argv=None):
-    parser = utils.ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
+    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
     evaluation.add_model_arguments(parser)
     # fmt: off
     add = parser.add_argument_group("protocol").add_argument
@@ -88,8 +165,14 @@ def main(argv=None):
     others = {}
     for name, source in (("distractors", args.distractors_path), ("whitening", args.whitening_path)):
         others[name] = listed_images(source) if source else []
-    model = (args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
-    backbone, made_with, _ = evaluation.open_model(*model, args.seed, args.imsize)
+    backbone, made_with, _ = evaluation.open_model(
+        args.pretrained_weights,
+        arch=args.arch,
+        patch_size=args.patch_size,
+        checkpoint_key=args.checkpoint_key,
+        seed=args.seed,
+        img_size=args.imsize,
+    )
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, "copydays")
 
     rank, world_size, device = utils.init_distributed(args.dist_url)
@@ -100,8 +183,8 @@ def main(argv=None):
             if len(paths) != size:
                 print(f"note: {name} has {len(paths)} images, the official one {size}", flush=True)
         if 0 < len(others["whitening"]) < 2 * backbone.embed_dim:
-            found = f"{len(others['whitening'])} images do not span the {2 * backbone.embed_dim} dimensions"
-            utils.warn(f"whitening: {found} of the features, give more")
+            count, dims = len(others["whitening"]), 2 * backbone.embed_dim
+            utils.warn(f"whitening: {count} images do not span the {dims} dimensions of the features, give more")
     transform = T.Compose([T.Resize((args.imsize, args.imsize), InterpolationMode.BICUBIC), to_pixels()])
     features = {}
     for name, paths in {**blocks, **others}.items():
@@ -110,14 +193,14 @@ def main(argv=None):
                 lambda images: copy_features(backbone, images),
                 ImageList(paths, transform, upright=False),
                 device,
-                args.batch_size_per_gpu,
-                args.num_workers,
-                name,
+                batch_size=args.batch_size_per_gpu,
+                num_workers=args.num_workers,
+                title=name,
             )
     if rank == 0:
         whiten = Whitening(features["whitening"]) if others["whitening"] else lambda x: x
-        parts = [features[name] for name in ("original", "distractors") if name in features]
-        database = F.normalize(whiten(torch.cat(parts)))
+        database = torch.cat([features[name] for name in ("original", "distractors") if name in features])
+        database = F.normalize(whiten(database))
         score = {}
         for name in positives:
             queries = F.normalize(whiten(features[name]))

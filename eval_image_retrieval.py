@@ -6,16 +6,20 @@ FOLDER holds roxford5k/gnd_roxford5k.pkl and roxford5k/jpg. Ranks the database b
 one process or under torchrun, and writes a JSON result beside the checkpoint.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-import evaluation
 import utils
-from datasets import ImageList, RevisitedRetrieval, image_size
-from features import extract_features, to_pixels
-from utils import UserError, bool_flag, number
+from support import evaluation
+from support.arguments import ArgumentParser, bool_flag, number
+from support.features import extract_features, to_pixels
+from support.images import ImageList, image_size
+from support.plain_pickle import read_plain_pickle
+from utils import UserError
 
 # What counts as relevant, and what is taken out of the ranking, in each of the three protocols.
 PROTOCOLS = {
@@ -25,6 +29,62 @@ PROTOCOLS = {
 }
 CUTOFFS = (1, 5, 10)
 SETTINGS = {"roxford5k": (224, False), "rparis6k": (512, True)}  # side and multiscale of the authors' README
+
+
+class RevisitedRetrieval:
+    """Revisited Oxford (roxford5k) or Paris (rparis6k).
+
+    Args:
+        root: folder that holds NAME/gnd_NAME.pkl and NAME/jpg/*.jpg.
+
+    Attributes:
+        database, queries: paths of the images.
+        boxes: of each query, (left, top, right, bottom) in pixels.
+        relevance: of each query {"easy", "hard", "junk"}: places in the database.
+
+    Raises:
+        UserError: a file is missing or is not what it should be.
+    """
+
+    def __init__(self, root, name):
+        folder = Path(root) / name
+        path = folder / f"gnd_{name}.pkl"
+        layout = f"expected {folder}/gnd_{name}.pkl and {folder}/jpg/*.jpg"
+        if not path.is_file():
+            raise UserError(f"no ground truth {path}: {layout}")
+        contents = read_plain_pickle(path)
+        try:
+            names = {key: [str(name) for name in contents[key]] for key in ("imlist", "qimlist")}
+            self.relevance = [
+                {kind: np.array(entry[kind], np.int64).ravel().tolist() for kind in ("easy", "hard", "junk")}
+                for entry in contents["gnd"]
+            ]
+            self.boxes = [tuple(float(value) for value in entry["bbx"]) for entry in contents["gnd"]]
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(
+                f"{path} is no ground truth of {name}: expected imlist, qimlist, and gnd with easy, hard, junk and bbx"
+            ) from error
+        self.database, self.queries = (
+            [folder / "jpg" / f"{name}.jpg" for name in names[key]] for key in ("imlist", "qimlist")
+        )
+        if len(self.queries) != len(self.relevance):
+            raise UserError(f"{path} has {len(self.queries)} queries, but relevance for {len(self.relevance)}")
+        if not self.queries:
+            raise UserError(f"{path} has no queries")
+        for query, relevance, box in zip(names["qimlist"], self.relevance, self.boxes, strict=True):
+            if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
+                raise UserError(f"{path}: query {query} has the box {box}, expected left, top, right, bottom")
+            both = set(relevance["easy"] + relevance["hard"]) & set(relevance["junk"])
+            if both or set(relevance["easy"]) & set(relevance["hard"]):
+                raise UserError(f"{path}: query {query} has images that are more than one of easy, hard and junk")
+            wrong = [i for places in relevance.values() for i in places if not 0 <= i < len(self.database)]
+            if wrong:
+                raise UserError(f"{path}: query {query} names image {wrong[0]} of {len(self.database)}")
+            if not relevance["easy"] + relevance["hard"]:
+                raise UserError(f"{path}: query {query} has no relevant image, neither easy nor hard")
+        missing = [path for path in self.queries + self.database if not path.is_file()]
+        if missing:
+            raise UserError(f"{len(missing)} images are missing, the first is {missing[0]}: {layout}")
 
 
 def retrieval_features(backbone, images, multiscale):
@@ -106,16 +166,16 @@ class CroppedQueries(ImageList):
 
     def __getitem__(self, index):
         image, label = super().__getitem__(index)
-        part = image.crop(self.boxes[index])
-        return self.shrink(part, max(part.size) / max(image.size)), label
+        crop = image.crop(self.boxes[index])
+        return self.shrink(crop, max(crop.size) / max(image.size)), label
 
 
 def check_sizes(paths, boxes, side, patch_size):
     """Raise UserError where an image, or the part of it in its box, is thinner than a patch once it is shrunk."""
     for path, box in zip(paths, boxes, strict=True):
         size = image_size(path)
-        part = (box[2] - box[0], box[3] - box[1]) if box else size
-        thickness = min(part) * min(1, side / max(size))
+        box_size = (box[2] - box[0], box[3] - box[1]) if box else size
+        thickness = min(box_size) * min(1, side / max(size))
         if thickness < patch_size:
             raise UserError(
                 f"{path} is {thickness:.1f} pixels thin at --imsize {side}, a patch of the network {patch_size}: "
@@ -124,7 +184,7 @@ def check_sizes(paths, boxes, side, patch_size):
 
 
 def parse_arguments(argv=None):
-    parser = utils.ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
+    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
     evaluation.add_model_arguments(parser)
     # fmt: off
     add = parser.add_argument_group("protocol").add_argument
@@ -150,8 +210,14 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     benchmark = RevisitedRetrieval(args.data_path, args.dataset)
-    model = (args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
-    backbone, made_with, _ = evaluation.open_model(*model, args.seed, args.imsize)
+    backbone, made_with, _ = evaluation.open_model(
+        args.pretrained_weights,
+        arch=args.arch,
+        patch_size=args.patch_size,
+        checkpoint_key=args.checkpoint_key,
+        seed=args.seed,
+        img_size=args.imsize,
+    )
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, args.dataset)
     boxes = benchmark.boxes if args.crop_queries else [None] * len(benchmark.queries)
     for paths, their_boxes in ((benchmark.queries, boxes), (benchmark.database, [None] * len(benchmark.database))):
@@ -160,22 +226,22 @@ def main(argv=None):
     rank, world_size, device = utils.init_distributed(args.dist_url)
     backbone.to(device)
     shrink = Shrink(args.imsize)
-    parts = {
+    image_lists = {
         "queries": ImageList(benchmark.queries, shrink, upright=False),
         "database": ImageList(benchmark.database, shrink, upright=False),
     }
     if args.crop_queries:
-        parts["queries"] = CroppedQueries(benchmark.queries, benchmark.boxes, shrink)
+        image_lists["queries"] = CroppedQueries(benchmark.queries, benchmark.boxes, shrink)
     features = {
         name: extract_features(
-            lambda images: retrieval_features(backbone, images, args.multiscale),
-            part,
+            lambda batch: retrieval_features(backbone, batch, args.multiscale),
+            images,
             device,
-            1,  # the images have different sizes
-            args.num_workers,
-            name,
+            batch_size=1,  # the images have different sizes
+            num_workers=args.num_workers,
+            title=name,
         )
-        for name, part in parts.items()
+        for name, images in image_lists.items()
     }
     if rank == 0:
         similarity = (features["database"] @ features["queries"].T).numpy()
@@ -187,7 +253,7 @@ def main(argv=None):
             if scored["map"] is not None:
                 at = ", ".join(f"mP@{cutoff} {100 * p:.2f}" for cutoff, p in zip(CUTOFFS, scored["mp"], strict=True))
                 print(f"{args.dataset} {protocol}: mAP {100 * scored['map']:.2f}, {at}", flush=True)
-        result["images"] = {name: len(part) for name, part in parts.items()}
+        result["images"] = {name: len(images) for name, images in image_lists.items()}
         evaluation.write_result(path, result, made_with, args)
     if world_size > 1:
         dist.destroy_process_group()

@@ -6,6 +6,7 @@ Trains one linear layer with SGD, keeps the weights of the best epoch, and write
 run that was stopped goes on after its last whole epoch. Runs in one process or under torchrun, on GPUs or CPUs.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -18,12 +19,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import checkpoints
-import evaluation
 import utils
-from datasets import BatchOrder
-from features import eval_transform, extract_features, to_pixels
-from utils import UserError, bool_flag, cosine_schedule, number
+from support import checkpoints, evaluation
+from support.arguments import ArgumentParser, bool_flag, number
+from support.features import eval_transform, extract_features, to_pixels
+from support.loader import BatchSampler
+from utils import UserError, cosine_schedule
 
 # Arguments that may differ when a run goes on, or when its weights are evaluated.
 MAY_CHANGE = "pretrained_weights download output_dir batch_size_per_gpu num_workers val_freq evaluate".split()
@@ -55,8 +56,7 @@ def train_one_epoch(classifier, optimizer, batches):
     """Train for one epoch.
 
     Args:
-        batches: gives (features [b, D], labels [b], size): one process's share of a step's `size` images. It may be
-            empty.
+        batches: gives (features [b, D], labels [b], size): one rank's share of a step's `size` images. It may be empty.
 
     Returns:
         the mean loss
@@ -76,23 +76,21 @@ def train_one_epoch(classifier, optimizer, batches):
     return float(loss_sum) / images
 
 
-def train(classifier, optimizer, order, batches, epochs, lr, start_epoch=0):
+def train(classifier, optimizer, batches, steps_per_epoch, epochs, lr, start_epoch=0):
     """Train with a learning rate on a cosine from `lr` to 0, and give (epoch, mean loss) after each epoch.
 
     Args:
-        order: BatchOrder behind the batches.
-        batches: called once an epoch, gives the batches of `train_one_epoch`.
+        batches: iterator over the batches of `train_one_epoch` of all epochs from `start_epoch` on.
     """
     for epoch in range(start_epoch, epochs):
-        order.epoch = epoch
         for group in optimizer.param_groups:
             group["lr"] = cosine_schedule(epoch, epochs, lr, 0.0)
-        yield epoch, train_one_epoch(classifier, optimizer, batches())
+        yield epoch, train_one_epoch(classifier, optimizer, itertools.islice(batches, steps_per_epoch))
 
 
-def cached_batches(order, features, labels):
-    """Give the batches of `train_one_epoch` from all features [n, D] and labels [n], in the order of a BatchOrder."""
-    for _, _, indices in order:
+def cached_batches(sampler, features, labels):
+    """Give the batches of `train_one_epoch` from all features [n, D] and labels [n], in the order of a BatchSampler."""
+    for _, _, indices in sampler:
         yield features[indices], labels[indices], len(indices)
 
 
@@ -100,8 +98,8 @@ def cached_batches(order, features, labels):
 def accuracy(classifier, features, labels, chunk=4096):
     """Return (top1, top5) in per cent; with fewer than five classes top-5 counts all."""
     correct = torch.zeros(2, dtype=torch.long, device=labels.device)
-    for part, truth in zip(features.split(chunk), labels.split(chunk), strict=True):
-        logits = classifier(part)
+    for some_features, truth in zip(features.split(chunk), labels.split(chunk), strict=True):
+        logits = classifier(some_features)
         hits = logits.topk(min(5, logits.shape[1])).indices == truth[:, None]
         correct += torch.stack([hits[:, 0].sum(), hits.sum()])
     top1, top5 = (100 * correct.double() / len(labels)).tolist()
@@ -133,7 +131,7 @@ class AugmentedBatches(Dataset):
 
 
 def parse_arguments(argv=None):
-    parser = utils.ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
+    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
     evaluation.add_model_arguments(parser)
     # fmt: off
     add = parser.add_argument_group("protocol").add_argument
@@ -202,16 +200,19 @@ class Validations:
 
 def main(argv=None):
     args = parse_arguments(argv)
-    model = (args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
-    backbone, made_with, crop_size = evaluation.open_model(*model, args.seed, args.crop_size)
+    backbone, made_with, crop_size = evaluation.open_model(
+        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, args.seed, args.crop_size
+    )
     plain = eval_transform(crop_size)
     transforms = {"train": plain if args.cache_features else None, "val": plain}
-    parts = evaluation.open_parts(args.dataset, args.data_path, transforms, args.classes, args.download)
-    protocol = protocol_of(args, backbone, made_with, len(parts["train"].classes))
+    splits = evaluation.open_splits(args.dataset, args.data_path, transforms, args.classes, args.download)
+    protocol = protocol_of(args, backbone, made_with, len(splits["train"].classes))
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, f"linear_{args.dataset}")
     dim = backbone.embed_dim * (protocol["n_last_blocks"] + protocol["avgpool_patchtokens"])
-    run = {"fingerprint": evaluation.fingerprint(backbone, parts), "args": {**vars(args), **protocol}}
-    state = load_state(args.evaluate, path, run, (protocol["num_labels"], dim))
+    run = {"fingerprint": evaluation.weights_hash(backbone, splits), "args": {**vars(args), **protocol}}
+    defaults = parse_arguments(["--pretrained_weights", "none"])
+    defaults = {**vars(defaults), **protocol_of(defaults, backbone, made_with, len(splits["train"].classes))}
+    state = load_state(args.evaluate, path, run, defaults, (protocol["num_labels"], dim))
 
     rank, world_size, device = utils.init_distributed(args.dist_url)
     batch_size = args.batch_size_per_gpu * world_size
@@ -229,9 +230,9 @@ def main(argv=None):
         return linear_features(backbone, images, protocol["n_last_blocks"], protocol["avgpool_patchtokens"])
 
     def extract(split):
-        batches = (device, args.batch_size_per_gpu, args.num_workers)
-        features = extract_features(network, parts[split], *batches, f"{split} features")
-        return None if features is None else (features.to(device), torch.tensor(parts[split].labels, device=device))
+        title = f"{split} features"
+        features = extract_features(network, splits[split], device, args.batch_size_per_gpu, args.num_workers, title)
+        return None if features is None else (features.to(device), torch.tensor(splits[split].labels, device=device))
 
     # The backbone is frozen and validation images are not augmented: their features are computed once.
     val = extract("val")
@@ -245,43 +246,47 @@ def main(argv=None):
             dist.destroy_process_group()
         return
 
-    images = len(parts["train"])
+    num_images = len(splits["train"])
+    steps_per_epoch = -(-num_images // batch_size)
+    start_epoch = state["epoch"] if state else 0
+    steps = range(start_epoch * steps_per_epoch, args.epochs * steps_per_epoch)
     if args.cache_features:
         train_features = extract("train")
         if world_size > 1:
             dist.destroy_process_group()  # what remains is one process's work
         if rank > 0:
             return
-        order = BatchOrder(images, batch_size, seed=args.seed, drop_last=False)
-
-        def batches():
-            return cached_batches(order, *train_features)
+        sampler = BatchSampler(num_images, batch_size, steps, seed=args.seed, drop_last=False)
+        batches = cached_batches(sampler, *train_features)
     else:
-        order = BatchOrder(images, args.batch_size_per_gpu, 1, rank, world_size, args.seed, drop_last=False)
+        sampler = BatchSampler(
+            num_images, args.batch_size_per_gpu, steps, 1, rank, world_size, seed=args.seed, drop_last=False
+        )
         loader = DataLoader(
-            AugmentedBatches(parts["train"], crop_size, protocol["flip_prob"], args.seed),
-            sampler=order,
-            batch_size=None,  # a key of the order is a whole batch
+            AugmentedBatches(splits["train"], crop_size, protocol["flip_prob"], args.seed),
+            sampler=sampler,
+            batch_size=None,  # a key of the sampler is a whole batch
             num_workers=args.num_workers,
             pin_memory=device.type == "cuda",
-            persistent_workers=args.num_workers > 0,
         )
 
-        def batches():
-            for start, (pixels, labels) in zip(range(0, images, batch_size), loader, strict=True):
+        def augmented_batches():
+            for step, (pixels, labels) in zip(steps, loader, strict=True):
                 features = network(pixels.to(device, non_blocking=True))
-                yield features, labels.to(device, non_blocking=True), min(batch_size, images - start)
+                size = min(batch_size, num_images - step % steps_per_epoch * batch_size)
+                yield features, labels.to(device, non_blocking=True), size
+
+        batches = augmented_batches()
 
     lr = args.lr * batch_size / 256
     optimizer = torch.optim.SGD(classifier.parameters(), lr=lr, momentum=0.9)
-    validations, start_epoch = Validations(), 0
+    validations = Validations()
     if state:
         classifier.load_state_dict(classifier_state(state["state_dict"]))
         optimizer.load_state_dict(state["optimizer"])
         vars(validations).update(state["validations"])
-        start_epoch = state["epoch"]
     bar = tqdm(total=args.epochs, initial=start_epoch, unit="epoch", disable=rank > 0 or not sys.stderr.isatty())
-    for epoch, loss in train(classifier, optimizer, order, batches, args.epochs, lr, start_epoch):
+    for epoch, loss in train(classifier, optimizer, batches, steps_per_epoch, args.epochs, lr, start_epoch):
         bar.update()
         if rank > 0:
             continue
@@ -313,7 +318,7 @@ def main(argv=None):
         result = {
             **best,
             "training_images": "not augmented, features cached" if args.cache_features else "augmented",
-            "images": {split: len(part) for split, part in parts.items()},
+            "images": {split: len(images) for split, images in splits.items()},
             "protocol": protocol,
             "crop_size": crop_size,
             "batch_size": batch_size,
@@ -329,13 +334,14 @@ def classifier_state(state):
     return {name.removeprefix("module.").removeprefix("linear."): value for name, value in state.items()}
 
 
-def load_state(evaluate, path, run, shape):
+def load_state(evaluate, path, run, defaults, shape):
     """Read the state of an earlier run, or None where there is none.
 
     Args:
         evaluate: None, True or the file of linear weights.
         path: of the result.
         run: {"fingerprint": of the backbone and the data, "args": all settings}.
+        defaults: dictionary of the settings' defaults.
         shape: of the classifier's weights, (classes, dimension).
 
     Raises:
@@ -360,7 +366,7 @@ def load_state(evaluate, path, run, shape):
         return state
     if state.get("fingerprint") != run["fingerprint"]:
         raise UserError(f"{file} was trained on other weights or images: move it away, or give another --output_dir")
-    checkpoints.refuse_other_run(state["args"], run["args"], MAY_CHANGE, file)
+    checkpoints.refuse_other_run(state["args"], run["args"], defaults, MAY_CHANGE, file)
     return state
 
 

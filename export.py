@@ -21,10 +21,11 @@ import numpy as np
 import timm
 import torch
 
-import evaluation
 import utils
 from augment import MEAN, STD
-from checkpoints import write_safetensors, written_whole
+from support import evaluation
+from support.arguments import ArgumentParser
+from support.checkpoints import write_safetensors, written_whole
 from utils import UserError
 from vision_transformer import WIDTHS
 
@@ -54,7 +55,7 @@ def timm_config(backbone):
             "custom_load": False,
             "input_size": [3, side, side],
             "fixed_input_size": True,
-            "interpolation": "bicubic",  # these three are features.eval_transform
+            "interpolation": "bicubic",  # these three are support.features.eval_transform
             "crop_pct": 0.875,
             "crop_mode": "center",
             "mean": list(MEAN),
@@ -126,7 +127,7 @@ def check_onnx(path, backbone):
 
 
 def parse_arguments(argv=None):
-    parser = utils.ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
+    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
     evaluation.add_model_arguments(parser)
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, required=True, help="folder of model.safetensors and config.json, which timm reads")
@@ -143,8 +144,13 @@ def main(argv=None):
         raise UserError(f"{there[0]} is there already, and is not overwritten: remove it, or give another --output_dir")
     if args.onnx and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
         raise UserError("--onnx needs more packages: pip install onnx onnxscript onnxruntime")
-    model = (args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
-    backbone, _, _ = evaluation.open_model(*model, seed=0)
+    backbone, _, _ = evaluation.open_model(
+        args.pretrained_weights,
+        arch=args.arch,
+        patch_size=args.patch_size,
+        checkpoint_key=args.checkpoint_key,
+        seed=0,
+    )
     evaluation.make_folder(folder, "--output_dir")
 
     config, state = timm_config(backbone), backbone.state_dict()

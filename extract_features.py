@@ -24,11 +24,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import evaluation
 import utils
-from checkpoints import write_safetensors, written_whole
-from datasets import build_dataset
-from features import eval_transform, extract_features
+from support import evaluation
+from support.arguments import ArgumentParser
+from support.checkpoints import write_safetensors, written_whole
+from support.features import eval_transform, extract_features
+from support.images import build_dataset
 from utils import UserError
 from vision_transformer import WIDTHS
 
@@ -38,7 +39,7 @@ FEATURES = {
     "avgpool": lambda tokens: tokens[:, 1:].mean(1),
     "patches": lambda tokens: tokens[:, 1:].flatten(1),  # [B, P * D]: what is gathered has two dimensions
 }
-MOST_METADATA = 10**8 - 10**4  # bytes; safetensors reads no header of more than 10**8
+MAX_METADATA = 10**8 - 10**4  # bytes; safetensors reads no header of more than 10**8
 
 
 def image_names(dataset, data_path, split):
@@ -74,7 +75,7 @@ def write_features(path, features, labels, paths, classes, made_with):
 
 
 def parse_arguments(argv=None):
-    parser = utils.ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
+    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
     evaluation.add_model_arguments(parser)
     layout = "folder of images, or with train and val; classes are its direct subfolders, if any; or of CIFAR-10"
     add = evaluation.add_data_arguments(parser, layout)
@@ -104,8 +105,14 @@ def main(argv=None):
         raise UserError(f"--output {path} ends in {path.suffix or 'no suffix'!r}, expected .npz or .safetensors")
     if path.exists():
         raise UserError(f"{path} is there already, and is not overwritten: remove it, or give another --output")
-    model = (args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
-    backbone, pretraining, crop_size = evaluation.open_model(*model, args.seed, args.crop_size)
+    backbone, pretraining, crop_size = evaluation.open_model(
+        args.pretrained_weights,
+        arch=args.arch,
+        patch_size=args.patch_size,
+        checkpoint_key=args.checkpoint_key,
+        seed=args.seed,
+        img_size=args.crop_size,
+    )
     transform = eval_transform(crop_size)
     dataset = build_dataset(args.dataset, args.data_path, args.split, transform, args.classes, args.download)
     dataset.upright = False  # as in the evaluations
@@ -113,7 +120,7 @@ def main(argv=None):
     made_with = {**vars(args), **network, "crop_size": crop_size, "pretraining": pretraining}
     made_with = json.dumps(made_with, default=str)
     paths = image_names(dataset, args.data_path, args.split)
-    if path.suffix == ".safetensors" and len(json.dumps(json.dumps(paths))) + len(made_with) > MOST_METADATA:
+    if path.suffix == ".safetensors" and len(json.dumps(json.dumps(paths))) + len(made_with) > MAX_METADATA:
         raise UserError(f"the paths of {len(paths)} images are too much for the header of {path}: give a name in .npz")
     evaluation.make_folder(path.parent, "the folder of --output")
 
@@ -124,8 +131,8 @@ def main(argv=None):
         lambda images: pool(backbone(images)),
         dataset,
         device,
-        args.batch_size_per_gpu,
-        args.num_workers,
+        batch_size=args.batch_size_per_gpu,
+        num_workers=args.num_workers,
         dtype=torch.float16 if args.half else torch.float32,
     )
     if rank == 0:

@@ -13,23 +13,27 @@ import sys
 dependencies = ["torch", "timm", "numpy", "safetensors", "tqdm"]
 
 
+def _imported():
+    """Return the names of all imported modules that are called as ours are, with those inside them."""
+    return [name for name in sys.modules if name.split(".")[0] in ("vision_transformer", "support", "utils")]
+
+
 @functools.cache
-def _own_modules():
-    """Import what is needed of this folder, and leave no trace of it in the caller's modules.
+def _vision_transformer():
+    """Import the networks from this folder, and leave no trace of it in the caller's modules.
 
     These may have the same names, as `utils`: those that are imported already are put aside meanwhile, and those that
     will be are found. So a network cannot be pickled as a whole; its state_dict can.
     """
-    names = ("vision_transformer", "checkpoints", "utils", "health")
-    theirs = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    theirs = {name: sys.modules.pop(name) for name in _imported()}
     folder = os.path.dirname(os.path.abspath(__file__))
     sys.path.insert(0, folder)
     try:
         import vision_transformer
     finally:
         sys.path.remove(folder)
-        for name in names:
-            sys.modules.pop(name, None)
+        for name in _imported():
+            del sys.modules[name]
         sys.modules.update(theirs)
     return vision_transformer
 
@@ -42,7 +46,8 @@ def lgssl(weights=None, checkpoint_key="teacher", arch=None, patch_size=None):
         checkpoint_key: network of the checkpoint, "teacher" or "student".
         arch, patch_size: default: the weights'.
     """
-    return _own_modules().load_backbone("none" if weights is None else weights, arch, patch_size, checkpoint_key)[0]
+    load_backbone = _vision_transformer().load_backbone
+    return load_backbone("none" if weights is None else weights, arch, patch_size, checkpoint_key)[0]
 
 
 def lgssl_vit_tiny16(weights=None, checkpoint_key="teacher"):

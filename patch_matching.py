@@ -1,9 +1,7 @@
 """Patch matching: which patch tokens of two crops of one image show the same place (paper, section 3.3).
 
-Geometry only: boxes and flips in, the table of corresponding tokens out. All arithmetic is on integers, so that a
-patch that is covered by exactly one half falls on the same side on every machine.
-
-`python patch_matching.py IMAGE` draws two crops of an image and their matched patches.
+Geometry only: boxes and flips in, matched tokens out. All arithmetic is on integers, so that a patch that is covered by
+exactly one half falls on the same side on every machine.
 """
 
 import functools
@@ -14,33 +12,33 @@ import torch
 
 
 class Matches(NamedTuple):
-    """Matched tokens of many pairs of views: n entries, sorted by image, then teacher view, then student view.
+    """The matched tokens of a batch, laid out for indexing the networks' outputs and for the loss.
 
-    Every (image, teacher view, student view) has a run of entries; its first one is CLS with CLS (token 0).
+    A network sees the views one after the other, each with all images of the batch. Token t of image b in view v is row
+    `B * (tokens of one image in the views before v) + b * (tokens of view v) + t` of its flattened output.
+
+    Tokens that have no match are left out. The others are sorted by image. Of the student tokens of an image, those
+    with most matches come first, so that those with more than m matches are a prefix of the image's tokens.
     """
 
-    image: np.ndarray  # [n]
-    teacher_view: np.ndarray  # [n]
-    teacher_token: np.ndarray  # [n]
-    student_view: np.ndarray  # [n]
-    student_token: np.ndarray  # [n]
-    run_length: np.ndarray  # [n] number of entries of the run that this one belongs to, CLS included
+    teacher_row: torch.Tensor  # [Nt] rows of the teacher's output
+    teacher_position: torch.Tensor  # [Nt] position of each token in its view; 0 is CLS
+    student_row: torch.Tensor  # [Ns] rows of the student's output
+    teacher_idx: torch.Tensor  # [M, Ns] index into teacher_row of the m-th match of each student token; 0 where none
+    num_matched: (
+        torch.Tensor
+    )  # [M, Ns] tokens matched in the same pair of views, CLS included; 0 where there is no match
+    teacher_count: torch.Tensor  # [B] teacher tokens of each image
+    student_count: torch.Tensor  # [M, B] student tokens of each image with more than m matches
 
+    def to(self, device):
+        """Move the tensors that index others to a device. The two counts shape the work and stay on the CPU."""
+        *indices, teacher_count, student_count = self
+        return Matches(*(x.to(device, non_blocking=True) for x in indices), teacher_count, student_count)
 
-class MatchTable(NamedTuple):
-    """The matches of a whole batch, ready to index the networks' outputs. All LongTensors, sorted by image.
-
-    A network sees the views one after the other, each with all images of the batch, so token t of image b in view v is
-    row `B * (tokens of one image in the views before v) + b * (tokens of view v) + t` of its flattened output.
-    """
-
-    teacher_row: torch.Tensor  # [Nt] rows of the teacher's output that are matched at least once
-    student_row: torch.Tensor  # [Ns]
-    teacher_position: torch.Tensor  # [Nt] token position of each teacher row in its view, 0 is CLS
-    teacher_idx: torch.Tensor  # [n] into teacher_row
-    student_idx: torch.Tensor  # [n] into student_row
-    image: torch.Tensor  # [n]
-    run_length: torch.Tensor  # [n] matched tokens of this pair of views, CLS included
+    def is_cls(self):
+        """Return booleans [M, Ns], whether CLS is matched with CLS: once in every pair of views of every image."""
+        return (self.teacher_position[self.teacher_idx] == 0) & (self.num_matched > 0)
 
 
 def match_patches(box_a, flip_a, grid_a, box_b, flip_b, grid_b, rule="paper"):
@@ -65,26 +63,104 @@ def match_patches(box_a, flip_a, grid_a, box_b, flip_b, grid_b, rule="paper"):
     Raises:
         ValueError: an unknown rule, an empty box or grid.
     """
-    boxes = np.asarray([[box_a], [box_b]])
-    flips = np.asarray([[flip_a], [flip_b]])
-    matches = match_views(boxes, flips, [grid_a, grid_b], teacher_views=1, rule=rule)
-    return torch.from_numpy(matches.teacher_token), torch.from_numpy(matches.student_token)
+    boxes, flips = np.asarray([[box_a], [box_b]]), np.asarray([[flip_a], [flip_b]])
+    pairs = _matched_pairs(boxes, flips, [grid_a, grid_b], teacher_views=1, rule=rule)
+    return torch.from_numpy(pairs.teacher_token), torch.from_numpy(pairs.student_token)
 
 
-def match_views(boxes, flips, grids, teacher_views=2, rule="paper"):
-    """Match every teacher view with every other view of the same image, for many images at once.
+def match_views(boxes, flips, grids, batch_size, teacher_views=2, rule="paper"):
+    """Match every teacher view with every other view of the same image, for a whole batch.
 
     Args:
-        boxes: integers [V, G, 4], (top, left, height, width) of V views of G images, in pixels of each image. Where a
-            batch shares its geometry, G is 1.
+        boxes: integers [V, G, 4], (top, left, height, width) of V views of G images, in pixels of each image. G is
+            `batch_size`, or 1 where the batch shares its geometry.
         flips: booleans [V, G].
         grids: V pairs (rows, columns) of patches.
+        batch_size: B.
         teacher_views: how many of the views, the first ones, the teacher sees.
         rule: see `match_patches`; None matches CLS with CLS alone.
 
     Returns:
-        Matches. The pairs are (i, j) with teacher view i, student view j and i != j.
+        Matches of the pairs (i, j) with teacher view i, student view j and i != j.
+
+    Raises:
+        ValueError: an unknown rule, an empty box or grid, or boxes of another number of images.
     """
+    images = np.asarray(flips).shape[1]
+    if images not in (1, batch_size):
+        raise ValueError(f"boxes of {images} images for a batch of {batch_size}, expected 1 or {batch_size}")
+    pairs = _matched_pairs(boxes, flips, grids, teacher_views, rule)
+    tokens = 1 + np.prod(np.asarray(grids, np.int64), axis=1)  # [V] tokens of one image in each view
+    first = np.cumsum(tokens) - tokens  # [V] tokens of one image in the views before
+    teacher_total, student_total = tokens[:teacher_views].sum(), tokens.sum()
+
+    # Number the tokens image by image ("slots"), and keep those that are matched.
+    teacher_slot = pairs.image * teacher_total + first[pairs.teacher_view] + pairs.teacher_token
+    student_slot = pairs.image * student_total + first[pairs.student_view] + pairs.student_token
+    teacher_slots, teacher_idx = _used(teacher_slot, images * teacher_total)
+    matches_of_slot = np.bincount(student_slot, minlength=images * student_total)
+    student_slots = np.flatnonzero(matches_of_slot)
+    student_slots = student_slots[np.lexsort((-matches_of_slot[student_slots], student_slots // student_total))]
+    num_matches = matches_of_slot[student_slots]  # [Ns]
+
+    # Sort the pairs by their student token, in the new order of these, and lay them out as m-th matches.
+    place = np.empty(images * student_total, np.int64)
+    place[student_slots] = np.arange(len(student_slots))
+    student_idx = place[student_slot]
+    order = np.argsort(student_idx, kind="stable")
+    student_idx = student_idx[order]
+    m = np.arange(len(order)) - (np.cumsum(num_matches) - num_matches)[student_idx]
+    table = np.zeros((2, num_matches.max(), len(student_slots)), np.int64)
+    table[:, m, student_idx] = teacher_idx[order], pairs.num_matched[order]
+    teacher_count = np.bincount(teacher_slots // teacher_total, minlength=images)
+    is_more = num_matches > np.arange(len(table[0]))[:, None]  # [M, Ns]
+    student_count = np.stack(
+        [np.bincount((student_slots // student_total)[more], minlength=images) for more in is_more]
+    )
+
+    if images < batch_size:  # the same for every image
+        offsets = np.arange(batch_size)[:, None]
+        table = np.tile(table, batch_size)
+        table[0] += np.repeat(offsets[:, 0] * len(teacher_slots), len(student_slots)) * (table[1] > 0)
+        teacher_slots = (teacher_slots + teacher_total * offsets).ravel()
+        student_slots = (student_slots + student_total * offsets).ravel()
+        teacher_count, student_count = np.repeat(teacher_count, batch_size), np.repeat(student_count, batch_size, 1)
+
+    def rows_and_positions(slots, total):
+        image, slot = np.divmod(slots, total)
+        view = np.searchsorted(first, slot, side="right") - 1
+        position = slot - first[view]
+        return batch_size * first[view] + image * tokens[view] + position, position
+
+    teacher_row, teacher_position = rows_and_positions(teacher_slots, teacher_total)
+    student_row, _ = rows_and_positions(student_slots, student_total)
+    columns = (teacher_row, teacher_position, student_row, *table, teacher_count, student_count)
+    return Matches(*map(torch.from_numpy, columns))
+
+
+def _used(slot, total):
+    """Return the numbers below `total` that occur in `slot`, ascending, and for each of `slot` its place among them."""
+    used = np.zeros(total, bool)
+    used[slot] = True
+    return np.flatnonzero(used), (np.cumsum(used) - 1)[slot]
+
+
+class _Pairs(NamedTuple):
+    """Matched tokens of many pairs of views: n entries, sorted by image, then teacher view, then student view.
+
+    In every (image, teacher view, student view) the first entry is CLS with CLS (token 0).
+    """
+
+    image: np.ndarray  # [n]
+    teacher_view: np.ndarray  # [n]
+    teacher_token: np.ndarray  # [n]
+    student_view: np.ndarray  # [n]
+    student_token: np.ndarray  # [n]
+    num_matched: np.ndarray  # [n] entries of the same pair of views, CLS included
+
+
+def _matched_pairs(boxes, flips, grids, teacher_views, rule):
+    """Return the _Pairs of `match_views`, of G images."""
     if rule is not None and rule not in RULES:
         raise ValueError(f"unknown matching rule {rule!r}, expected one of {', '.join(RULES)}")
     boxes, flips, grids = np.asarray(boxes, np.int64), np.asarray(flips, bool), np.asarray(grids, np.int64)
@@ -118,56 +194,12 @@ def match_views(boxes, flips, grids, teacher_views=2, rule="paper"):
     tokens = 1 + rows[:, run, row] + columns[:, run, column]  # [2, n]
     tokens[:, start] = 0
     image, pair = np.divmod(run, M)
-    return Matches(image, pairs[0, pair], tokens[0], pairs[1, pair], tokens[1], length[run])
+    return _Pairs(image, pairs[0, pair], tokens[0], pairs[1, pair], tokens[1], length[run])
 
 
 @functools.lru_cache
 def _view_pairs(teacher_views, views):
     return np.array([(i, j) for i in range(teacher_views) for j in range(views) if i != j]).T
-
-
-def batch_table(matches, batch_size, tokens_per_view, teacher_views=2):
-    """Turn matches into the rows and pairs of a whole batch.
-
-    Args:
-        matches: from `match_views`, of G = batch_size images or of one geometry that all images share.
-        batch_size: B.
-        tokens_per_view: tokens of one image in each of the V views, CLS included.
-        teacher_views: how many of the views the teacher sees.
-
-    Returns:
-        MatchTable
-    """
-    tokens = np.asarray(tokens_per_view, np.int64)
-    first = np.cumsum(tokens) - tokens  # tokens of one image in the views before
-    images = int(matches.image[-1]) + 1
-    if images not in (1, batch_size):
-        raise ValueError(f"matches of {images} images for a batch of {batch_size}, expected 1 or {batch_size}")
-
-    def rows_and_index(view, token, total):
-        slot = matches.image * total + first[view] + token  # numbers the tokens image by image
-        used = np.zeros(images * total, bool)
-        used[slot] = True
-        index = (np.cumsum(used) - 1)[slot]
-        slots = np.flatnonzero(used)
-        if images < batch_size:  # a shared geometry: the same list for every image
-            index = (index + len(slots) * np.arange(batch_size)[:, None]).ravel()
-            slots = (slots + total * np.arange(batch_size)[:, None]).ravel()
-        image, slot = np.divmod(slots, total)
-        view = np.searchsorted(first, slot, side="right") - 1
-        position = slot - first[view]
-        return batch_size * first[view] + image * tokens[view] + position, position, index
-
-    teacher_total = int(tokens[:teacher_views].sum())
-    teacher_row, teacher_position, teacher_idx = rows_and_index(
-        matches.teacher_view, matches.teacher_token, teacher_total
-    )
-    student_row, _, student_idx = rows_and_index(matches.student_view, matches.student_token, int(tokens.sum()))
-    repeats = batch_size // images
-    image = np.repeat(np.arange(batch_size), len(matches.image)) if repeats > 1 else matches.image
-    run_length = np.tile(matches.run_length, repeats)
-    columns = (teacher_row, student_row, teacher_position, teacher_idx, student_idx, image, run_length)
-    return MatchTable(*(torch.from_numpy(column) for column in columns))
 
 
 # RULES, for G images, two sides (teacher view, student view), M pairs of views and two axes (rows, columns).
@@ -222,46 +254,3 @@ def _spread(first, count):
     n = np.minimum(count[:, 0], count[:, 1])
     i, gaps = np.arange(max(n.max(), 1)), np.maximum(n - 1, 1)
     return n, first[..., None] + i * (count - 1)[..., None] // gaps[:, None, ..., None]
-
-
-def main(argv=None):
-    from utils import ArgumentParser, number
-
-    parser = ArgumentParser(description="Draw two crops of an image and their matched patches, numbered alike.")
-    side, share = number(int, 1), number(float, 1e-6, 1)
-    add = parser.add_argument_group("picture").add_argument
-    add("image", nargs="?", help="the image; default: a photograph that scikit-learn ships")
-    add("--output", default="matches.png", help="file to write, PNG or PDF")
-    add = parser.add_argument_group("crops").add_argument
-    add("--global_crops_size", type=side, default=224, help="side of the teacher's crop in pixels")
-    add("--local_crops_size", type=side, default=96, help="side of the student's crop in pixels")
-    add("--global_crops_scale", type=share, nargs=2, default=[0.4, 1.0], help="share of the image's area")
-    add("--local_crops_scale", type=share, nargs=2, default=[0.05, 0.4], help="share of the image's area")
-    add("--seed", type=number(int, 0), default=0, help="of boxes and flips")
-    add = parser.add_argument_group("matching").add_argument
-    add("--matching", choices=RULES, default="paper", help="how patches are matched")
-    add("--patch_size", type=side, default=16, help="side of a patch in pixels")
-    args = parser.parse_args(argv)
-    parser.check_crops(args)
-
-    import figures
-    from datasets import photograph, read_image, to_uint8
-
-    figures.check_output(args.output)
-    image = to_uint8(read_image(args.image or photograph("china")))
-    sizes = (args.global_crops_size, args.local_crops_size)
-    scales = (args.global_crops_scale, args.local_crops_scale)
-    crops, boxes, flips = figures.draw_crops(image, sizes, scales, args.seed)
-    grid_a, grid_b = ((size // args.patch_size,) * 2 for size in sizes)
-    idx_a, idx_b = match_patches(boxes[0], flips[0], grid_a, boxes[1], flips[1], grid_b, args.matching)
-    image, *crops = map(figures.to_picture, (image, *crops))
-    figure = figures.draw_matches(image, crops, boxes, flips, args.patch_size, idx_a, idx_b)
-    figures.save(figure, args.output)
-    print(f"{len(idx_a) - 1} matched patches, drawn in {args.output}")
-
-
-if __name__ == "__main__":
-    from utils import one_line_errors
-
-    with one_line_errors():
-        main()

@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 
 import utils
-from main_lgssl import MAY_CHANGE
 from main_lgssl import parse_arguments as pretraining_arguments
+from support.arguments import ArgumentParser
+from support.checkpoints import MAY_CHANGE
+from support.report import read_log
 from utils import UserError
 
 NAMES = ("loss", "knn_top1", "entropy_share", "matched_patches")
-POINTS = 100  # of a curve, at most: the reports of a long run are averaged, or noise would hide the rest
+MAX_POINTS = 100  # of a curve: the reports of a long run are averaged, or noise would hide the rest
 NO_SETTING = {*MAY_CHANGE, "seed", "output_dir"} - {"data_path"}  # runs on other images are not to be averaged
 
 
@@ -50,7 +52,7 @@ def read_run(folder):
     paths = [path for path in (folder / "log.txt", folder / "steps.jsonl") if path.exists()]
     if not paths:
         raise UserError(f"{folder} holds neither log.txt nor steps.jsonl: expected the --output_dir of a run")
-    log = {path.name: utils.read_log(path) for path in paths}
+    log = {path.name: read_log(path) for path in paths}
     epochs = {e["epoch"]: e for e in log.get("log.txt", []) if _is_count(e.get("epoch"))}
     reports = {
         e["step"]: e for e in log.get("steps.jsonl", []) if _is_count(e.get("step")) and _is_count(e.get("epoch"))
@@ -80,7 +82,7 @@ def read_run(folder):
         raise UserError(f"cannot read {arguments}: remove it, and the run is named by its folder") from error
     starts = folder / "environment.jsonl"
     if arguments is not None and starts.exists():
-        arguments["processes"] = max((start.get("processes", 1) for start in utils.read_log(starts)), default=1)
+        arguments["processes"] = max((start.get("processes", 1) for start in read_log(starts)), default=1)
     return Run(folder, arguments, {name: np.array(v, dtype=float).reshape(-1, 3) for name, v in values.items()})
 
 
@@ -123,7 +125,7 @@ def settings(runs):
     with_arguments = [setting for setting, _ in groups.values() if "" not in setting]
     names = dict.fromkeys([*defaults, *(name for setting in with_arguments for name in setting)])
     values = {name: {setting[name] for setting in with_arguments if name in setting} for name in names}
-    differing = [name for name, found in values.items() if len(found) > 1] or ["loss"]
+    differing = [name for name, distinct in values.items() if len(distinct) > 1] or ["loss"]
     labelled = {}
     for setting, members in groups.values():
         words = [f"{'λ' if name == 'lambda_cls' else name} {setting[name]}" for name in differing if name in setting]
@@ -135,40 +137,41 @@ def _text(value):
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def parts_of_epochs(runs):
-    """Return into how many parts to cut an epoch: each has reports of all runs, and a curve no more than POINTS."""
+def intervals_per_epoch(runs):
+    """Return into how many intervals to cut an epoch: each has reports of all runs, and a curve at most MAX_POINTS."""
     points = [run.points[name] for run in runs for name in NAMES if name != "knn_top1" and len(run.points[name])]
     longest = max((p[-1, 0] for p in points), default=1)
     widest = max((np.diff(p[:, 0], prepend=0).max() for p in points), default=1)
-    return max(int(min(POINTS / longest, 1 / widest + 1e-6)), 1)
+    return max(int(min(MAX_POINTS / longest, 1 / widest + 1e-6)), 1)
 
 
-def mean_curve(runs_points, parts):
-    """Average the values of one name over the parts of epochs, and then over the runs of a setting.
+def mean_curve(runs_points, per_epoch):
+    """Average the values of one name over the intervals of epochs, and then over the runs of a setting.
 
     Args:
         runs_points: array [n, 3] for each run, as in Run.
+        per_epoch: number of intervals, as `intervals_per_epoch` gives it.
 
     Returns:
         array [4, n]: epochs trained, mean, standard deviation (of a sample; NaN where one run is left), number of runs
     """
-    values = {}  # part: those of the runs
+    values = {}  # end of an interval in epochs: the means of the runs
     for points in runs_points:
-        part = np.ceil(points[:, 0] * parts - 1e-6)
-        for p in np.unique(part):
-            here = points[part == p]
-            values.setdefault(p / parts, []).append(np.average(here[:, 1], weights=here[:, 2]))
+        intervals = np.ceil(points[:, 0] * per_epoch - 1e-6)
+        for interval in np.unique(intervals):
+            inside = points[intervals == interval]
+            values.setdefault(interval / per_epoch, []).append(np.average(inside[:, 1], weights=inside[:, 2]))
     rows = []
     for epoch, v in sorted(values.items()):
         rows.append((epoch, np.mean(v), np.std(v, ddof=1) if len(v) > 1 else math.nan, len(v)))
     return np.array(rows).reshape(-1, 4).T
 
 
-def last_values(labelled, parts):
+def last_values(labelled, per_epoch):
     """Return the lines of a table: of each setting the last loss and k-NN accuracy of its runs."""
     rows = [("setting", "seeds", "epochs", "loss", "k-NN top-1 in %")]
     for label, runs in labelled.items():
-        last = {name: [mean_curve([run.points[name]], parts)[:2, -1:] for run in runs] for name in NAMES[:2]}
+        last = {name: [mean_curve([run.points[name]], per_epoch)[:2, -1:] for run in runs] for name in NAMES[:2]}
         last = {name: np.concatenate(columns, axis=1) for name, columns in last.items()}  # [2, runs that have it]
         ends = sorted({f"{epoch:g}": None for epoch in sorted(last["loss"][0])}, key=float)
         cells = [label, str(len(runs)), " to ".join(dict.fromkeys((ends[0], ends[-1]))) if ends else "-"]
@@ -182,7 +185,7 @@ def last_values(labelled, parts):
 
 
 def parse_arguments(argv=None):
-    parser = utils.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="OUT", help="--output_dir of a run of main_lgssl.py")
     parser.add_argument("--output", default="runs.png", help="file to write, PNG or PDF")
     return parser.parse_args(argv)
@@ -190,19 +193,19 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    import figures  # and matplotlib, which --help does without
+    from support import figures  # and matplotlib, which --help does without
 
     figures.check_output(args.output)
     folders = {Path(folder).resolve(): Path(folder) for folder in args.runs}
     runs = [read_run(folder) for folder in folders.values()]
     labelled = settings(runs)
-    parts = parts_of_epochs(runs)
+    per_epoch = intervals_per_epoch(runs)
     curves = {
-        label: {name: mean_curve([run.points[name] for run in members], parts) for name in NAMES}
+        label: {name: mean_curve([run.points[name] for run in members], per_epoch) for name in NAMES}
         for label, members in labelled.items()
     }
     figures.save(figures.draw_curves(curves), args.output)
-    print("\n".join(last_values(labelled, parts)))
+    print("\n".join(last_values(labelled, per_epoch)))
     print(f"drawn in {args.output}")
 
 

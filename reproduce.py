@@ -5,11 +5,13 @@
     python reproduce.py run table6 --row mean --data_root DATA              runs those that are not done yet
     python reproduce.py run digits                                          the miniature study
     python reproduce.py report --output results.md                          the tables: paper, ours, difference
+    python reproduce.py lists IMAGENET --output_dir LISTS                   the images that copy detection needs
 
 What follows `--` goes to main_lgssl.py, for instance `-- --precision bf16`. The report says which settings of a run,
 and which numbers of images, are not the paper's.
 """
 
+import argparse
 import json
 import os
 import re
@@ -31,10 +33,13 @@ import eval_knn
 import eval_linear
 import main_lgssl
 import utils
-from datasets import BatchOrder, build_dataset
-from evaluation import write_result
-from features import to_pixels
-from utils import UserError, number
+from support.arguments import ArgumentParser, number
+from support.checkpoints import MAY_CHANGE
+from support.evaluation import write_result
+from support.features import to_pixels
+from support.images import IMAGENET100_CLASSES, build_dataset
+from support.loader import BatchSampler
+from utils import UserError
 
 ROOT = Path(__file__).parent
 # The batches of recipes/choices.args and of eval_linear.py on the released code's four GPUs. On fewer or more processes
@@ -108,9 +113,6 @@ def paper():
     return json.loads((ROOT / "recipes" / "paper.json").read_text(encoding="utf-8"))
 
 
-# --- commands
-
-
 @dataclass
 class Step:
     """One command: a script with its options, and the file that says that it is done."""
@@ -122,7 +124,8 @@ class Step:
     def settings(self):
         """Return the arguments that the words stand for."""
         script, *words = self.rooted_words()
-        return SCRIPTS[script].parse_arguments(words)
+        parse = parse_arguments if self.name == "lists" else SCRIPTS[script].parse_arguments
+        return parse(words)
 
     def done(self):
         """Return whether it has ended, with these settings."""
@@ -207,7 +210,7 @@ def evaluation_steps(recipe, names, setup):
                 words += ["--batch_size_per_gpu", setup.share(LINEAR_BATCH, "the linear evaluation's")]
             result = f"{name}_{dataset}.json"
         elif name == "copydays":
-            words = ["datasets.py", data_root / "imagenet", "--output_dir", lists]
+            words = ["reproduce.py", "lists", data_root / "imagenet", "--output_dir", lists]
             words += ["--classes", setup.classes] if setup.classes else []
             steps.append(Step("lists", words, lists / "distractors.txt"))
             words = ["--data_path", data_root / "copydays", "--distractors_path", lists / "distractors.txt"]
@@ -266,16 +269,16 @@ def raw_pixels(linear, knn):
     images = {split: len(part) for split, part in labels.items()}
     units = {split: F.normalize(values) for split, values in features.items()}
     args = linear.settings()
-    batch_size = args.batch_size_per_gpu
-    order = BatchOrder(images["train"], batch_size, seed=args.seed, drop_last=False)
+    batch_size, epochs = args.batch_size_per_gpu, args.epochs
+    steps_per_epoch = -(-images["train"] // batch_size)
+    steps = range(epochs * steps_per_epoch)
+    sampler = BatchSampler(images["train"], batch_size, steps, seed=args.seed, drop_last=False)
+    batches = eval_linear.cached_batches(sampler, features["train"], labels["train"])
     classifier = eval_linear.new_classifier(64, 10, args.seed)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=0.0, momentum=0.9)
+    lr = args.lr * batch_size / 256
     best = 0.0
-
-    def batches():
-        return eval_linear.cached_batches(order, features["train"], labels["train"])
-
-    for _ in eval_linear.train(classifier, optimizer, order, batches, args.epochs, args.lr * batch_size / 256):
+    for _ in eval_linear.train(classifier, optimizer, batches, steps_per_epoch, epochs, lr):
         best = max(best, eval_linear.accuracy(classifier, features["val"], labels["val"])[0])
     linear.result.parent.mkdir(parents=True, exist_ok=True)
     result = {"top1": best, "batch_size": batch_size, "images": images}
@@ -286,9 +289,6 @@ def raw_pixels(linear, knn):
         top1, top5 = eval_knn.knn_accuracy(units["train"], labels["train"], units["val"], labels["val"], k)
         neighbours[k] = {"top1": top1, "top5": top5}
     write_result(knn.result, {"knn": neighbours, "images": images}, {}, args)
-
-
-# --- results
 
 
 def read_json(path):
@@ -317,13 +317,13 @@ def read_result(path):
     return result if "args" in result and pretraining.get("epoch") == pretraining.get("epochs") else None
 
 
-def differences(expected, found):
-    """Return the settings of `found` that are not the expected ones, as texts; where the run is, is no setting."""
-    ignored = {*main_lgssl.MAY_CHANGE, *PLACES}
+def differences(expected, actual):
+    """Return the settings of `actual` that are not the expected ones, as texts; where the run is, is no setting."""
+    ignored = {*MAY_CHANGE, *PLACES}
     return [
-        f"--{name} {found.get(name)} instead of {'its default' if value is None else value}"
+        f"--{name} {actual.get(name)} instead of {'its default' if value is None else value}"
         for name, value in expected.items()
-        if name not in ignored and found.get(name) != value
+        if name not in ignored and actual.get(name) != value
     ]
 
 
@@ -334,22 +334,22 @@ def changed_settings(pretraining, total_batch, step, images):
         pretraining: the recipe's settings.
         total_batch: of the pretraining.
         step: an evaluation with a result.
-        images: numbers of images, by part of the data set.
+        images: {split or block of the data set: number of its images}.
     """
     result = read_result(step.result)
     changed = []
     if result["pretraining"]:  # not a random network
-        found = result["pretraining"].get("batch_size", total_batch)
-        changed += [f"a total batch of {found} instead of {total_batch}"] if found != total_batch else []
+        batch_size = result["pretraining"].get("batch_size", total_batch)
+        changed += [f"a total batch of {batch_size} instead of {total_batch}"] if batch_size != total_batch else []
         changed += differences(pretraining, result["pretraining"])
     wanted = step.settings()
     if step.name == "linear" and result["batch_size"] != wanted.batch_size_per_gpu:
         changed += [f"{result['batch_size']} images a step instead of {wanted.batch_size_per_gpu}"]
     changed += differences(vars(wanted), result["args"])
     return changed + [
-        f"{result['images'].get(part, 0)} {part} images instead of {number}"
-        for part, number in images.items()
-        if result["images"].get(part, 0) != number
+        f"{result['images'].get(split, 0)} {split} images instead of {count}"
+        for split, count in images.items()
+        if result["images"].get(split, 0) != count
     ]
 
 
@@ -416,7 +416,7 @@ def recurring_differences():
             first, numbers = seen.setdefault(key, (name, row["paper"]))
             if numbers != row["paper"]:
                 titles = ", ".join(COLUMNS[column][0] for column in table["columns"])
-                there, here = (" / ".join(f"{value:.2f}" for value in part) for part in (numbers, row["paper"]))
+                there, here = (" / ".join(f"{value:.2f}" for value in values) for values in (numbers, row["paper"]))
                 run = f"{row['method']} pretrained on {row['recipe'].split('_')[0]}"
                 sentences.append(f"{run} ({titles}) is {there} in {first} and {here} in {name}.")
     return sentences
@@ -426,22 +426,22 @@ def study_report(runs):
     """Return the lines of the miniature study's table: mean ± standard deviation over the seeds that were run."""
     rows, notes = [], Notes()
     for row, (label, _) in STUDY.items():
-        values, marks = ({column: [] for column in STUDY_COLUMNS} for _ in range(2))
+        scores, marks = ({column: [] for column in STUDY_COLUMNS} for _ in range(2))
         for folder in sorted((runs / "digits").glob(f"{row}-[0-9]*")):
             *pretraining, linear, knn = study_steps(row, folder.name.removeprefix(f"{row}-"), runs)
             wanted = vars(pretraining[0].settings()) if pretraining else {}
-            for column, found in values.items():
+            for column in STUDY_COLUMNS:
                 _, evaluation, value, _ = COLUMNS[column]
                 step = linear if evaluation == "linear" else knn
                 result = read_result(step.result)
                 if result is not None:
-                    found.append(value(result))
+                    scores[column].append(value(result))
                     total = wanted.get("batch_size_per_gpu")
                     mark = notes.mark(evaluation, changed_settings(wanted, total, step, IMAGES["digits"]))
                     marks[column] += [mark] * (mark not in marks[column])
-        counts = sorted({len(found) for found in values.values()})
+        counts = sorted({len(values) for values in scores.values()})
         if counts[-1] > 0:
-            cells = [spread(found) + "".join(marks[column]) for column, found in values.items()]
+            cells = [spread(values) + "".join(marks[column]) for column, values in scores.items()]
             seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
             rows.append(f"| {label} | {seeds} | " + " | ".join(cells) + " |")
     if not rows:
@@ -460,32 +460,22 @@ def spread(values):
     return f"{statistics.mean(values):.1f}{deviation}"
 
 
-# --- the command line
-
-
 def parse_arguments(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
-    parser = utils.ArgumentParser(description=__doc__.splitlines()[0], epilog="-- OPTIONS go to main_lgssl.py.")
-    # fmt: off
-    add = parser.add_argument_group("what").add_argument
-    add("command", choices=("list", "show", "run", "report"), help="list what there is and is done; show the commands "
-        "of a table's rows; run those that are not done; report the paper's numbers and ours")
-    add("table", nargs="?", choices=(*paper()["tables"], "digits"), help="table1 to table8, or digits; needed to show "
-        "and to run")
-    add("--row", nargs="+", help="rows of the table, as `list` names them; default: all")
-    add("--seeds", type=number(int, 1), default=5, help="number of seeds (digits)")
-    add = parser.add_argument_group("where").add_argument
-    add("--data_root", help=f"folder that holds {TREE}, as far as they are needed")
-    add("--classes", help="file of 100 class folders; default: recipes/imagenet100_cmc.txt")
-    add("--runs", default="runs", help="folder of all runs and results")
+    description, epilog = __doc__.splitlines()[0], "COMMAND --help lists its options. -- OPTIONS go to main_lgssl.py."
+    parser = ArgumentParser(description=description, epilog=epilog)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_overview_command(commands, "list", "list what there is, and what is done")
+    add_table_command(commands, "show", "show the commands of a table's rows")
+    add_table_command(commands, "run", "run the commands of a table's rows that are not done")
+    add = add_overview_command(commands, "report", "report the paper's numbers and ours")
     add("--output", help="file of the report; default: it is printed")
-    add = parser.add_argument_group("computation").add_argument
-    add("--nproc_per_node", type=number(int, 1), default=1, help="processes; the batch is shared out")
-    add("--jobs", type=number(int, 1), help="runs at a time (digits); default: the CPU cores, at most 8")
-    # fmt: on
+    add_lists_command(commands)
     args = parser.parse_args(argv[:split])
     args.extra = argv[split + 1 :]
+    if args.command == "lists":
+        return args
     if args.command in ("show", "run") and args.table is None:
         parser.error(f"{args.command} needs a table: {', '.join(paper()['tables'])} or digits")
     if args.row and args.table is None:
@@ -500,34 +490,109 @@ def parse_arguments(argv=None):
     return args
 
 
+def add_overview_command(commands, name, text):
+    """Add a command that looks at all tables, and return its group's add_argument."""
+    sub = commands.add_parser(name, help=text, description=f"{text.capitalize()}.")
+    sub.set_defaults(table=None)
+    sub.add_argument("--row", nargs="+", help=argparse.SUPPRESS)  # refused, and why
+    add = sub.add_argument_group("where").add_argument
+    add("--runs", default="runs", help="folder of all runs and results")
+    return add
+
+
+def add_table_command(commands, name, text):
+    """Add a command that takes the rows of one table."""
+    epilog = "-- OPTIONS go to main_lgssl.py."
+    sub = commands.add_parser(name, help=text, description=f"{text.capitalize()}.", epilog=epilog)
+    # fmt: off
+    add = sub.add_argument_group("what").add_argument
+    add("table", nargs="?", metavar="TABLE", choices=(*paper()["tables"], "digits"), help="table1 to table8, or digits")
+    add("--row", nargs="+", help="rows of the table, as `list` names them; default: all")
+    add("--seeds", type=number(int, 1), default=5, help="number of seeds (digits)")
+    add = sub.add_argument_group("where").add_argument
+    add("--data_root", help=f"folder that holds {TREE}, as far as they are needed")
+    add("--classes", help="file of 100 class folders; default: recipes/imagenet100_cmc.txt")
+    add("--runs", default="runs", help="folder of all runs and results")
+    add = sub.add_argument_group("computation").add_argument
+    add("--nproc_per_node", type=number(int, 1), default=1, help="processes; the batch is shared out")
+    add("--jobs", type=number(int, 1), help="runs at a time (digits); default: the CPU cores, at most 8")
+    # fmt: on
+
+
+def add_lists_command(commands):
+    """Add the command that draws the images of copy detection."""
+    text = "write the lists of images that copy detection needs (section 4.3.1)"
+    sub = commands.add_parser("lists", help=text, description=f"{text.capitalize()}.")
+    # fmt: off
+    add = sub.add_argument_group("images").add_argument
+    add("imagenet", metavar="IMAGENET", help="ImageNet: class folders, or train and val with class folders")
+    add("--classes", default=IMAGENET100_CLASSES, help="file with the class folders to leave out")
+    add = sub.add_argument_group("lists").add_argument
+    add("--output_dir", default=".", help="folder of whitening.txt and distractors.txt")
+    add("--whitening", type=number(int, 1), default=20000, help="number of images in whitening.txt")
+    add("--distractors", type=number(int, 1), default=10000, help="number of images in distractors.txt")
+    add("--seed", type=number(int, 0), default=0, help="of the drawing")
+    # fmt: on
+
+
 def main(argv=None):
     args = parse_arguments(argv)
-    runs = Path(args.runs)
     if args.command == "list":
-        list_tables(runs)
+        list_tables(Path(args.runs))
     elif args.command == "report":
-        text = report(runs)
-        if args.output is None:
-            print(text, end="")
-        else:
-            try:
-                Path(args.output).write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"cannot write --output {args.output}: {error.strerror}") from error
+        write_report(report(Path(args.runs)), args.output)
+    elif args.command == "lists":
+        whitening, distractors = eval_copy_detection.copydays_lists(
+            args.imagenet,
+            count_whitening=args.whitening,
+            count_distractors=args.distractors,
+            seed=args.seed,
+            classes=args.classes,
+        )
+        write_lists({"whitening": whitening, "distractors": distractors}, Path(args.output_dir))
     elif args.table == "digits":
-        run_study(args.row, args.seeds, runs, args.jobs or min(os.cpu_count(), 8), args.extra, args.command == "show")
+        jobs = args.jobs or min(os.cpu_count(), 8)
+        run_study(args.row, args.seeds, Path(args.runs), jobs, args.extra, only_show=args.command == "show")
     else:
-        setup = Setup(Path(args.data_root or "DATA"), runs, args.nproc_per_node, args.classes, tuple(args.extra))
-        steps = {row: row_steps(args.table, row, setup) for row in args.row}
-        if args.command == "run":
-            check_data(sum(steps.values(), []), setup.data_root)
-        for row, its_steps in steps.items():
-            print(f"# {args.table}, {paper()['tables'][args.table]['rows'][row]['method']}", flush=True)
-            for step in its_steps:
-                processes = 1 if step.name == "lists" else args.nproc_per_node
-                print(step.line(processes) + ("    # done" if step.done() else ""), flush=True)
-                if args.command == "run" and not step.done():
-                    run_step(step, processes)
+        data_root = Path(args.data_root or "DATA")
+        setup = Setup(data_root, Path(args.runs), args.nproc_per_node, args.classes, tuple(args.extra))
+        run_rows(args.table, args.row, setup, only_show=args.command == "show")
+
+
+def write_report(text, path):
+    """Write the report, or print it where `path` is None."""
+    if path is None:
+        print(text, end="")
+        return
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write --output {path}: {error.strerror}") from error
+
+
+def write_lists(lists, folder):
+    """Write {name: paths} to the files NAME.txt of a folder, one path a line."""
+    for name, paths in lists.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            utils.write_text("".join(f"{path}\n" for path in paths), folder / f"{name}.txt")
+        except OSError as error:
+            raise UserError(f"cannot write to --output_dir {folder}: {error.strerror}") from error
+        print(f"{len(paths)} images in {folder / name}.txt", flush=True)
+
+
+def run_rows(table, rows, setup, only_show):
+    """Run, or show, the steps of some rows of a table of the paper, as far as they are not done."""
+    steps = {row: row_steps(table, row, setup) for row in rows}
+    if not only_show:
+        check_data(sum(steps.values(), []), setup.data_root)
+    for row, its_steps in steps.items():
+        print(f"# {table}, {paper()['tables'][table]['rows'][row]['method']}", flush=True)
+        for step in its_steps:
+            processes = 1 if step.name == "lists" else setup.processes
+            print(step.line(processes) + ("    # done" if step.done() else ""), flush=True)
+            if not only_show and not step.done():
+                run_step(step, processes)
 
 
 def list_tables(runs):
@@ -554,7 +619,7 @@ def check_data(steps, data_root):
         for word in map(str, step.words):
             folder = Path(word)
             needed = LAYOUTS.get(folder.name, []) if folder.parent == data_root else []
-            if word == str(data_root):  # a retrieval benchmark
+            if word == str(data_root) and step.name in LAYOUTS:  # a retrieval benchmark
                 folder, needed = data_root / step.name, LAYOUTS[step.name]
             missing = [name for name in needed if not (folder / name).exists()]
             if missing:
@@ -572,12 +637,13 @@ def run_study(rows, seeds, runs, jobs, extra, only_show):
     work = [(row, seed) for seed in range(seeds) for row in rows]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    def one(row, seed):
+    def run_one(row, seed):
         folder = runs / "digits" / f"{row}-{seed}"
         steps = study_steps(row, seed, runs, extra)
         if row == "pixels":
-            if not all(step.done() for step in steps):
-                raw_pixels(*steps)
+            linear, knn = steps
+            if not (linear.done() and knn.done()):
+                raw_pixels(linear, knn)
         else:
             for step in steps:
                 if step.done():
@@ -597,7 +663,7 @@ def run_study(rows, seeds, runs, jobs, extra, only_show):
                 print(step.line(1) + ("    # done" if step.done() else ""))
         return
     with ThreadPoolExecutor(jobs) as pool:
-        tasks = [pool.submit(one, *key) for key in work]
+        tasks = [pool.submit(run_one, row, seed) for row, seed in work]
         try:
             for task in tasks:
                 task.result()

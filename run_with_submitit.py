@@ -18,7 +18,8 @@ import torch
 
 import main_lgssl
 import utils
-from utils import UserError, number
+from support.arguments import HelpFormatter, number
+from utils import UserError
 
 
 def parse_arguments(argv=None):
@@ -26,7 +27,7 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="All other options go to main_lgssl.py, see its --help.",
-        formatter_class=utils.HelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     natural = number(int, 1)

@@ -2,13 +2,14 @@
 
 import argparse
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
 
-from checkpoints import load_file
+from support.checkpoints import load_file
 from utils import UserError
 
 
@@ -172,6 +173,16 @@ class Prototypes(nn.Module):
         return self.weight_v, self.weight_g[:, 0] / self.weight_v.norm(dim=1)
 
 
+class TokenOutput(NamedTuple):
+    """What a network returns for N tokens. Their logits are `bottleneck @ (scale * prototypes.T)`."""
+
+    bottleneck: torch.Tensor  # [N, bottleneck_dim] unit vectors
+    prototypes: torch.Tensor  # [K, bottleneck_dim]
+    scale: torch.Tensor  # [K]
+    cls_features: torch.Tensor  # [n, D] CLS tokens of the first tensor of views, in front of the head; no gradient
+    mean_bottleneck: torch.Tensor | None = None  # [positions, bottleneck_dim] mean over the views; the teacher's alone
+
+
 class BackboneWithHead(nn.Module):
     """Backbone, head and prototypes behind one forward, so that DistributedDataParallel sees every parameter."""
 
@@ -179,21 +190,51 @@ class BackboneWithHead(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, crops, rows=None):
-        """Return bottleneck vectors of tokens, and the prototypes.
+    def forward(self, views, rows=None):
+        """Send tokens of views through the head.
 
         Args:
-            crops: one tensor [n, 3, S, S] of normalised pixels per crop size.
-            rows: LongTensor [N] of tokens to send through the head, numbered through the outputs of all crops laid out
-                one after the other; None sends all of them.
+            views: one tensor [n, 3, S, S] of normalised pixels per size of views.
+            rows: LongTensor [N] of tokens, numbered through the outputs of all views laid out one after the other; None
+                takes all of them.
 
         Returns:
-            bottleneck [N, bottleneck_dim], the prototypes' weights [K, bottleneck_dim] and scale [K]
+            TokenOutput
         """
-        tokens = torch.cat([self.backbone(crop).flatten(0, 1) for crop in crops])
+        tokens = [self.backbone(view) for view in views]  # [n, 1+P, D] each
+        cls_features = tokens[0][:, 0].detach().clone()
+        tokens = torch.cat([t.flatten(0, 1) for t in tokens])
         if rows is not None:
             tokens = tokens[rows]
-        return self.head(tokens), *self.head.prototypes()
+        return TokenOutput(self.head(tokens), *self.head.prototypes(), cls_features)
+
+
+class Teacher(BackboneWithHead):
+    """The EMA teacher: it also averages bottleneck vectors, which is what the center is made of.
+
+    Args:
+        average_patches: average every token position over the views, for which all tokens go through the head,
+            matched or not; otherwise CLS alone, and no other token may be asked for.
+    """
+
+    def __init__(self, backbone, head, average_patches=True):
+        super().__init__(backbone, head)
+        self.average_patches = average_patches
+        self.requires_grad_(False)
+
+    def forward(self, views, rows):
+        """Return the TokenOutput of some tokens, with `mean_bottleneck`: [1+P, D'] or, of CLS alone, [1, D'].
+
+        Args:
+            views: a list of one tensor [n, 3, S, S].
+            rows: as in BackboneWithHead.
+        """
+        if not self.average_patches:
+            out = super().forward(views, rows)
+            return out._replace(mean_bottleneck=out.bottleneck.float().mean(0, keepdim=True))
+        out = super().forward(views)
+        mean = out.bottleneck.float().unflatten(0, (len(views[0]), -1)).mean(0)
+        return out._replace(bottleneck=out.bottleneck[rows], mean_bottleneck=mean)
 
 
 def load_backbone(path, arch=None, patch_size=None, checkpoint_key="teacher", img_size=224):

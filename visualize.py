@@ -2,32 +2,48 @@
 
     python visualize.py attention  IMAGE ...          --pretrained_weights OUT/checkpoint.pth
     python visualize.py features   IMAGE ...          --pretrained_weights OUT/checkpoint.pth
-    python visualize.py matches    IMAGE              --pretrained_weights OUT/checkpoint.pth
+    python visualize.py matches    IMAGE             [--pretrained_weights OUT/checkpoint.pth]
     python visualize.py neighbours QUERY FOLDER       --pretrained_weights OUT/checkpoint.pth
     python visualize.py map        --data_path FOLDER --pretrained_weights OUT/checkpoint.pth
 
 Reads checkpoints of this repository and of DINO, and timm's `.safetensors`. Writes PNG or PDF, by the name of --output.
+Without weights, `matches` draws what geometry alone says.
 """
 
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as TF
 from torch.utils.data import Subset
 
-import evaluation
-import figures
 import utils
-from augment import MultiCrop, View, normalize
-from datasets import PHOTOGRAPHS, ImageList, build_dataset, listed_images, photograph, read_image, to_uint8
-from features import eval_transform, extract_features, normalized_cls
-from figures import to_picture
+from augment import MultiCrop, crop_and_resize, resize
 from patch_matching import RULES, match_patches
-from utils import UserError, number
+from support import evaluation, figures
+from support.arguments import ArgumentParser, number
+from support.features import (
+    cls_attention,
+    eval_transform,
+    extract_features,
+    normalized_cls,
+    patch_features,
+    principal_colours,
+)
+from support.figures import to_picture
+from support.images import PHOTOGRAPHS, ImageList, build_dataset, listed_images, photograph, read_image
+from utils import UserError
 
-MOST_PATCHES = 8000  # of an image: its attention takes the square of it
+MAX_PATCHES = 8000  # of an image: its attention takes the square of it
+
+# The views of `matches`, where neither an option nor the pretraining says otherwise.
+CROPS = {
+    "global_crops_size": 224,
+    "local_crops_size": 96,
+    "global_crops_scale": (0.4, 1.0),
+    "local_crops_scale": (0.05, 0.4),
+}
 
 
 # --- features
@@ -37,21 +53,14 @@ def whole_patches(image, side, patch_size):
     """Resize an image so that its shorter side has about `side` pixels, and both a whole number of patches.
 
     Args:
-        image: uint8 [3, H, W].
+        image: uint8 [H, W, 3].
 
     Returns:
-        uint8 [3, rows * patch_size, columns * patch_size]
+        uint8 [rows * patch_size, columns * patch_size, 3]
     """
-    scale = side / min(image.shape[-2:])
-    size = [max(round(length * scale / patch_size), 1) * patch_size for length in image.shape[-2:]]
-    return TF.resize(image, size, TF.InterpolationMode.BICUBIC, antialias=True)
-
-
-@torch.no_grad()
-def cls_attention(backbone, image):
-    """Return what CLS attends to in the last block: uint8 [3, H, W] -> [heads, rows, columns], summing to at most 1."""
-    attention = backbone.get_last_selfattention(_batch(backbone, image))[0, :, 0, 1:]  # [heads, P]
-    return attention.unflatten(1, (-1, image.shape[-1] // backbone.patch_embed.patch_size[1])).cpu().numpy()
+    scale = side / min(image.shape[:2])
+    height, width = (max(round(length * scale / patch_size), 1) * patch_size for length in image.shape[:2])
+    return resize(image[None], (height, width), "bicubic")[0]
 
 
 def most_of(attention, share):
@@ -71,39 +80,6 @@ def most_of(attention, share):
     mask = np.empty_like(kept)
     np.put_along_axis(mask, order, kept, -1)
     return mask.reshape(attention.shape)
-
-
-@torch.no_grad()
-def patch_features(backbone, image):
-    """Return the patch tokens after the last norm: uint8 [3, H, W] -> [rows, columns, D]."""
-    tokens = backbone.forward(_batch(backbone, image))[0, 1:]
-    return tokens.unflatten(0, (-1, image.shape[-1] // backbone.patch_embed.patch_size[1])).cpu()
-
-
-def _batch(backbone, image):
-    return normalize(image[None].to(backbone.cls_token.device))
-
-
-def principal_colours(features):
-    """Turn patch features into colours: the first three principal components that all images have in common.
-
-    Args:
-        features: list of [rows, columns, D].
-
-    Returns:
-        (colours, explained): uint8 [rows, columns, 3] for each, the middle 98 % of a component's values spread over 0
-        to 255; and the components' share of the variance, [3].
-    """
-    everything = torch.cat([f.flatten(0, 1) for f in features]).double()
-    mean = everything.mean(0)
-    covariance = (everything - mean).T @ (everything - mean) / len(everything)
-    variance, axes = torch.linalg.eigh(covariance)
-    axes, explained = axes[:, -3:].flip(1), variance[-3:].flip(0) / variance.sum().clamp(min=1e-12)
-    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # an axis has no sign of its own
-    projected = [(f.double() - mean) @ axes for f in features]
-    low, high = np.quantile(torch.cat([p.flatten(0, 1) for p in projected]), (0.01, 0.99), axis=0)
-    scaled = [((p.numpy() - low) / np.maximum(high - low, 1e-12)).clip(0, 1) for p in projected]
-    return [(255 * s).round().astype(np.uint8) for s in scaled], explained.numpy()
 
 
 def nearest_tokens(features_a, features_b, idx_b):
@@ -137,9 +113,8 @@ def attention(args, backbone, made_with, img_size):
         heads = cls_attention(backbone, image)
         attentions.append(np.concatenate([heads, heads.mean(0, keepdims=True)]))
     masks = [most_of(maps, args.threshold) for maps in attentions]
-    pictures = [to_picture(image) for image in images.values()]
     patch_size = backbone.patch_embed.patch_size[0]
-    figure = figures.draw_attention(pictures, attentions, masks, list(images), patch_size, args.threshold)
+    figure = figures.draw_attention(list(images.values()), attentions, masks, list(images), patch_size, args.threshold)
     return figure, f"attention of {len(attentions[0]) - 1} heads on {', '.join(images)}"
 
 
@@ -150,46 +125,64 @@ def features(args, backbone, made_with, img_size):
     if count < 4:
         raise UserError(f"found {count} patches, expected at least 4: give a larger --image_size, or more images")
     colours, explained = principal_colours(tokens)
-    pictures = [to_picture(image) for image in images.values()]
     patch_size = backbone.patch_embed.patch_size[0]
-    figure = figures.draw_features(pictures, colours, list(images), patch_size, explained)
+    figure = figures.draw_features(list(images.values()), colours, list(images), patch_size, explained)
     return figure, f"patch features of {', '.join(images)}"
 
 
 def matches(args, backbone, made_with, img_size):
-    patch_size = backbone.patch_embed.patch_size[0]
-    sizes = [args.global_crops_size or img_size, args.local_crops_size or made_with.get("local_crops_size", 96)]
-    for name, size in zip(("global", "local"), sizes, strict=True):
-        if size % patch_size:
-            raise UserError(f"--{name}_crops_size {size} is not a multiple of the patches of {patch_size} pixels")
-    scales = [made_with.get("global_crops_scale", (0.4, 1.0)), made_with.get("local_crops_scale", (0.05, 0.4))]
+    patch_size = backbone.patch_embed.patch_size[0] if backbone else args.patch_size or 16
+    crop_settings = {
+        name: made_with.get(name, default) if getattr(args, name) is None else getattr(args, name)
+        for name, default in CROPS.items()
+    }
+    args.check_crops(Namespace(patch_size=patch_size, **crop_settings))
+    sizes = crop_settings["global_crops_size"], crop_settings["local_crops_size"]
     grid_a, grid_b = ((size // patch_size,) * 2 for size in sizes)
     image = open_image(find_image(args.image), patch_size)
-    flip_prob = made_with.get("flip_prob", 0.5)
-    multi_crop = MultiCrop(*sizes, *scales, 1, flip_prob, geometry="image", seed=args.seed)
+    multi_crop = MultiCrop(
+        global_size=sizes[0],
+        local_size=sizes[1],
+        global_scale=crop_settings["global_crops_scale"],
+        local_scale=crop_settings["local_crops_scale"],
+        local_number=1,
+        flip_prob=made_with.get("flip_prob", 0.5),
+        geometry="image",
+        seed=args.seed,
+    )
 
-    same, near, matched, drawn = 0, 0, 0, None
+    num_matched, num_same, num_near = 0, 0, 0
     for pair in range(args.pairs):
-        teacher, _, student = multi_crop([image], [0], epoch=pair, step=0)
-        crops, boxes, flips = ([getattr(view, name)[0] for view in (teacher, student)] for name in View._fields)
+        teacher_view, _, student_view = multi_crop([image], [0], epoch=pair, step=0)
+        views = (teacher_view, student_view)
+        boxes, flips = [view.boxes[0].tolist() for view in views], [bool(view.flips[0]) for view in views]
         idx_a, idx_b = match_patches(boxes[0], flips[0], grid_a, boxes[1], flips[1], grid_b, args.matching)
         idx_a, idx_b = idx_a[1:], idx_b[1:]  # without CLS
-        found_a = nearest_tokens(*(patch_features(backbone, crop) for crop in crops), idx_b)
-        agrees, touches = agreement(idx_a, found_a, grid_a[1])
-        if drawn is None:
-            drawn = (crops, boxes, flips, idx_a, idx_b, found_a, agrees, touches)
-        same, near, matched = same + int(agrees.sum()), near + int(touches.sum()), matched + len(idx_a)
-    crops, boxes, flips, *tokens = drawn
-    crops, boxes = [to_picture(crop) for crop in crops], [box.tolist() for box in boxes]
-    figure = figures.draw_correspondences(to_picture(image), crops, boxes, flips, patch_size, *tokens)
-    pairs = "one pair" if args.pairs == 1 else f"{args.pairs} pairs"
-    text = f"{matched} matched patches in {pairs} of views"
-    if matched:
+        num_matched += len(idx_a)
+        if backbone:
+            crops = [to_picture(view.pixels[0]) for view in views]
+            features_a, features_b = (patch_features(backbone, crop) for crop in crops)
+            found_a = nearest_tokens(features_a, features_b, idx_b)
+            same, near = agreement(idx_a, found_a, grid_a[1])
+            num_same, num_near = num_same + int(same.sum()), num_near + int(near.sum())
+        else:
+            crops = [plain_crop(image, box, flip, size) for box, flip, size in zip(boxes, flips, sizes, strict=True)]
+            found_a = None
+        if pair == 0:
+            figure = figures.draw_matches(image, crops, boxes, flips, patch_size, idx_a, idx_b, found_a)
+    text = f"{num_matched} matched patches in {'one pair' if args.pairs == 1 else f'{args.pairs} pairs'} of views"
+    if backbone and num_matched:
         text += (
-            f"; of these the features find {same / matched:.1%}, and {near / matched:.1%} within a patch "
-            f"(by chance {1 / np.prod(grid_a):.1%})"
+            f"; of these the features find {num_same / num_matched:.1%}, and {num_near / num_matched:.1%} within a "
+            f"patch (by chance {1 / np.prod(grid_a):.1%})"
         )
     return figure, text
+
+
+def plain_crop(image, box, flip, size):
+    """Return a view without distortion: uint8 [H, W, 3] -> [size, size, 3]."""
+    crop = crop_and_resize(image[None], box, size)[0]
+    return crop[:, ::-1] if flip else crop
 
 
 def neighbours(args, backbone, made_with, img_size):
@@ -203,7 +196,7 @@ def neighbours(args, backbone, made_with, img_size):
     cls = cls_features(backbone, ImageList([query, *paths], eval_transform(img_size)), args.num_workers)
     similarity, nearest = (cls[1:] @ cls[0]).topk(min(args.k, len(paths)))
     similarity, shown = similarity.tolist(), [paths[i] for i in nearest.tolist()]
-    pictures = [to_picture(to_uint8(read_image(path))) for path in (query, *shown)]
+    pictures = [np.array(read_image(path)) for path in (query, *shown)]
     names = [f"{path.parent.name}/{path.name}" for path in shown]
     figure = figures.draw_image_neighbours(pictures[0], pictures[1:], similarity, names)
     lines = [f"{s:.3f}  {utils.printable(path)}" for s, path in zip(similarity, shown, strict=True)]
@@ -228,8 +221,7 @@ def patch_neighbours(args, query, backbone, img_size):
     places.remove((0, *patch))
     places.sort(key=lambda place: -similarities[place[0]][place[1:]])
     nearest, names = places[: args.k], list(images)
-    pictures = [to_picture(image) for image in images.values()]
-    figure = figures.draw_patch_neighbours(pictures, similarities, patch, nearest, names, patch_size)
+    figure = figures.draw_patch_neighbours(list(images.values()), similarities, patch, nearest, names, patch_size)
     lines = [f"{similarities[i][row, col]:.3f}  row {row}, column {col} of {names[i]}" for i, row, col in nearest]
     return figure, "\n".join(lines)
 
@@ -237,12 +229,12 @@ def patch_neighbours(args, query, backbone, img_size):
 def map_of_images(args, backbone, made_with, img_size):
     from sklearn.manifold import TSNE  # takes a second
 
-    data = (args.dataset, args.data_path, args.split, eval_transform(img_size), args.classes, args.download)
-    dataset = build_dataset(*data)
+    transform = eval_transform(img_size)
+    dataset = build_dataset(args.dataset, args.data_path, args.split, transform, args.classes, args.download)
     labels, classes = np.array(dataset.labels), dataset.classes
     if labels.min() < 0 or len(set(labels.tolist())) < 2:
-        found = "images outside of them" if labels.min() < 0 else "one"
-        raise UserError(f"{args.data_path} has no labels: expected at least two class subfolders, found {found}")
+        problem = "images outside of them" if labels.min() < 0 else "one"
+        raise UserError(f"{args.data_path} has no labels: expected at least two class subfolders, found {problem}")
     if len(labels) < 4:
         raise UserError(f"{args.data_path} has {len(labels)} images, expected at least 4")
     if len(labels) > args.max_images:
@@ -264,35 +256,37 @@ def cls_features(backbone, dataset, num_workers):
     return extract_features(normalized_cls(backbone), dataset, device, num_workers=num_workers)
 
 
-def open_images(names, most, side, backbone):
-    """Read images, resized by `whole_patches`: {name: uint8 [3, H, W]}.
+def open_images(names, max_images, side, backbone):
+    """Read images, resized by `whole_patches`: {name: uint8 [H, W, 3]}.
 
     Args:
         names: files, folders, and some of PHOTOGRAPHS.
-        most: how many, the first ones.
+        max_images: how many, the first ones.
         side: of the shorter side in pixels.
     """
     evaluation.check_image_side(side, backbone)
     patch_size = backbone.patch_embed.patch_size[0]
     paths = find_images(names)
-    if len(paths) > most:
-        utils.warn(f"{len(paths)} images were given, the first {most} are drawn: see --max_images")
+    if len(paths) > max_images:
+        utils.warn(f"{len(paths)} images were given, the first {max_images} are drawn: see --max_images")
     images = {}
-    for path in paths[:most]:
+    for path in paths[:max_images]:
         name = utils.printable(path.stem)
         name = name if name not in images else f"{name} ({len(images) + 1})"
         images[name] = whole_patches(open_image(path, patch_size), side, patch_size)
-        rows, columns = (length // patch_size for length in images[name].shape[-2:])
-        if rows * columns > MOST_PATCHES:
-            found = f"{name} has {rows}x{columns} patches, more than {MOST_PATCHES}"
-            raise UserError(f"{found}, at --image_size {side}: give a smaller one")
+        rows, columns = (length // patch_size for length in images[name].shape[:2])
+        if rows * columns > MAX_PATCHES:
+            raise UserError(
+                f"{name} has {rows}x{columns} patches, more than {MAX_PATCHES}, at --image_size {side}: "
+                "give a smaller one"
+            )
     return images
 
 
 def find_images(names):
     """Return the paths of images: of files, of all that are in folders, and of PHOTOGRAPHS by their names."""
     paths = [photograph(name) if name in PHOTOGRAPHS and not Path(name).exists() else Path(name) for name in names]
-    return [path for found in paths for path in (listed_images(found) if found.is_dir() else [found])]
+    return [image for path in paths for image in (listed_images(path) if path.is_dir() else [path])]
 
 
 def find_image(name):
@@ -303,30 +297,30 @@ def find_image(name):
 
 
 def open_image(path, patch_size):
-    """Read an image as uint8 [3, H, W].
+    """Read an image as uint8 [H, W, 3].
 
     Raises:
         UserError: it cannot be read, or is smaller than a patch.
     """
-    image = to_uint8(read_image(path))
-    if min(image.shape[-2:]) < patch_size:
-        height, width = image.shape[-2:]
+    image = np.array(read_image(path))
+    height, width = image.shape[:2]
+    if min(height, width) < patch_size:
         raise UserError(f"{path} has {width}x{height} pixels, smaller than a patch of {patch_size}x{patch_size}")
     return image
 
 
 def parse_arguments(argv=None):
-    parser = utils.ArgumentParser(description=__doc__.splitlines()[0], epilog="COMMAND --help lists its options.")
+    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="COMMAND --help lists its options.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     natural = number(int, 1)
 
-    def command(name, draw, text):
+    def command(name, draw, text, weights_required=True):
         sub = commands.add_parser(name, help=text, description=f"Draw {text}.")
         sub.set_defaults(draw=draw)
-        evaluation.add_model_arguments(sub)
-        group = sub.add_argument_group("output")
-        output = {"nargs": "+", "default": [f"{name}.png"], "metavar": "FILE"}
-        group.add_argument("--output", **output, help="files to write, PNG or PDF")
+        evaluation.add_model_arguments(sub, required=weights_required)
+        sub.add_argument_group("output").add_argument(
+            "--output", nargs="+", default=[f"{name}.png"], metavar="FILE", help="files to write, PNG or PDF"
+        )
         return sub.add_argument_group("method").add_argument, sub
 
     def images(sub, query=False):
@@ -334,8 +328,8 @@ def parse_arguments(argv=None):
         if query:
             add("query", metavar="QUERY", help="image to start from")
         text = "files, folders, or photographs that scikit-learn and scikit-image ship"
-        both = [] if query else ["china", "flower"]
-        add("images", nargs="*", default=both, metavar="IMAGE", help=text)
+        default = [] if query else ["china", "flower"]
+        add("images", nargs="*", default=default, metavar="IMAGE", help=text)
         add("--image_size", type=natural, help="shorter side in pixels that they get; default: twice the pretraining's")
         add("--max_images", type=natural, default=8, help="how many to draw, the first ones")
 
@@ -352,14 +346,23 @@ def parse_arguments(argv=None):
     images(sub)
     seed(add_method, "of the network with --pretrained_weights none")
 
-    add_method, sub = command("matches", matches, "the matches of two views, by geometry and by learned features")
+    text = "the matches of two views, by geometry and, with weights, by learned features"
+    add_method, sub = command("matches", matches, text, weights_required=False)
+    sub.set_defaults(check_crops=sub.check_crops)
+    sub.description += (
+        " Without --pretrained_weights no network is built, and the views are plain crops and flips; with them, they"
+        " have the training's colour distortion."
+    )
     text = "a file, or a photograph that scikit-learn or scikit-image ships"
     sub.add_argument_group("images").add_argument("image", nargs="?", default="china", metavar="IMAGE", help=text)
     add_method("--matching", choices=RULES, default="paper", help="how geometry matches patches, see patch_matching.py")
     for name, whose in (("global", "teacher"), ("local", "student")):
-        text = f"side of the {whose}'s crop in pixels; default: the pretraining's"
+        size, (low, high) = CROPS[f"{name}_crops_size"], CROPS[f"{name}_crops_scale"]
+        text = f"side of the {whose}'s crop in pixels; default: the pretraining's, or {size}"
         add_method(f"--{name}_crops_size", type=natural, help=text)
-    add_method("--pairs", type=natural, default=1, help="of views, to measure the agreement on; the first is drawn")
+        text = f"share of the image's area that it has; default: the pretraining's, or {low} {high}"
+        add_method(f"--{name}_crops_scale", type=number(float, 1e-6, 1), nargs=2, metavar=("LOW", "HIGH"), help=text)
+    add_method("--pairs", type=natural, default=1, help="of views, to count matches in; the first is drawn")
     seed(add_method, "of boxes and flips, and of the network with --pretrained_weights none")
 
     add_method, sub = command("neighbours", neighbours, "the nearest images, or the nearest patches")
@@ -384,9 +387,17 @@ def main(argv=None):
     args = parse_arguments(argv)
     for path in args.output:
         figures.check_output(path)
-    model = (args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
-    backbone, made_with, img_size = evaluation.open_model(*model, args.seed, getattr(args, "crop_size", None))
-    backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+    backbone, made_with, img_size = None, {}, None
+    if args.pretrained_weights is not None:
+        backbone, made_with, img_size = evaluation.open_model(
+            args.pretrained_weights,
+            args.arch,
+            args.patch_size,
+            args.checkpoint_key,
+            args.seed,
+            getattr(args, "crop_size", None),
+        )
+        backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     figure, text = args.draw(args, backbone, made_with, img_size)
     for path in args.output:
         figures.save(figure, path)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from benchmarks.machine import machine, print_table
 from eval_knn import knn_accuracy
-from utils import ArgumentParser, number
+from support.arguments import ArgumentParser, number
 
 
 def main():

@@ -9,8 +9,8 @@ import numpy as np
 
 from augment import random_box
 from benchmarks.machine import machine, print_table
-from patch_matching import RULES, batch_table, match_patches, match_views
-from utils import ArgumentParser, number
+from patch_matching import RULES, _matched_pairs, match_patches, match_views
+from support.arguments import ArgumentParser, number
 
 
 def main():
@@ -20,26 +20,23 @@ def main():
     args = parser.parse_args()
     print(machine())
     grids = [(14, 14)] * 2 + [(6, 6)] * args.local_crops_number
-    tokens = [1 + rows * columns for rows, columns in grids]
     pairs = 2 * (len(grids) - 1)
     rows = []
     for images, name in ((1, "shared by the batch"), (args.images, f"per image, {args.images} images")):
         boxes, flips = draw_geometry(images, args.local_crops_number)
         for rule in RULES:
-            together = median_us(lambda r=rule, b=boxes, f=flips: match_views(b, f, grids, rule=r))
+            together = median_us(lambda r=rule, b=boxes, f=flips: _matched_pairs(b, f, grids, 2, r))
             single = median_us(lambda r=rule, b=boxes, f=flips: one_by_one(b, f, grids, r), repeats=200 // images + 1)
-            matches = match_views(boxes, flips, grids, rule=rule)
-            table = median_us(lambda m=matches: batch_table(m, args.images, tokens))
-            rows.append((name, rule, f"{together:.0f}", f"{single:.0f}", f"{single / together:.0f}×", f"{table:.0f}"))
-    header = (
-        "crops",
-        "rule",
-        f"all {pairs} pairs, µs",
-        "pair by pair, µs",
-        "faster",
-        f"table of {args.images} images, µs",
-    )
-    print_table(header, rows)
+            table = median_us(lambda r=rule, b=boxes, f=flips: match_views(b, f, grids, args.images, rule=r))
+            matches = match_views(boxes, flips, grids, args.images, rule=rule)
+            transfer = median_us(lambda m=matches: [x.clone() for x in m])
+            size = sum(x.nbytes for x in matches) / 1e6
+            cells = (f"{together:.0f}", f"{single:.0f}", f"{single / together:.0f}×", f"{table - together:.0f}")
+            rows.append((name, rule, *cells, f"{size:.2f}", f"{transfer:.0f}"))
+    header = ("crops", "rule", f"all {pairs} pairs, µs", "pair by pair, µs", "faster")
+    print_table((*header, f"table of {args.images} images, µs", "its size, MB", "copying it, µs"), rows)
+    pixels = args.images * 3 * (2 * 224**2 + args.local_crops_number * 96**2) / 1e6
+    print(f"\nAll of this is done in the data-loading processes. The pixels of such a batch are {pixels:.1f} MB.")
 
 
 def draw_geometry(images, local_crops_number):

@@ -9,12 +9,14 @@ that would not fit into memory is not run; what it needs is computed instead.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -22,20 +24,20 @@ import torch
 import torch.nn.functional as F
 
 import main_lgssl
-from augment import MultiCrop, normalize
+from augment import normalize
 from benchmarks.machine import machine, memory_size, print_table
-from losses import LocalGlobalLoss
-from main_lgssl import BatchesOfViews, Meters, build_optimizer, train_one_epoch
+from losses import LocalGlobalLoss, plain_loss
 from patch_matching import match_patches
-from utils import ArgumentParser, number
-from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead
+from support.arguments import ArgumentParser, number
+from support.loader import Batch
+from vision_transformer import ARCHITECTURES, TokenOutput
 
-SIDES = {  # options of each side
-    "lgssl": {"loss": "mean"},
-    "lgssl, --grad_checkpointing": {"loss": "mean", "checkpointing": True},
-    "lgssl, --geometry image": {"loss": "mean", "geometry": "image"},
-    "naive": {"loss": "mean", "naive": True},
-    "cls": {"loss": "cls"},
+SIDES = {  # options of main_lgssl.py
+    "lgssl": "--loss mean --geometry batch",
+    "lgssl, --grad_checkpointing": "--loss mean --geometry batch --grad_checkpointing",
+    "lgssl, --geometry image": "--loss mean --geometry image",
+    "naive": "--loss mean --geometry batch",
+    "cls": "--loss cls --geometry batch --image_size 256",
 }
 README = [  # (arch, patch size, batch size, K, sides)
     ("vit_tiny", 16, 10, 4096, ("lgssl", "naive", "cls")),
@@ -89,7 +91,7 @@ def main():
 
 def run_side(side, case, steps):
     """Measure one side in a fresh process, or say what the naive one would need."""
-    options = {**SIDES[side], **case, "steps": steps}
+    options = {**case, "steps": steps, "side": side}
     if side == "naive":
         need = naive_bytes(**case)
         if need > 0.9 * memory_size():
@@ -101,71 +103,62 @@ def run_side(side, case, steps):
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def measure(arch, patch_size, batch_size, K, steps, loss, geometry="batch", checkpointing=False, naive=False):
-    """Return the seconds of a step, and in bytes the memory before the steps and at their peak."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
+class Done(Exception):
+    """All steps were timed."""
 
-    def network(**options):
-        backbone = ARCHITECTURES[arch](patch_size, **options)
-        return BackboneWithHead(backbone, DINOHead(backbone.embed_dim, K, bottleneck_dim=BOTTLENECK)).to(device)
 
-    student, teacher = network(drop_path_rate=0.1), network()
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
-    student.backbone.set_grad_checkpointing(checkpointing)
-    patches = (GLOBAL // patch_size) ** 2
-    loss_function = LocalGlobalLoss(K, patches, loss).to(device)
-    optimizer = build_optimizer("adamw", student)
-    for parameter in student.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+def measure(arch, patch_size, batch_size, K, steps, side):
+    """Run the first steps of a training on views that are made before it.
 
-    images = torch.randint(0, 256, (batch_size, 3, 256, 256), dtype=torch.uint8)
-    dataset = [(image, 0) for image in images]
-    multi_crop = MultiCrop(GLOBAL, LOCAL, local_number=VIEWS - 2, geometry=geometry)
-    batches = BatchesOfViews(dataset, multi_crop, patch_size, None if loss == "cls" else "paper", 0)
-    keys = [(0, step, list(range(batch_size))) for step in range(steps)]
-    items = [batches[key] for key in keys]
-    schedules = {"lr": lambda step: 1e-5, "wd": lambda step: 0.04, "momentum": lambda step: 0.996}
-    scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
-    warm_up_and_steps = [0, *range(steps)]
-    if naive:
-        views = [batches.views(key) for key in keys]
-        functions = [naive_batch_loss(correspondences(part, patch_size), len(part)) for part in views]
-        order = (functions[i] for i in warm_up_and_steps)
-        main_lgssl.batch_loss = lambda *arguments: next(order)(*arguments)
-    times = []
-    before = memory(device)["now"]
-    train_one_epoch(
-        [items[i] for i in warm_up_and_steps],
-        0,
-        student,
-        teacher,
-        loss_function,
-        optimizer,
-        scaler,
-        schedules,
-        0.04,
-        Meters(device, "fp32", patches),
-        steps=steps + 1,
-        accum_steps=1,
-        seed=0,
-        clip_grad=3.0,
-        freeze_last_layer=False,
-        precision="fp32",
-        device=device,
-        log_every=steps + 1,  # the last one
-        report=None,
-        after_step=lambda step: times.append(synchronized_time(device)),
-    )
-    *others, reporting = np.diff(times)
+    Returns:
+        the seconds of a step, and in bytes the memory before the steps and at their peak
+    """
+    rng = np.random.default_rng(0)
+    images = [(rng.integers(0, 256, (256, 256, 3), np.uint8), 0) for _ in range(batch_size)]
+    times, result = [], {}
+
+    def open_images(args):
+        return images * (steps + 2), None, "not timed"  # more than are taken
+
+    def build_optimizer(name, network):
+        optimizer = original_optimizer(name, network)
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # its state has its memory from here on
+        return optimizer
+
+    def batches_on_device(loader, device):
+        keys = [(0, step, list(range(batch_size))) for step in range(steps)]
+        items = [loader.dataset[key] for key in keys]
+        geometries = [correspondences(loader.dataset.views(key)[0], patch_size) for key in keys]
+        result["before"] = memory(device)["now"]
+        for i in (0, *range(steps)):  # the first one warms up
+            times.append(synchronized_time(device))
+            views = [normalize(pixels.to(device, non_blocking=True)) for pixels in items[i].views]
+            matches = items[i].matches
+            if side == "naive":
+                matches, NaiveLoss.pairs = every_token(matches, views, patch_size), geometries[i]
+            yield Batch(views, matches.to(device), {})
+        times.append(synchronized_time(device))
+        result["peak"] = memory(device)["peak"]
+        if side == "lgssl":
+            result.update(measure_loss(K, patch_size, [item.matches for item in items], device))
+        raise Done
+
+    original_optimizer = main_lgssl.build_optimizer
+    main_lgssl.open_images, main_lgssl.build_optimizer = open_images, build_optimizer
+    main_lgssl.batches_on_device = batches_on_device
+    if side == "naive":
+        main_lgssl.LocalGlobalLoss, main_lgssl.measure = NaiveLoss, lambda *_: {}
+    words = f"{SIDES[side]} --arch {arch} --patch_size {patch_size} --batch_size_per_gpu {batch_size} --out_dim {K} "
+    words += f"--global_crops_size {GLOBAL} --local_crops_size {LOCAL} --local_crops_number {VIEWS - 2} "
+    # The last step reports.
+    words += f"--precision fp32 --freeze_last_layer 0 --num_workers 0 --log_every {steps + 1} --output_dir"
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done):
+        main_lgssl.main([*words.split(), folder])
+    *others, reporting = np.diff(times[1:])
     seconds = np.average([np.mean(others), reporting], weights=[LOG_EVERY - 1, 1])
-    result = {"seconds": seconds, "before": before, "peak": memory(device)["peak"]}
-    if loss == "mean" and not naive and geometry == "batch":
-        tables = [item[2] for item in items]
-        result |= measure_loss(loss_function, student.head.prototypes(), tables, batch_size, device)
-    return result
+    return {"seconds": seconds, **result}
 
 
 def memory(device):
@@ -194,32 +187,43 @@ def correspondences(views, patch_size):
     return [(i, j, *match_patches(*sides[i], *sides[j])) for i in range(2) for j in range(len(views)) if i != j]
 
 
-def naive_batch_loss(pairs, views):
-    """Return Algorithm 1 as it stands, with the center [1+P, K]: all tokens through the head, log-softmax per pair."""
+def every_token(matches, views, patch_size):
+    """Let the networks send all tokens of a batch through the head, matched or not."""
+    counts = [len(pixels) * (1 + (pixels.shape[-1] // patch_size) ** 2) for pixels in views]
+    return matches._replace(teacher_row=torch.arange(counts[0]), student_row=torch.arange(sum(counts)))
 
-    def logits(network, crops, images):
-        outputs = []
-        for crop in crops:
-            z, weights, scale = network([crop])
-            outputs += F.linear(z, scale[:, None] * weights).unflatten(0, (len(crop), -1)).split(images)  # [B, 1+P, K]
-        return outputs
 
-    def batch_loss(student, teacher, loss_function, crops, table, temperature, device, *_):
-        images = len(crops[0]) // 2
-        crops = [normalize(crop.to(device)) for crop in crops]
-        with torch.no_grad():
-            t = logits(teacher, crops[:1], images)
-        s = logits(student, crops, images)
+class NaiveLoss(LocalGlobalLoss):
+    """Algorithm 1 as it stands, with the center [1+P, K]: all tokens, a log-softmax for each pair of views.
+
+    Attributes:
+        pairs: `correspondences` of the batch.
+    """
+
+    pairs = None
+
+    def forward(self, student_out, teacher_out, matches, teacher_temp):
+        images, num_views = len(matches.teacher_count), 1 + max(j for _, j, *_ in self.pairs)
+        tokens = len(teacher_out.bottleneck) // 2  # of all images in a global view
+        local_tokens = (len(student_out.bottleneck) - 2 * tokens) // max(num_views - 2, 1)
+
+        def logits_of_views(out, sizes):
+            logits = F.linear(out.bottleneck, out.scale[:, None] * out.prototypes)
+            return [view.unflatten(0, (images, -1)) for view in logits.split(sizes)]  # [B, 1+P, K] each
+
+        t = logits_of_views(teacher_out, [tokens] * 2)
+        s = logits_of_views(student_out, [tokens] * 2 + [local_tokens] * (num_views - 2))
         loss = 0
-        for i, j, idx_t, idx_s in pairs:
-            t_softmax = ((t[i][:, idx_t] - loss_function.center[idx_t]) / temperature).softmax(-1)
-            s_softmax = (s[j][:, idx_s] / loss_function.student_temp).log_softmax(-1)
-            loss = loss + (-t_softmax * s_softmax).sum(-1).mean()
-        with torch.no_grad():
-            loss_function.center.lerp_(torch.cat(t).mean(0), 1 - loss_function.center_momentum)
-        return loss / len(pairs)
+        for i, j, idx_t, idx_s in self.pairs:
+            weight = 1 / (len(self.pairs) * images * len(idx_t))
+            center = self.center[idx_t]
+            loss = loss + plain_loss(s[j][:, idx_s], t[i][:, idx_t], weight, center, teacher_temp, self.student_temp)
+        self.mean_logits = torch.cat(t).mean(0).detach()
+        return loss
 
-    return batch_loss
+    @torch.no_grad()
+    def update_center(self):
+        self.center.lerp_(self.mean_logits, 1 - self.center_momentum)
 
 
 def naive_bytes(arch, patch_size, batch_size, K):
@@ -239,29 +243,26 @@ def naive_bytes(arch, patch_size, batch_size, K):
 # --- the loss alone
 
 
-def measure_loss(loss_function, prototypes, tables, batch_size, device):
+def measure_loss(K, patch_size, tables, device):
     """Return the seconds of the loss with its gradients, of its matrix products alone, and their number of operations.
 
     The products alone are timed as one call each per image, with the result's memory at hand: what this machine makes
     of these shapes at its best.
+
+    Args:
+        tables: Matches of batches that share their geometry.
     """
-    weights, scale = (x.detach().requires_grad_() for x in prototypes)
-    K, D = weights.shape
+    criterion = LocalGlobalLoss(K, (GLOBAL // patch_size) ** 2).to(device).eval()
+    weights = F.normalize(torch.randn(K, BOTTLENECK, device=device), dim=-1).requires_grad_()
+    scale = torch.ones(K, device=device, requires_grad=True)
     seconds = products = flop = 0
-    for table in tables:
-        counts = len(table.teacher_row) // batch_size, len(table.student_row) // batch_size  # of one image
-        z_t, z_s = (F.normalize(torch.randn(n * batch_size, D, device=device), dim=-1) for n in counts)
-        weight = loss_function.weights(
-            table.teacher_position[table.teacher_idx] == 0, table.run_length, batch_size * 18
-        )
-        pairs = (table.teacher_idx, table.student_idx, weight, table.image)
-        z_s.requires_grad_()
-
-        def run(z_s=z_s, z_t=z_t, pairs=pairs, table=table):
-            arguments = (z_s, z_t, weights, weights, pairs, table.teacher_position, None, 0.04)
-            loss_function(*arguments, student_scale=scale, teacher_scale=scale).backward()
-
-        seconds += timed(run, device)
+    for matches in tables:
+        batch_size = len(matches.teacher_count)
+        counts = len(matches.teacher_row) // batch_size, len(matches.student_row) // batch_size  # of one image
+        z_t, z_s = (F.normalize(torch.randn(n * batch_size, BOTTLENECK, device=device), dim=-1) for n in counts)
+        outs = [TokenOutput(z, weights, scale, None) for z in (z_s.requires_grad_(), z_t)]
+        on_device = matches.to(device)
+        seconds += timed(lambda outs=outs, matches=on_device: criterion(*outs, matches, 0.04).backward(), device)
         z_t, z_s = z_t[: counts[0]], z_s.detach()[: counts[1]]
         wide_t, wide_s = (torch.rand(n, K, device=device) for n in counts)
         result, accumulated = torch.empty_like(z_s), torch.zeros_like(weights)
@@ -273,7 +274,7 @@ def measure_loss(loss_function, prototypes, tables, batch_size, device):
         )
         with torch.no_grad():
             products += batch_size * sum(timed(call, device) for call in calls)
-        flop += 2 * batch_size * K * D * (counts[0] + 3 * counts[1])
+        flop += 2 * batch_size * K * BOTTLENECK * (counts[0] + 3 * counts[1])
     n = len(tables)
     return {"loss_seconds": seconds / n, "product_seconds": products / n, "flop": flop / n}
 

@@ -18,8 +18,8 @@ from torchvision import transforms
 
 from augment import MEAN, STD, MultiCrop, normalize
 from benchmarks.machine import machine, print_table
-from datasets import ResizeToTensor, read_image
-from utils import ArgumentParser, number
+from support.arguments import ArgumentParser, number
+from support.images import ResizedArray, read_image
 
 
 def main():
@@ -34,7 +34,7 @@ def main():
     images = [photo.resize((500, 375), Image.Resampling.LANCZOS) for photo in photographs]
     images = [images[i % 2] for i in range(args.batch_size)]
     indices = list(range(args.batch_size))
-    resize, plain = ResizeToTensor(256), plain_multi_crop()
+    resize, plain = ResizedArray(256), plain_multi_crop()
     multi_crops = {geometry: MultiCrop(geometry=geometry) for geometry in ("batch", "image")}
     sides = {
         "torchvision and PIL": lambda step: [plain(image) for image in images],

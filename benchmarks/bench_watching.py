@@ -14,8 +14,9 @@ import numpy as np
 import torch.utils.tensorboard
 
 import main_lgssl
+import support.observe
 from benchmarks.machine import machine, print_table
-from utils import ArgumentParser, number
+from support.arguments import ArgumentParser, number
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "digits.args"
 
@@ -54,8 +55,8 @@ def main():
 
 
 def seconds_per_step(options, board, parts):
-    """Run a training and return the seconds of a step, reports included, those between epochs not."""
-    steps = []
+    """Run a training and return the seconds of a step, reports included, the last one of each epoch not."""
+    requests = []  # times at which the training asks for a batch
 
     def timed(function, seconds):
         @functools.wraps(function)
@@ -67,21 +68,26 @@ def seconds_per_step(options, board, parts):
 
         return call
 
-    knn, pictures = main_lgssl.OnlineKNN.__call__, main_lgssl.utils.Report.pictures
+    def batches_on_device(*arguments):
+        for batch in original_batches(*arguments):
+            yield batch
+            requests.append(time.perf_counter())
+
+    original_batches = main_lgssl.batches_on_device
+    knn, pictures = support.observe.OnlineKNN.__call__, main_lgssl.Report.pictures
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "output").open("w") as output:
         patches = [
-            mock.patch.object(main_lgssl, "train_one_epoch", timed(main_lgssl.train_one_epoch, steps)),
-            mock.patch.object(main_lgssl.OnlineKNN, "__call__", timed(knn, parts["online k-NN"])),
+            mock.patch.object(main_lgssl, "batches_on_device", batches_on_device),
+            mock.patch.object(support.observe.OnlineKNN, "__call__", timed(knn, parts["online k-NN"])),
         ]
         if board:
-            drawing = []
-            patches.append(
-                mock.patch.object(main_lgssl, "training_pictures", timed(main_lgssl.training_pictures, drawing))
-            )
-            writing = []
-            report = timed(main_lgssl.utils.Report.interval, parts["report"])
-            patches.append(mock.patch.object(main_lgssl.utils.Report, "interval", report))
-            patches.append(mock.patch.object(main_lgssl.utils.Report, "pictures", timed(pictures, writing)))
+            drawing, writing = [], []
+            report = timed(main_lgssl.Report.interval, parts["report"])
+            patches += [
+                mock.patch.object(main_lgssl, "training_pictures", timed(main_lgssl.training_pictures, drawing)),
+                mock.patch.object(main_lgssl.Report, "interval", report),
+                mock.patch.object(main_lgssl.Report, "pictures", timed(pictures, writing)),
+            ]
         else:
             patches.append(mock.patch.object(torch.utils.tensorboard, "SummaryWriter", Silent))
         for patch in patches:
@@ -93,8 +99,11 @@ def seconds_per_step(options, board, parts):
             mock.patch.stopall()
         if board:
             parts["pictures"] += [a + b for a, b in zip(drawing, writing, strict=True)]
-        lines = (Path(folder) / "run/steps.jsonl").read_text().splitlines()
-    return sum(steps) / (1 + int(main_lgssl.json.loads(lines[-1])["step"]))
+        lines = (Path(folder) / "run/log.txt").read_text().splitlines()
+    steps_per_epoch = (1 + len(requests)) // len(lines)
+    seconds = np.diff(requests)  # of the steps from the second on
+    ends_epoch = np.arange(2, 2 + len(seconds)) % steps_per_epoch == 0
+    return np.mean(seconds[~ends_epoch])
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from checkpoints import load_file
-from datasets import read_image
-from plain_pickle import read_plain_pickle
+from support.checkpoints import load_file
+from support.images import read_image
+from support.plain_pickle import read_plain_pickle
 from utils import UserError
 from vision_transformer import load_backbone, vit_micro
 
@@ -152,7 +152,7 @@ def read(kind, path, original):
     """Read a file as its users do; return "read" or "refused"."""
     try:
         if kind == "image":
-            read_image(path, least_side=32).resize((8, 8))
+            read_image(path, min_side=32).resize((8, 8))
         elif kind.endswith("pickle"):
             read_plain_pickle(path)
         else:

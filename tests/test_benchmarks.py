@@ -2,29 +2,34 @@ import pytest
 import torch
 from test_main_lgssl import TINY
 
-import main_lgssl
-from augment import MultiCrop
+from augment import MultiCrop, normalize
 from benchmarks import bench_knn, bench_step
 from eval_knn import knn_accuracy
 from losses import LocalGlobalLoss
-from main_lgssl import BatchesOfViews
-from vision_transformer import BackboneWithHead, DINOHead, vit_micro
+from support.loader import ViewBatches
+from vision_transformer import BackboneWithHead, DINOHead, Teacher, vit_micro
 
 
-def test_the_naive_side_computes_the_same_loss_and_gradients():
+def test_the_naive_side_computes_the_same_loss_and_gradients(monkeypatch):
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
-    batches = BatchesOfViews([(image, 0) for image in images], MultiCrop(32, 16), 8, "paper", 0)
+    images = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8).numpy()
+    batches = ViewBatches([(image, 0) for image in images], MultiCrop(32, 16), 8, "paper", 0)
     key = (0, 0, [0, 1, 2])
-    _, crops, table, _ = batches[key]
-    student, teacher = (BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24)) for _ in range(2))
-    naive = bench_step.naive_batch_loss(bench_step.correspondences(batches.views(key), 8), 3)
+    pixels, matches, _ = batches[key]
+    views = [normalize(x) for x in pixels]
+    student = BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24))
+    teacher = Teacher(vit_micro(8, img_size=32), DINOHead(96, 24))
+    monkeypatch.setattr(bench_step.NaiveLoss, "pairs", bench_step.correspondences(batches.views(key)[0], 8))
     results = []
-    for batch_loss in (main_lgssl.batch_loss, naive):
-        function = LocalGlobalLoss(24, 16)
-        loss = batch_loss(student, teacher, function, crops, table, 0.05, torch.device("cpu"))
+    for build, table in (
+        (LocalGlobalLoss, matches),
+        (bench_step.NaiveLoss, bench_step.every_token(matches, views, 8)),
+    ):
+        criterion = build(24, 16)
+        loss = criterion(student(views, table.student_row), teacher(views[:1], table.teacher_row), table, 0.05)
+        criterion.update_center()
         weights = [p for p in student.parameters() if p.requires_grad]
-        results.append((loss, function.center, *torch.autograd.grad(loss, weights)))
+        results.append((loss, criterion.center, *torch.autograd.grad(loss, weights)))
     for own, reference in zip(*results, strict=True):
         torch.testing.assert_close(own, reference, rtol=1e-3, atol=1e-6)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoints
+from support import checkpoints
 from utils import UserError
 from vision_transformer import load_backbone, vit_micro
 
@@ -83,6 +83,6 @@ def test_a_save_that_fails_leaves_the_last_checkpoint(tmp_path):
 
 def test_what_differs_from_an_earlier_run_is_named():
     earlier = {"lr": 1, "loss": "sum", "num_workers": 1}
-    checkpoints.refuse_other_run(earlier, {"lr": 1, "loss": "sum", "num_workers": 9}, ["num_workers"], "c.pth")
+    checkpoints.refuse_other_run(earlier, {"lr": 1, "loss": "sum", "num_workers": 9}, {}, ["num_workers"], "c.pth")
     with pytest.raises(UserError, match="--loss sum there, mean here, --seed unknown there, 3 here"):
-        checkpoints.refuse_other_run(earlier, {"lr": 1, "loss": "mean", "seed": 3}, [], "c.pth")
+        checkpoints.refuse_other_run(earlier, {"lr": 1, "loss": "mean", "seed": 3}, {}, [], "c.pth")

@@ -7,7 +7,7 @@ from PIL import Image
 
 import eval_copy_detection
 from eval_copy_detection import Whitening, copy_features, mean_average_precision
-from evaluation import average_precision
+from support.evaluation import average_precision
 from utils import UserError
 from vision_transformer import vit_micro
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import eval_knn
-from datasets import build_dataset
 from eval_knn import knn_accuracy
-from features import eval_transform
+from support.features import eval_transform
+from support.images import build_dataset
 from utils import UserError
 from vision_transformer import vit_micro
 

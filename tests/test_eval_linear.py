@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader
 
 import eval_knn
 import eval_linear
-from datasets import BatchOrder, build_dataset
 from eval_linear import AugmentedBatches, accuracy, cached_batches, linear_features, new_classifier, train_one_epoch
-from features import eval_transform
+from support.features import eval_transform
+from support.images import build_dataset
+from support.loader import BatchSampler
 from utils import UserError
 from vision_transformer import vit_micro
 
@@ -59,12 +60,12 @@ def test_training_is_softmax_regression_by_sgd():
     w, b = classifier.weight.detach().numpy().copy(), np.zeros(3)
     velocity_w, velocity_b = np.zeros_like(w), np.zeros(3)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=0.3, momentum=0.9)
-    order = BatchOrder(23, 8, seed=2, drop_last=False)
+    keys = list(BatchSampler(23, 8, range(9), seed=2, drop_last=False))
     for epoch in range(3):
-        order.epoch = epoch
-        loss = train_one_epoch(classifier, optimizer, cached_batches(order, torch.tensor(x), torch.tensor(y)))
+        of_epoch = keys[3 * epoch : 3 * epoch + 3]
+        loss = train_one_epoch(classifier, optimizer, cached_batches(of_epoch, torch.tensor(x), torch.tensor(y)))
         losses, seen = [], []
-        for _, _, indices in order:
+        for _, _, indices in of_epoch:
             seen += indices
             p = np.exp(x[indices] @ w.T + b)
             p /= p.sum(1, keepdims=True)
@@ -102,9 +103,9 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(photo_folder):
     assert torch.equal(batches[(2, 0, [1])][0][0], images[2])
     assert not torch.equal(batches[(3, 0, [1])][0][0], images[2])
     assert batches[(2, 0, [])][0].shape == (0, 3, 32, 32)
-    order = BatchOrder(len(dataset), 5, drop_last=False)
-    loaded = list(DataLoader(batches, sampler=order, batch_size=None, num_workers=2))
-    assert [len(part) for _, part in loaded] == [5, 5, 2]
+    sampler = BatchSampler(len(dataset), 5, range(3), drop_last=False)
+    loaded = list(DataLoader(batches, sampler=sampler, batch_size=None, num_workers=2))
+    assert [len(labels) for _, labels in loaded] == [5, 5, 2]
 
 
 def test_result_has_the_best_epoch_and_all_settings(photo_folder, weights, capsys):

@@ -15,7 +15,7 @@ import eval_knn
 import extract_features
 import utils
 from eval_knn import knn_accuracy
-from features import eval_transform
+from support.features import eval_transform
 from utils import UserError
 from vision_transformer import vit_micro
 
@@ -121,7 +121,7 @@ def test_bad_input_is_named_before_any_work(photo_folder, weights, tmp_path, mon
     assert f"cannot make the folder of --output {tmp_path}/f.npz: " in message(tmp_path / "f.npz" / "g.npz")
     assert "no folder" in message(tmp_path / "g.npz", data_path=tmp_path / "absent")
     assert "smaller than a patch of 8" in message(tmp_path / "g.npz", "--crop_size", 7)
-    monkeypatch.setattr(extract_features, "MOST_METADATA", 300)
+    monkeypatch.setattr(extract_features, "MAX_METADATA", 300)
     assert "the paths of 12 images are too much for the header of" in message(tmp_path / "g.safetensors")
     refuse = mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
     monkeypatch.setattr(utils.tempfile, "TemporaryFile", refuse)

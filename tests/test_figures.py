@@ -1,59 +1,88 @@
 import numpy as np
 import pytest
-from matplotlib.patches import Rectangle
-from PIL import Image
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.patches import ConnectionPatch, Rectangle
 
-import patch_matching
-from datasets import to_uint8
-from figures import LINE_COLOURS, OVERLAP, draw_crops, draw_curves, draw_matches, save, to_picture
 from patch_matching import match_patches
+from support.figures import LINE_COLOURS, OVERLAP, STUDENT, TEACHER, WRONG, draw_curves, draw_matches, save
 from utils import UserError
 
-
-@pytest.fixture
-def drawn(photographs):
-    image = to_uint8(photographs[0])
-    crops, boxes, flips = draw_crops(image, (224, 96), ((0.4, 1), (0.05, 0.4)), seed=1)
-    image, *crops = map(to_picture, (image, *crops))
-    idx_a, idx_b = match_patches(boxes[0], flips[0], (14, 14), boxes[1], flips[1], (6, 6))
-    figure = draw_matches(image, crops, boxes, flips, 16, idx_a, idx_b)
-    return figure, boxes, (idx_a, idx_b)
+BOXES, FLIPS = ((10, 20, 300, 300), (100, 250, 192, 192)), (False, True)
 
 
-def test_numbers_stand_on_the_matched_patches(drawn):
-    figure, _, tokens = drawn
-    for axis, idx, columns in zip(figure.axes[1:], tokens, (14, 6), strict=True):
-        assert len(axis.texts) == len(idx) - 1 > 0
-        for number, (text, token) in enumerate(zip(axis.texts, idx[1:].tolist(), strict=True), start=1):
-            assert text.get_text() == str(number)
-            x, y = (int(v // 16) for v in text.xy)
-            assert 1 + y * columns + x == token
+def draw(photographs, boxes=BOXES, found_a=None):
+    """Return (figure of crops of 224 and 96 pixels, their matched patches without CLS)."""
+    crops = [
+        np.array(photographs[0].crop((left, top, left + width, top + height)).resize((size, size)))
+        for (top, left, height, width), size in zip(boxes, (224, 96), strict=True)
+    ]
+    idx_a, idx_b = match_patches(boxes[0], FLIPS[0], (14, 14), boxes[1], FLIPS[1], (6, 6))
+    idx_a, idx_b = idx_a[1:], idx_b[1:]
+    found_a = None if found_a is None else found_a(idx_a)
+    return draw_matches(np.array(photographs[0]), crops, boxes, FLIPS, 16, idx_a, idx_b, found_a), (idx_a, idx_b)
 
 
-def test_boxes_and_intersection_stand_on_the_image(drawn):
-    figure, boxes, _ = drawn
+def tokens_at(points, columns):
+    return [1 + int(y // 16) * columns + int(x // 16) for x, y in points]
+
+
+def test_matched_patches_have_the_same_number_and_colour_and_a_line(photographs):
+    figure, (idx_a, idx_b) = draw(photographs)
+    assert len(idx_a) > 0
+    assert [text.get_text() for text in figure.texts] == [str(n + 1) for n in range(len(idx_a)) for _ in "ab"]
+    lines = [artist for artist in figure.artists if isinstance(artist, ConnectionPatch)]
+    colours = [line.get_edgecolor()[:3] for line in lines]
+    assert len(set(colours)) == len(idx_a)
+    for i, (axis, idx, columns) in enumerate(zip(figure.axes[1:], (idx_a, idx_b), (14, 6), strict=True)):
+        assert tokens_at([text.get_position() for text in figure.texts[i::2]], columns) == idx.tolist()
+        assert tokens_at([(line.xy1, line.xy2)[i] for line in lines], columns) == idx.tolist()
+        assert [line.axesA if i == 0 else line.axesB for line in lines] == [axis] * len(idx)
+        assert tokens_at([(patch.get_x() + 1, patch.get_y() + 1) for patch in axis.patches], columns) == idx.tolist()
+        assert [patch.get_facecolor()[:3] for patch in axis.patches] == colours
+
+
+def test_crops_say_whose_they_are(photographs):
+    figure, _ = draw(photographs)
+    labels = [axis.get_ylabel() for axis in figure.axes[1:]]
+    assert labels == ["teacher’s view\n224×224", "student’s view\n96×96, mirrored"]
+    frames = [to_hex(axis.spines["left"].get_edgecolor()).upper() for axis in figure.axes[1:]]
+    assert frames == [to_hex(box.get_edgecolor()).upper() for box in figure.axes[0].patches[:2]] == [TEACHER, STUDENT]
+
+
+def test_pairs_by_features_are_coloured_by_their_distance(photographs):
+    figure, (idx_a, _) = draw(photographs, found_a=lambda idx: idx - torch.arange(len(idx)) % 3)  # 0, 1, 2 to the left
+    assert ((idx_a - 1) % 14 >= 2).all()  # so that these are in the same row
+    lines = figure.artists[len(idx_a) :]
+    assert [to_hex(line.get_edgecolor()).upper() for line in lines] == [
+        (STUDENT, OVERLAP, WRONG)[i % 3] for i in range(len(idx_a))
+    ]
+    found = tokens_at([line.xy1 for line in lines], 14)
+    assert found == [token - i % 3 for i, token in enumerate(idx_a.tolist())]
+    assert figure.axes[3].get_title() == f"By features: {(len(idx_a) + 2) // 3 / len(idx_a):.0%} the same"
+
+
+def test_boxes_and_intersection_stand_on_the_image(photographs):
+    figure, _ = draw(photographs)
     rectangles = [p for p in figure.axes[0].patches if isinstance(p, Rectangle)]
-    assert [(r.get_y(), r.get_x(), r.get_height(), r.get_width()) for r in rectangles[:2]] == [tuple(b) for b in boxes]
+    assert [(r.get_y(), r.get_x(), r.get_height(), r.get_width()) for r in rectangles[:2]] == list(BOXES)
     mask = np.zeros((2, 427, 640), bool)
-    for m, (top, left, height, width) in zip(mask, boxes, strict=True):
+    for m, (top, left, height, width) in zip(mask, BOXES, strict=True):
         m[top : top + height, left : left + width] = True
     rows, columns = np.nonzero(mask.all(0))
     overlap = rectangles[2]
-    assert overlap.get_label() == "Intersection"
+    assert overlap.get_label() == "intersection"
     assert OVERLAP.lower() == "#009e73"
     assert (overlap.get_y(), overlap.get_x()) == (rows.min(), columns.min())
     assert (overlap.get_height(), overlap.get_width()) == (np.ptp(rows) + 1, np.ptp(columns) + 1)
 
 
-def test_command_draws_a_file_or_says_why_not(tmp_path, capsys):
-    for name in ("m.png", "m.pdf"):
-        patch_matching.main(["--output", str(tmp_path / name), "--seed", "1"])
-        assert f"30 matched patches, drawn in {tmp_path / name}" in capsys.readouterr().out
-        assert (tmp_path / name).stat().st_size > 10000
-    with pytest.raises(UserError, match="cannot write .*m.xyz"):
-        patch_matching.main(["--output", str(tmp_path / "m.xyz")])
-    with pytest.raises(UserError, match="cannot read image"):
-        patch_matching.main([str(tmp_path / "absent.png")])
+@pytest.mark.parametrize("found_a", [None, lambda idx: idx])
+def test_crops_may_have_nothing_in_common(photographs, found_a):
+    figure, (idx_a, _) = draw(photographs, boxes=((0, 0, 100, 100), (200, 300, 96, 96)), found_a=found_a)
+    assert len(idx_a) == len(figure.artists) == len(figure.texts) == 0
+    assert len(figure.axes[0].patches) == 2
+    figure.draw_without_rendering()
 
 
 def curve(level, seeds=3, points=20):
@@ -124,13 +153,3 @@ def test_a_figure_is_written_as_png_or_pdf(tmp_path):
         with pytest.raises(UserError, match="cannot write"):
             save(figure, tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pdf", "c.png"]
-
-
-def test_crops_are_cut_where_their_boxes_say(photographs):
-    for seed in range(4):
-        crops, boxes, flips = draw_crops(to_uint8(photographs[0]), (32, 16), ((0.4, 1), (0.1, 0.4)), seed)
-        for crop, (top, left, height, width), flip, size in zip(crops, boxes, flips, (32, 16), strict=True):
-            cut = photographs[0].crop((left, top, left + width, top + height))
-            expected = np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
-            expected = expected[:, ::-1] if flip else expected
-            assert np.abs(to_picture(crop) - expected).max() <= 2

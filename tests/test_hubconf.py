@@ -7,7 +7,7 @@ from conftest import ROOT
 
 from vision_transformer import ARCHITECTURES, load_backbone, vit_micro
 
-OWN = ("vision_transformer", "checkpoints", "utils", "health")
+OWN = ("vision_transformer", "support", "utils")
 
 
 def load(name, **options):
@@ -42,23 +42,27 @@ def test_names_stand_for_the_papers_networks():
         assert network.blocks[0].attn.num_heads == expected.blocks[0].attn.num_heads
 
 
+def imported():
+    """Return the imported modules that are called as one of OWN, or lie in it: {name: module}."""
+    return {name: module for name, module in sys.modules.items() if name.split(".")[0] in OWN}
+
+
 def test_modules_of_the_caller_stay_what_they_are(weights, monkeypatch):
     """One project has imported modules of our names already, another one is going to."""
-    theirs = {name: types.ModuleType(name) for name in ("utils", "datasets", "vision_transformer")}
+    for name in imported():
+        monkeypatch.delitem(sys.modules, name)
+    theirs = {name: types.ModuleType(name) for name in ("utils", "support", "support.others", "vision_transformer")}
     for name, module in theirs.items():
         monkeypatch.setitem(sys.modules, name, module)
-    for name in ("checkpoints", "health"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
     path = list(sys.path)
     network = load("lgssl", weights=weights)
     assert network(torch.randn(1, 3, 32, 32)).shape == (1, 17, 96)
-    assert {name: sys.modules[name] for name in theirs} == theirs
-    assert not {"checkpoints", "health"} & set(sys.modules)
+    assert imported() == theirs
     assert sys.path == path
-    for name in OWN:
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in theirs:
+        monkeypatch.delitem(sys.modules, name)
     load("lgssl", weights=weights)
-    assert not set(OWN) & set(sys.modules)
+    assert not imported()
 
 
 def test_weights_of_another_network_are_refused(weights, tmp_path):

@@ -97,7 +97,7 @@ def test_features_of_uneven_parts_keep_their_order(photo_folder, tmp_path, run_s
     script.write_text(
         f"import sys; sys.path.insert(0, {str(photo_folder.parent)!r}); sys.path.insert(0, '.')\n"
         "import torch, utils\n"
-        "import features\n"
+        "from support import features\n"
         "features.GATHERED_NUMBERS = 6\n"
         "rank, world_size, device = utils.init_distributed()\n"
         "images = [(torch.full((3, 4, 4), float(i)), 0) for i in range(7)]\n"
@@ -132,12 +132,17 @@ def test_papers_crops_on_photographs(photo_folder, tmp_path, run_script):
 
 
 @pytest.mark.parametrize(
-    "script",
-    "main_lgssl.py eval_linear.py eval_knn.py eval_copy_detection.py eval_image_retrieval.py extract_features.py "
-    "export.py reproduce.py datasets.py patch_matching.py".split(),
+    "command",
+    [
+        *"main_lgssl.py eval_linear.py eval_knn.py eval_copy_detection.py eval_image_retrieval.py".split(),
+        *"extract_features.py export.py".split(),
+        "reproduce.py run",
+        "reproduce.py lists",
+        "visualize.py matches",
+    ],
 )
-def test_help_is_complete(run_script, script):
-    assert "default:" in run_script(script, "--help").stdout
+def test_help_is_complete(run_script, command):
+    assert "default:" in run_script(*command.split(), "--help").stdout
 
 
 def test_user_errors_exit_with_2_and_one_line(photo_folder, tmp_path, run_script, torchrun):
@@ -156,7 +161,7 @@ def test_user_errors_exit_with_2_and_one_line(photo_folder, tmp_path, run_script
         (["reproduce.py", "run", "table1", "--data_root", tmp_path], "no "),
         (["extract_features.py", "--pretrained_weights", "none", "--output", tmp_path / "f.csv"], "--output "),
         (["export.py", "--pretrained_weights", tmp_path / "absent.pth", "--output_dir", tmp_path], "no checkpoint at"),
-        (["datasets.py", photo_folder], ""),
+        (["reproduce.py", "lists", photo_folder], ""),
     ]  # fmt: skip
     for words, message in cases:
         process = run_script(*words, check=False)
@@ -174,11 +179,12 @@ def test_user_errors_exit_with_2_and_one_line(photo_folder, tmp_path, run_script
 def test_a_linear_evaluation_in_two_processes_goes_on(photo_folder, tmp_path, run_script, torchrun):
     options = ["--data_path", photo_folder, "--num_workers", 0, "--pretrained_weights", "none", "--arch", "vit_micro"]
     options += ["--crop_size", 32, "--epochs", 3, "--lr", 2, "--batch_size_per_gpu", 5]
-    run_script("eval_linear.py", *options, "--output_dir", tmp_path / "whole", launcher=torchrun)
+    run_script("eval_linear.py", *options, "--output_dir", tmp_path / "undisturbed", launcher=torchrun)
     script = tmp_path / "stopped.py"  # after two epochs
     script.write_text(
         "import sys; sys.path.insert(0, '.')\n"
-        "import checkpoints, eval_linear\n"
+        "import eval_linear\n"
+        "from support import checkpoints\n"
         "save = checkpoints.save\n"
         "def save_and_stop(contents, path):\n"
         "    save(contents, path)\n"
@@ -186,8 +192,10 @@ def test_a_linear_evaluation_in_two_processes_goes_on(photo_folder, tmp_path, ru
         "checkpoints.save = save_and_stop\n"
         "eval_linear.main(sys.argv[1:])\n"
     )
-    stopped = run_script(script, *options, "--output_dir", tmp_path / "parts", launcher=torchrun, check=False)
+    stopped = run_script(script, *options, "--output_dir", tmp_path / "resumed", launcher=torchrun, check=False)
     assert stopped.returncode != 0
-    run_script("eval_linear.py", *options, "--output_dir", tmp_path / "parts", launcher=torchrun)
-    whole, parts = (json.loads((tmp_path / name / "linear_folder.json").read_text()) for name in ("whole", "parts"))
-    assert whole["history"] == parts["history"]
+    run_script("eval_linear.py", *options, "--output_dir", tmp_path / "resumed", launcher=torchrun)
+    undisturbed, resumed = (
+        json.loads((tmp_path / name / "linear_folder.json").read_text()) for name in ("undisturbed", "resumed")
+    )
+    assert undisturbed["history"] == resumed["history"]

@@ -1,16 +1,26 @@
+import doctest
 import weakref
 
 import numpy as np
 import pytest
 import torch
+from match_tables import lay_out
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from losses import LOSSES, LocalGlobalLoss, teacher_temperature
+import losses
+from losses import LOSSES, LocalGlobalLoss, plain_loss, teacher_temperature
+from support.matched_cross_entropy import matched_cross_entropy
+from vision_transformer import TokenOutput
+
+
+def token_output(bottleneck, prototypes, scale=None, mean=None):
+    scale = prototypes.new_ones(len(prototypes)) if scale is None else scale
+    return TokenOutput(bottleneck, prototypes, scale, None, mean)
 
 
 def golden_case(golden, name):
-    """Lay a golden file out as the loss wants it: vectors, pairs without their weight, positions."""
+    """Lay a golden file out as the criterion wants it: (data, teacher's logits, student's logits, Matches)."""
     data = golden(name)
     meta = data["meta"]
     teacher, student_global, student_local = (
@@ -18,138 +28,171 @@ def golden_case(golden, name):
     )
     batch, views = meta["batch"], 2 + meta["local_crops"]
     tokens = [student_global.shape[1]] * 2 + [student_local.shape[1]] * (views - 2)
-    first = np.concatenate([[0], np.cumsum([batch * t for t in tokens])])
-    teacher_idx, student_idx, image, is_cls, run_length = [], [], [], [], []
-    for b in range(batch):
-        for i in range(2):
-            for j in range(views):
-                for p, (t, s) in enumerate(zip(*(meta["correspondences"][i][j] or [[], []]), strict=True)):
-                    teacher_idx.append(first[i] + b * tokens[i] + t)
-                    student_idx.append(first[j] + b * tokens[j] + s)
-                    image.append(b)
-                    is_cls.append(p == 0)
-                    run_length.append(len(meta["correspondences"][i][j][0]))
-    columns = [torch.tensor(np.array(c)) for c in (teacher_idx, student_idx, image, is_cls, run_length)]
+    first = np.concatenate([[0], np.cumsum([batch * t for t in tokens])]).tolist()
+    pairs = [
+        (b, first[i] + b * tokens[i] + t, first[j] + b * tokens[j] + s, len(meta["correspondences"][i][j][0]))
+        for b in range(batch)
+        for i in range(2)
+        for j in range(views)
+        for t, s in zip(*(meta["correspondences"][i][j] or [[], []]), strict=True)
+    ]
+    matches, _ = lay_out(pairs, list(range(teacher.shape[1])) * len(teacher))
     student = torch.cat([student_global.flatten(0, 1), student_local.flatten(0, 1)])
-    return data, teacher, student, columns, 2 * (views - 1) * batch
+    return data, teacher, student, matches
 
 
 @pytest.mark.parametrize("center", ["position", "shared"])
 @pytest.mark.parametrize("name", ["loss_a.npz", "loss_b.npz"])
 def test_golden_losses_and_centers(golden, name, center):
-    data, teacher, student, (teacher_idx, student_idx, image, is_cls, run_length), view_pairs = golden_case(
-        golden, name
-    )
+    data, teacher, student, matches = golden_case(golden, name)
     meta = data["meta"]
     identity = torch.eye(meta["K"])
     for key, expected in meta["loss"].items():
         kind, _, lambda_cls = key.replace("dino", "cls").partition("_")
-        loss = LocalGlobalLoss(meta["K"], teacher.shape[1] - 1, kind, float(lambda_cls or 0.5), center)
-        loss.center += torch.tensor(data["center"])
-        weight = loss.weights(is_cls, run_length, view_pairs)
-        position = torch.arange(teacher.shape[1]).repeat(len(teacher))
-        pairs = (teacher_idx, student_idx, weight, image)
-        z = teacher.flatten(0, 1)
-        value = loss(student, z, identity, identity, pairs, position, teacher.mean(0), meta["teacher_temp"])
+        criterion = LocalGlobalLoss(meta["K"], teacher.shape[1] - 1, kind, float(lambda_cls or 0.5), center)
+        criterion.center += torch.tensor(data["center"])
+        student_out = token_output(student[matches.student_row], identity)
+        teacher_out = token_output(teacher.flatten(0, 1)[matches.teacher_row], identity, mean=teacher.mean(0))
+        value = criterion(student_out, teacher_out, matches, meta["teacher_temp"])
         assert value.item() == pytest.approx(expected, rel=1e-5), key
+        criterion.update_center()
         if kind != "cls":
             after = data["center_after_per_position" if center == "position" else "center_after_shared"]
-            torch.testing.assert_close(loss.center, torch.tensor(after).view_as(loss.center), rtol=0, atol=1e-6)
+            torch.testing.assert_close(
+                criterion.center, torch.tensor(after).view_as(criterion.center), rtol=0, atol=1e-6
+            )
 
 
-def random_case(seed=0, dim=5, out_dim=7, teachers=6, students=9, pairs=20, images=3, center="position"):
+@pytest.mark.parametrize("name", ["loss_a.npz", "loss_b.npz"])
+def test_plain_loss_gives_the_golden_losses(golden, name):
+    data, teacher, student, matches = golden_case(golden, name)
+    meta = data["meta"]
+    is_pair, is_cls = matches.num_matched > 0, matches.is_cls()
+    teacher_logits = teacher.flatten(0, 1)[matches.teacher_row][matches.teacher_idx][is_pair]  # [n, K]
+    student_logits = student[matches.student_row].expand(len(is_pair), -1, -1)[is_pair]
+    for key, expected in meta["loss"].items():
+        kind, _, lambda_cls = key.replace("dino", "cls").partition("_")
+        weight = LOSSES[kind](is_cls, matches.num_matched, float(lambda_cls or 0.5))[is_pair] / is_cls.sum()
+        value = plain_loss(student_logits, teacher_logits, weight, torch.tensor(data["center"]), meta["teacher_temp"])
+        assert value.item() == pytest.approx(expected, rel=1e-5), key
+
+
+def test_the_example_in_the_docstring_runs():
+    result = doctest.testmod(losses)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+class Case:
     """Random vectors, prototypes, scales and pairs in float64, some weights being 0 and some pairs there twice."""
-    generator = torch.Generator().manual_seed(seed)
-    double = {"generator": generator, "dtype": torch.float64}
-    student_z, teacher_z = torch.randn(students, dim, **double), torch.randn(teachers, dim, **double)
-    student_w, teacher_w = torch.randn(out_dim, dim, **double), torch.randn(out_dim, dim, **double)
-    teacher_idx = torch.randint(teachers, (pairs,), generator=generator)
-    student_idx = torch.randint(students, (pairs,), generator=generator)
-    image = torch.randint(images, (pairs,), generator=generator)
-    weight = torch.rand(pairs, **double)
-    weight[::7] = 0
-    position = torch.arange(teachers) % 3
-    loss = LocalGlobalLoss(out_dim, 2, center=center).double().eval()
-    loss.center.copy_(torch.randn(loss.center.shape, **double))
-    return loss, student_z, teacher_z, student_w, teacher_w, (teacher_idx, student_idx, weight, image), position
+
+    def __init__(self, seed=0, dim=5, out_dim=7, teachers=6, students=9, pairs=20, images=3, center="position"):
+        generator = torch.Generator().manual_seed(seed)
+        double = {"generator": generator, "dtype": torch.float64}
+        self.student_z, self.teacher_z = torch.randn(students, dim, **double), torch.randn(teachers, dim, **double)
+        self.student_w, self.teacher_w = torch.randn(out_dim, dim, **double), torch.randn(out_dim, dim, **double)
+        self.student_scale = self.teacher_scale = torch.ones(out_dim, dtype=torch.float64)
+        self.teacher_idx = torch.randint(teachers, (pairs,), generator=generator)
+        self.student_idx = torch.randint(students, (pairs,), generator=generator)
+        image = torch.randint(images, (pairs,), generator=generator)
+        self.weight = torch.rand(pairs, **double)
+        self.weight[::7] = 0
+        self.position = torch.arange(teachers) % 3
+        self.center = torch.randn(3 if center == "position" else 1, out_dim, **double)
+        columns = (image.tolist(), self.teacher_idx.tolist(), self.student_idx.tolist(), [1] * pairs)
+        self.matches, places = lay_out(list(zip(*columns, strict=True)), self.position.tolist())
+        self.m, self.place = torch.tensor(places).T
+
+    def naive(self, temperature):
+        """Σ w·H as Algorithm 1 writes it, pair by pair."""
+        student_w = self.student_scale[:, None] * self.student_w
+        teacher_w = self.teacher_scale[:, None] * self.teacher_w
+        total = 0
+        for t, s, w in zip(self.teacher_idx, self.student_idx, self.weight, strict=True):
+            center = self.center[self.position[t]] if len(self.center) > 1 else self.center[0]
+            target = torch.softmax((teacher_w @ self.teacher_z[t] - center) / temperature, 0)
+            total = total - w * (target * torch.log_softmax(student_w @ self.student_z[s] / 0.1, 0)).sum()
+        return total
+
+    def fast(self, temperature, chunk_memory=None, dtype=torch.float64):
+        weight = torch.zeros(self.matches.num_matched.shape, dtype=torch.float64)
+        weight[self.m, self.place] = self.weight
+        student_z, teacher_z = self.student_z[self.matches.student_row], self.teacher_z[self.matches.teacher_row]
+        outs = [
+            token_output(*(x.to(dtype) for x in tensors))
+            for tensors in (
+                (student_z, self.student_w, self.student_scale),
+                (teacher_z, self.teacher_w, self.teacher_scale),
+            )
+        ]
+        center = self.center.to(dtype)
+        return matched_cross_entropy(*outs, self.matches, weight.to(dtype), center, 0.1, temperature, chunk_memory)
 
 
-def naive_loss(loss, student_z, teacher_z, student_w, teacher_w, pairs, position, temperature):
-    """Σ w·H as Algorithm 1 writes it, pair by pair."""
-    total = 0
-    for t, s, w in zip(*pairs[:3], strict=True):
-        center = loss.center[position[t]] if len(loss.center) > 1 else loss.center[0]
-        target = torch.softmax((teacher_w @ teacher_z[t] - center) / temperature, 0)
-        total = total - w * (target * torch.log_softmax(student_w @ student_z[s] / loss.student_temp, 0)).sum()
-    return total
+LARGE = {"teachers": 60, "students": 200, "pairs": 500, "images": 4, "out_dim": 300, "dim": 16}
 
 
 @pytest.mark.parametrize("center", ["position", "shared"])
 @pytest.mark.parametrize("chunk_memory", [None, 1])  # of 1 byte: 16 rows at a time, each image alone
-@pytest.mark.parametrize(("sizes", "dtype", "tolerance"), [
-    ({}, torch.float64, 1e-12),
-    ({"teachers": 60, "students": 200, "pairs": 500, "images": 4, "out_dim": 300, "dim": 16}, torch.float64, 1e-12),
-    ({"teachers": 60, "students": 200, "pairs": 500, "images": 4, "out_dim": 300, "dim": 16}, torch.float32, 1e-6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "tolerance"),
+    [({}, torch.float64, 1e-12), (LARGE, torch.float64, 1e-12), (LARGE, torch.float32, 1e-6)],
+)
 def test_loss_and_gradients_equal_the_naive_formula(sizes, dtype, tolerance, chunk_memory, center):
-    loss, student_z, teacher_z, student_w, teacher_w, pairs, position = random_case(**sizes, center=center)
+    case = Case(**sizes, center=center)
     generator = torch.Generator().manual_seed(1)
-    student_scale, teacher_scale = torch.rand(2, len(student_w), generator=generator, dtype=torch.float64)
-    exact = [x.requires_grad_() for x in (student_z, student_w, student_scale)]
-    scaled = (student_scale[:, None] * student_w, teacher_scale[:, None] * teacher_w)
-    expected = naive_loss(loss, student_z, teacher_z, *scaled, pairs, position, 0.5)
-    expected_gradients = torch.autograd.grad(3 * expected, exact)
-
-    loss.chunk_memory = chunk_memory
-    own = [x.detach().to(dtype).requires_grad_() for x in exact]
-    rounded = [x.to(dtype) for x in (teacher_z, teacher_w, teacher_scale)]
-    arguments = (own[0], rounded[0], own[1], rounded[1], pairs, position, None, 0.5)
-    value = loss.to(dtype)(*arguments, student_scale=own[2], teacher_scale=rounded[2])
+    case.student_scale, case.teacher_scale = torch.rand(2, len(case.student_w), generator=generator).double()
+    inputs = [x.requires_grad_() for x in (case.student_z, case.student_w, case.student_scale)]
+    expected = case.naive(0.5)
+    expected_gradients = torch.autograd.grad(3 * expected, inputs)
+    value = case.fast(0.5, chunk_memory, dtype)
     assert value.item() == pytest.approx(expected.item(), rel=tolerance)
-    for gradient, reference in zip(torch.autograd.grad(3 * value, own), expected_gradients, strict=True):
+    for gradient, reference in zip(torch.autograd.grad(3 * value, inputs), expected_gradients, strict=True):
         error = (gradient.double() - reference).norm() / reference.norm()
         assert error < 3 * tolerance
 
 
 def test_gradcheck():
-    loss, student_z, teacher_z, student_w, teacher_w, pairs, position = random_case(students=4, pairs=6)
-    inputs = (student_z.requires_grad_(), student_w.requires_grad_(), torch.rand(7).double().requires_grad_())
-    assert torch.autograd.gradcheck(
-        lambda z, w, scale: loss(z, teacher_z, w, teacher_w, pairs, position, None, 0.5, student_scale=scale), inputs
-    )
+    case = Case(students=4, pairs=6)
+
+    def loss(z, w, scale):
+        case.student_z, case.student_w, case.student_scale = z, w, scale
+        return case.fast(0.5)
+
+    inputs = (case.student_z.requires_grad_(), case.student_w.requires_grad_(), torch.rand(7).double().requires_grad_())
+    assert torch.autograd.gradcheck(loss, inputs)
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
 def test_gradients_only_where_they_are_wanted(wanted):
-    loss, student_z, teacher_z, student_w, teacher_w, pairs, position = random_case()
-    expected = naive_loss(loss, student_z, teacher_z, student_w, teacher_w, pairs, position, 0.5)
-    student_z.requires_grad_(wanted[0])
-    student_w.requires_grad_(wanted[1])
-    value = loss(student_z, teacher_z, student_w, teacher_w, pairs, position, None, 0.5)
-    torch.testing.assert_close(value, expected)
+    case = Case()
+    expected = case.naive(0.5)
+    case.student_z.requires_grad_(wanted[0])
+    case.student_w.requires_grad_(wanted[1])
+    value = case.fast(0.5)
+    torch.testing.assert_close(value.detach(), expected)
     if any(wanted):
         value.backward()
-    assert (student_z.grad is not None, student_w.grad is not None) == wanted
+    assert (case.student_z.grad is not None, case.student_w.grad is not None) == wanted
 
 
 def test_no_pair_with_a_weight_is_a_loss_of_zero():
-    loss, student_z, teacher_z, student_w, teacher_w, pairs, position = random_case()
-    pairs = (pairs[0], pairs[1], torch.zeros_like(pairs[2]), pairs[3])
-    value = loss(student_z.requires_grad_(), teacher_z, student_w, teacher_w, pairs, position, None, 0.5)
+    case = Case()
+    case.weight = torch.zeros_like(case.weight)
+    case.student_z.requires_grad_()
+    value = case.fast(0.5)
     value.backward()
     assert value == 0
-    assert torch.equal(student_z.grad, torch.zeros_like(student_z))
+    assert torch.equal(case.student_z.grad, torch.zeros_like(case.student_z))
 
 
 def test_large_logits_stay_finite():
-    loss, student_z, teacher_z, student_w, teacher_w, pairs, position = random_case()
-    expected = naive_loss(loss, 300 * student_z, 300 * teacher_z, student_w, teacher_w, pairs, position, 0.04)
-    student_z = (300 * student_z).float().requires_grad_()
-    rounded = [x.float() for x in (300 * teacher_z, student_w, teacher_w)]
-    value = loss.float()(student_z, *rounded, pairs, position, None, 0.04)
+    case = Case()
+    case.student_z, case.teacher_z = (300 * case.student_z).requires_grad_(), 300 * case.teacher_z
+    value = case.fast(0.04, dtype=torch.float32)
     value.backward()
-    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert student_z.grad.isfinite().all()
+    assert value.item() == pytest.approx(case.naive(0.04).item(), rel=1e-5)
+    assert case.student_z.grad.isfinite().all()
 
 
 class WideMemory(TorchDispatchMode):
@@ -172,20 +215,23 @@ def batch_case(images, K, D=8, tokens=40):
     """One geometry for all images: each has `tokens` teacher and 2 * `tokens` student tokens, with 2 pairs each."""
     generator = torch.Generator().manual_seed(0)
     z = [torch.randn(images * n, D, generator=generator) for n in (2 * tokens, tokens)]
-    w = [torch.randn(K, D, generator=generator) for _ in range(2)]
-    b = torch.arange(images).repeat_interleave(4 * tokens)
-    p = torch.arange(4 * tokens).repeat(images)
-    pairs = (b * tokens + p % tokens, b * 2 * tokens + p % (2 * tokens), torch.ones(len(b)), b)
-    arguments = (z[0].requires_grad_(), z[1], w[0].requires_grad_(), w[1], pairs, torch.arange(images * tokens) % 3)
-    return LocalGlobalLoss(K, 2, chunk_memory=K * 4 * 25).eval(), arguments
+    w = [torch.randn(K, D, generator=generator).requires_grad_(own) for own in (True, False)]
+    pairs = [
+        (b, b * tokens + p % tokens, b * 2 * tokens + p % (2 * tokens), 1)
+        for b in range(images)
+        for p in range(4 * tokens)
+    ]
+    matches, _ = lay_out(pairs, [row % 3 for row in range(images * tokens)])
+    outs = (token_output(z[0].requires_grad_(), w[0]), token_output(z[1], w[1], mean=torch.zeros(3, D)))
+    return LocalGlobalLoss(K, 2, chunk_memory=K * 4 * 25).eval(), (*outs, matches)
 
 
 def test_nothing_k_wide_grows_with_the_batch():
     K, tokens, peaks = 3000, 40, []
     for images in (2, 9):
-        loss, arguments = batch_case(images, K, tokens=tokens)
+        criterion, arguments = batch_case(images, K, tokens=tokens)
         with WideMemory(K) as memory:
-            loss(*arguments, None, 0.04).backward()
+            criterion(*arguments, 0.04).backward()
         peaks.append(memory.peak)
     chunk = 20 + 2 * 3  # of 25 rows in all: logits, and two strips of an eighth
     assert peaks == [4 * K * (tokens + chunk)] * 2  # the targets of one image, and a chunk
@@ -193,84 +239,147 @@ def test_nothing_k_wide_grows_with_the_batch():
 
 def test_no_matrix_product_is_done_twice():
     images, K, D, tokens = 3, 500, 8, 40
-    loss, arguments = batch_case(images, K, D, tokens)
+    criterion, arguments = batch_case(images, K, D, tokens)
     in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}  # PyTorch does not count it
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        loss(*arguments, None, 0.04).backward()
+        criterion(*arguments, 0.04).backward()
     teacher, student = images * tokens, images * 2 * tokens
     assert counter.get_total_flops() == 2 * K * D * (teacher + 3 * student)  # student: logits and their two gradients
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
 def test_gradients_under_autocast(dtype, tolerance):
-    """With weights of 1e-6, as batches have them, which would vanish in fp16."""
-    loss, arguments = batch_case(4, K=8000, D=32, tokens=10)
-    student_z, teacher_z = (torch.nn.functional.normalize(z.detach()) for z in arguments[:2])
-    student_w, teacher_w = (torch.nn.functional.normalize(w.detach()) for w in arguments[2:4])
-    pairs = (*arguments[4][:2], arguments[4][2] * 1e-6, arguments[4][3])
+    """With weights of 1e-6, which would vanish in fp16."""
+    criterion, (student_out, teacher_out, matches) = batch_case(4, K=8000, D=32, tokens=10)
+    student_z, student_w, teacher_z, teacher_w = (
+        torch.nn.functional.normalize(x.detach()) for out in (student_out, teacher_out) for x in out[:2]
+    )
+    matches = matches._replace(num_matched=matches.num_matched * 10**6)
     results = []
     for precision in (None, dtype):
         inputs = [student_z.clone().requires_grad_(), student_w.clone().requires_grad_()]
         with torch.autocast("cpu", precision, enabled=precision is not None):
-            value = loss(inputs[0], teacher_z, inputs[1], teacher_w, pairs, arguments[5], None, 0.07)
+            value = criterion(token_output(*inputs), token_output(teacher_z, teacher_w), matches, 0.07)
         assert value.dtype == torch.float32
         results.append((value, *torch.autograd.grad(value, inputs)))
     for exact, rounded in zip(*results, strict=True):
         assert (rounded - exact).norm() < tolerance * exact.norm()
 
 
+def test_tokens_that_are_not_those_of_the_matches_are_named():
+    criterion, (student_out, teacher_out, matches) = batch_case(2, K=7, D=5, tokens=4)
+    with pytest.raises(ValueError, match="15 tokens of the student, expected the 16 rows of the matches"):
+        criterion(student_out._replace(bottleneck=student_out.bottleneck[1:]), teacher_out, matches, 0.04)
+    with pytest.raises(ValueError, match="9 tokens of the teacher, expected the 8 rows"):
+        criterion(student_out, teacher_out._replace(bottleneck=torch.randn(9, 5)), matches, 0.04)
+
+
 def test_no_gradient_reaches_the_teacher():
-    loss, student_z, teacher_z, student_w, teacher_w, pairs, position = random_case()
-    teacher_z.requires_grad_()
-    loss(student_z.requires_grad_(), teacher_z, student_w, teacher_w, pairs, position, None, 0.5).backward()
-    assert teacher_z.grad is None
+    case = Case()
+    case.teacher_z.requires_grad_()
+    case.student_z.requires_grad_()
+    case.fast(0.5).backward()
+    assert case.teacher_z.grad is None
 
 
-def test_evaluation_mode_keeps_the_center():
-    loss, *inputs = random_case()
-    before = loss.center.clone()
-    loss(*inputs, torch.ones(3, 5, dtype=torch.float64), 0.5)
-    assert torch.equal(loss.center, before)
-    loss.train()(*inputs, torch.ones(3, 5, dtype=torch.float64), 0.5)
-    expected = 0.9 * before + 0.1 * inputs[3].sum(1)
-    torch.testing.assert_close(loss.center, expected)
+def test_the_center_is_moved_once_a_step_and_by_update_center_alone():
+    criterion, (student_out, teacher_out, matches) = batch_case(2, K=7, D=5, tokens=4)
+    generator = torch.Generator().manual_seed(0)
+    criterion.center.normal_(generator=generator)
+    before = criterion.center.clone()
+    means = torch.randn(3, 3, 5, generator=generator)  # three micro-batches, [1+P, D] each
+    outs = [teacher_out._replace(mean_bottleneck=mean) for mean in means]
+    values = [criterion(student_out, out, matches, 0.5) for out in outs]  # in evaluation mode
+    criterion.update_center()
+    assert torch.equal(criterion.center, before)
+    criterion.train()
+    for out, value in zip(outs, values, strict=True):
+        assert torch.equal(criterion(student_out, out, matches, 0.5), value)
+    assert torch.equal(criterion.center, before)
+    assert list(criterion.state_dict()) == ["center"]
+    criterion.update_center()
+    expected = 0.9 * before + 0.1 * means.mean(0) @ teacher_out.prototypes.T
+    torch.testing.assert_close(criterion.center, expected)
+    criterion.update_center()  # nothing new
+    torch.testing.assert_close(criterion.center, expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_micro_batches_add_up_to_the_batch(loss):
+    """Two halves of a batch, each divided by two, against the whole: loss, gradient and center."""
+    K, D, tokens = 11, 5, 4
+    _, (student_out, teacher_out, matches) = batch_case(4, K, D, tokens)
+    counts = matches.num_matched + torch.arange(matches.num_matched.shape[1]) % (2 * tokens)
+    matches = matches._replace(num_matched=counts)
+    teacher_out = teacher_out._replace(mean_bottleneck=teacher_out.bottleneck.unflatten(0, (4, tokens)).mean(0)[:3])
+    weights = student_out.prototypes
+
+    def run(parts):
+        criterion = LocalGlobalLoss(K, 2, loss)
+        total = 0
+        for images in parts:
+            t, s = (slice(images.start * n, images.stop * n) for n in (tokens, 2 * tokens))
+            its_matches = matches._replace(
+                teacher_row=matches.teacher_row[t],
+                teacher_position=matches.teacher_position[t],
+                student_row=matches.student_row[s],
+                teacher_idx=matches.teacher_idx[:, s] - t.start,
+                num_matched=matches.num_matched[:, s],
+                teacher_count=matches.teacher_count[images],
+                student_count=matches.student_count[:, images],
+            )
+            z = teacher_out.bottleneck[t]
+            mean = z.unflatten(0, (-1, tokens)).mean(0)[: len(criterion.center)]
+            outs = (
+                student_out._replace(bottleneck=student_out.bottleneck[s]),
+                teacher_out._replace(bottleneck=z, mean_bottleneck=mean),
+            )
+            total = total + criterion(*outs, its_matches, 0.04) / len(parts)
+        criterion.update_center()
+        return total, criterion.center, *torch.autograd.grad(total, (student_out.bottleneck, weights))
+
+    for whole, halves in zip(run([slice(0, 4)]), run([slice(0, 2), slice(2, 4)]), strict=True):
+        torch.testing.assert_close(halves, whole, rtol=1e-6, atol=1e-6)
 
 
 def test_targets_and_statistics_stay_in_full_precision_under_autocast():
     """Logits that bf16 can hold: the identity as prototypes, and vectors of whole numbers over 8."""
-    loss, _, _, _, _, pairs, position = random_case()
+    case = Case()
     generator = torch.Generator().manual_seed(0)
-    student_z, teacher_z = (torch.randint(-15, 16, (n, 7), generator=generator) / 8 for n in (9, 6))
-    arguments = (student_z, teacher_z, torch.eye(7), torch.eye(7), pairs, position, None, 0.5)
-    loss = loss.float()
-    exact = loss(*arguments)
+    case.student_z, case.teacher_z = (torch.randint(-15, 16, (n, 7), generator=generator) / 8 for n in (9, 6))
+    case.student_w = case.teacher_w = torch.eye(7)
+    exact = case.fast(0.5, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = loss(*arguments)
+        rounded = case.fast(0.5, dtype=torch.float32)
     assert rounded.dtype == torch.float32
     assert rounded.item() == pytest.approx(exact.item(), rel=1e-6)
 
 
 def test_vectors_more_precise_than_the_center():
-    loss, *arguments = random_case()
-    expected = loss(*arguments, None, 0.5)
-    center = loss.center.float().double()
-    assert loss.float()(*arguments, None, 0.5).item() == pytest.approx(expected.item(), rel=1e-5)
-    assert torch.equal(loss.center.double(), center)
+    criterion, (student_out, teacher_out, matches) = batch_case(2, K=7, D=5, tokens=4)
+    criterion.center.normal_(generator=torch.Generator().manual_seed(0))
+    expected = criterion(student_out, teacher_out, matches, 0.5)
+    center = criterion.center.clone()
+    double = [TokenOutput(*(x if x is None else x.double() for x in out)) for out in (student_out, teacher_out)]
+    value = criterion(*double, matches, 0.5)
+    assert value.dtype == torch.float64
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.equal(criterion.center, center)
 
 
 def test_without_gradients_less_is_computed():
-    loss, arguments = batch_case(2, K=50)
+    criterion, arguments = batch_case(2, K=50)
     counts = []
     for enabled in (True, False):
         with torch.set_grad_enabled(enabled), FlopCounterMode(display=False) as counter:
-            loss(*arguments, None, 0.04)
+            criterion(*arguments, 0.04)
         counts.append(counter.get_total_flops())
     assert counts[1] < counts[0]
 
 
 def test_weights_are_those_of_section_3_4():
     is_cls = torch.tensor([True, False, False, True])
-    run_length = torch.tensor([3, 3, 3, 1])
+    num_matched = torch.tensor([3, 3, 3, 1])
     expected = {
         "cls": [1, 0, 0, 1],
         "mean": [1 / 3, 1 / 3, 1 / 3, 1],
@@ -278,7 +387,7 @@ def test_weights_are_those_of_section_3_4():
         "lambda": [0.8, 0.1, 0.1, 0.8],
     }
     for name, weights in expected.items():
-        torch.testing.assert_close(LOSSES[name](is_cls, run_length, 0.8), torch.tensor(weights).float())
+        torch.testing.assert_close(LOSSES[name](is_cls, num_matched, 0.8), torch.tensor(weights).float())
 
 
 def test_teacher_temperature_is_dinos_schedule():

@@ -8,18 +8,29 @@ import signal
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN
 from PIL import Image
 from timm.models.vision_transformer import Block
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import eval_knn
 import main_lgssl
 from augment import MultiCrop, normalize
-from datasets import ResizeToTensor, build_dataset
 from losses import LocalGlobalLoss
-from main_lgssl import BatchesOfViews, batch_loss, build_optimizer, clip_each_gradient, parse_arguments
+from main_lgssl import build_optimizer, parse_arguments
 from patch_matching import match_patches
-from utils import UserError
-from vision_transformer import BackboneWithHead, DINOHead, load_backbone, vit_micro
+from support.images import ResizedArray, build_dataset
+from support.loader import BatchSampler, ViewBatches
+from utils import UserError, clip_each_gradient, seed_networks
+from vision_transformer import (
+    ARCHITECTURES,
+    BackboneWithHead,
+    DINOHead,
+    Teacher,
+    VisionTransformer,
+    load_backbone,
+    vit_micro,
+)
 
 TINY = [
     "--arch",
@@ -73,7 +84,7 @@ def naive_loss(student, teacher, views, rule, temperature, loss, center):
     kind, lambda_cls = loss
 
     def logits(network, view):
-        z, weights, scale = network([normalize(view.pixels)])
+        z, weights, scale, *_ = BackboneWithHead.forward(network, [normalize(view.pixels)])
         return (z @ (scale * weights.T)).unflatten(0, (len(view.pixels), -1)).double()  # [B, 1+P, K]
 
     teacher_logits, student_logits = [logits(teacher, v) for v in views[:2]], [logits(student, v) for v in views]
@@ -103,38 +114,30 @@ def naive_loss(student, teacher, views, rule, temperature, loss, center):
 
 @pytest.mark.parametrize("geometry", ["batch", "image"])
 @pytest.mark.parametrize("loss", [("cls", 0), ("mean", 0), ("sum", 0), ("lambda", 0.2)])
-def test_batch_loss_gradient_and_center_equal_algorithm_1(photo_folder, loss, geometry):
+def test_loss_gradient_and_center_of_a_batch_equal_algorithm_1(photo_folder, loss, geometry):
     torch.manual_seed(0)
-    dataset = build_dataset("folder", photo_folder, "train", ResizeToTensor(64))
+    dataset = build_dataset("folder", photo_folder, "train", ResizedArray(64))
     crop = MultiCrop(32, 16, local_scale=(0.05, 0.3), local_number=3, geometry=geometry)
     rule = None if loss[0] == "cls" else "paper"
-    batches = BatchesOfViews(dataset, crop, 8, rule, 0)
-    views, (_, crops, table, _) = batches.views((0, 5, [3, 1, 8])), batches[0, 5, [3, 1, 8]]
-    student, teacher = (BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24, hidden_dim=32)) for _ in range(2))
-    function = LocalGlobalLoss(24, 16, *loss)
-    function.center.normal_(std=0.1)
-    center = function.center.double()
+    batches = ViewBatches(dataset, crop, 8, rule, 0)
+    (views, _), batch = batches.views((0, 5, [3, 1, 8])), batches[0, 5, [3, 1, 8]]
+    student = BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24, hidden_dim=32))
+    teacher = Teacher(vit_micro(8, img_size=32), DINOHead(96, 24, hidden_dim=32), average_patches=loss[0] != "cls")
+    criterion = LocalGlobalLoss(24, 16, *loss)
+    criterion.center.normal_(std=0.1)
+    center = criterion.center.double()
     center = center if loss[0] != "cls" else center.expand(17, -1)
-    value = batch_loss(student, teacher, function, crops, table, 0.05, torch.device("cpu"))
+    crops = [normalize(pixels) for pixels in batch.views]
+    teacher_out, student_out = teacher(crops[:1], batch.matches.teacher_row), student(crops, batch.matches.student_row)
+    value = criterion(student_out, teacher_out, batch.matches, 0.05)
     gradient = torch.autograd.grad(value, student.head.last_layer.weight_v)[0]
     expected, mean_logits = naive_loss(student, teacher, views, rule or "paper", 0.05, loss, center)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     expected_gradient = torch.autograd.grad(expected, student.head.last_layer.weight_v)[0]
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-6)
+    criterion.update_center()
     updated = 0.9 * center + 0.1 * mean_logits
-    torch.testing.assert_close(function.center.double(), updated[: len(function.center)], rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("geometry", ["batch", "image"])
-def test_views_do_not_depend_on_the_workers(photo_folder, geometry):
-    dataset = build_dataset("folder", photo_folder, "train", ResizeToTensor(64))
-    batches = BatchesOfViews(dataset, MultiCrop(32, 16, local_number=2, geometry=geometry), 8, "paper", 0)
-    keys = [(0, step, [step, 3, 7]) for step in range(4)]
-    alone = [batches[key] for key in keys]
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=keys, num_workers=2)
-    for (step, crops, table, _), (other_step, other_crops, other_table, _) in zip(alone, loader, strict=True):
-        assert step == other_step
-        assert all(torch.equal(a, b) for a, b in zip((*crops, *table), (*other_crops, *other_table), strict=True))
+    torch.testing.assert_close(criterion.center.double(), updated[: len(criterion.center)], rtol=0, atol=1e-6)
 
 
 # --- one update
@@ -194,15 +197,14 @@ def test_three_steps_are_dinos(photo_folder, tmp_path):
     named = [(n, p) for n, p in student.named_parameters() if p.requires_grad]
     groups = [{"params": [p for n, p in named if p.ndim > 1]}, {"params": [p for n, p in named if p.ndim == 1]}]
     optimizer = torch.optim.AdamW(groups, foreach=False)
-    dataset = build_dataset("folder", photo_folder, "train", ResizeToTensor(40), least_side=80)
-    batches = BatchesOfViews(dataset, MultiCrop(32, 16, local_number=2), 8, "paper", 0)
-    order = main_lgssl.BatchOrder(12, 4)
+    dataset = build_dataset("folder", photo_folder, "train", ResizedArray(40), min_side=80)
+    batches = ViewBatches(dataset, MultiCrop(32, 16, local_number=2), 8, "paper", 0)
     center = torch.zeros(17, 24, dtype=torch.float64)
     half_cosine = (1 + np.cos(np.pi * np.arange(3) / 3)) / 2
     lr = 1e-6 + (0.05 * 4 / 256 - 1e-6) * half_cosine
     decay, momentum = 0.4 + (0.04 - 0.4) * half_cosine, 1 + (0.9 - 1) * half_cosine
-    for i, key in enumerate(order):
-        views = batches.views(key)
+    for i, key in enumerate(BatchSampler(12, 4, range(3))):
+        views, _ = batches.views(key)
         loss, mean_logits = naive_loss(student, teacher, views, "paper", 0.04, ("mean", 0), center)
         center = 0.9 * center + 0.1 * mean_logits.detach()
         optimizer.zero_grad()
@@ -233,14 +235,16 @@ def test_accumulated_batches_equal_one_large_batch(photo_folder, tmp_path, monke
     large = train(photo_folder, tmp_path / "large", *options, "--batch_size_per_gpu", 6)
     seeds = []
     monkeypatch.setattr(main_lgssl, "seed_networks", lambda *key: seeds.append(key))
-    parts = train(photo_folder, tmp_path / "parts", *options, "--batch_size_per_gpu", 2, "--accum_steps", 3)
-    for a, b in zip(read(tmp_path / "large" / "steps.jsonl"), read(tmp_path / "parts" / "steps.jsonl"), strict=True):
+    accumulated = train(photo_folder, tmp_path / "accumulated", *options, "--batch_size_per_gpu", 2, "--accum_steps", 3)
+    for a, b in zip(
+        read(tmp_path / "large" / "steps.jsonl"), read(tmp_path / "accumulated" / "steps.jsonl"), strict=True
+    ):
         for name in ("step", "loss", "lr", "wd", "matched_patches"):
             assert a[name] == pytest.approx(b[name], rel=1e-5), name
-    assert seeds == [(0, step, 0, part) for step in range(4) for part in range(3)]
-    torch.testing.assert_close(large["loss"]["center"], parts["loss"]["center"], rtol=0, atol=1e-5)
+    assert seeds == [(0, step, 0, micro_step) for step in range(4) for micro_step in range(3)]
+    torch.testing.assert_close(large["loss"]["center"], accumulated["loss"]["center"], rtol=0, atol=1e-5)
     for key, value in large["student"].items():
-        torch.testing.assert_close(parts["student"][key], value, rtol=1e-2, atol=2e-4)
+        torch.testing.assert_close(accumulated["student"][key], value, rtol=1e-2, atol=2e-4)
 
 
 @pytest.mark.parametrize("what", ["the loss", "the gradient of backbone.cls_token"])
@@ -248,7 +252,7 @@ def test_accumulated_batches_equal_one_large_batch(photo_folder, tmp_path, monke
 def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_report(
     photo_folder, tmp_path, monkeypatch, optimizer, what
 ):
-    original, weights = main_lgssl.batch_loss, []  # the student's weights after each step
+    original, weights = LocalGlobalLoss.forward, []  # the student's weights after each step
 
     def poisoned(*arguments):
         loss = original(*arguments)
@@ -261,7 +265,7 @@ def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_report(
     def after_step(teacher_parameters, student_parameters, weight):
         weights.append([p.detach().clone() for p in student_parameters])
 
-    monkeypatch.setattr(main_lgssl, "batch_loss", poisoned)
+    monkeypatch.setattr(LocalGlobalLoss, "forward", poisoned)
     monkeypatch.setattr(torch, "_foreach_lerp_", after_step)
     options = ("--epochs", 1, "--log_every", 100, "--optimizer", optimizer, "--warmup_epochs", 0, "--lr", 0.05)
     with pytest.raises(SystemExit, match=f"{what} is not finite at step 1;"):
@@ -302,12 +306,12 @@ def test_nothing_waits_for_the_device_between_reports(photo_folder, tmp_path, mo
     assert counts[0] == counts[1]
 
 
-def test_stochastic_depth_differs_between_steps_ranks_and_parts():
+def test_stochastic_depth_differs_between_steps_ranks_and_micro_steps():
     def draw(*key):
-        main_lgssl.seed_networks(*key)
+        seed_networks(*key)
         return torch.rand(1).item()
 
-    keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]  # seed, step, rank, part
+    keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]  # seed, step, rank, micro-step
     assert len({draw(*key) for key in keys}) == len(keys)
     assert draw(*keys[1]) == draw(*keys[1])
 
@@ -437,10 +441,10 @@ def test_a_signal_ends_the_step_and_saves(photo_folder, tmp_path, monkeypatch, u
     original = main_lgssl.seed_networks
     with monkeypatch.context() as patch:
 
-        def at_the_third_step(seed, step, rank, part):
+        def at_the_third_step(seed, step, rank, micro_step):
             if step == 3:
                 os.kill(os.getpid(), getattr(signal, name))
-            original(seed, step, rank, part)
+            original(seed, step, rank, micro_step)
 
         patch.setattr(main_lgssl, "seed_networks", at_the_third_step)
         earlier = signal.getsignal(getattr(signal, name))
@@ -450,6 +454,61 @@ def test_a_signal_ends_the_step_and_saves(photo_folder, tmp_path, monkeypatch, u
     assert [entry["step"] for entry in read(tmp_path / "steps.jsonl")] == [0, 1, 2, 3]
     assert train(photo_folder, tmp_path, *SIX_STEPS, "--log_every", 1)["step"] == 6
     assert_same_state(*(torch.load(f / "checkpoint.pth", weights_only=True) for f in (tmp_path, undisturbed)))
+
+
+# What version 0.9.0 was started with for tests/golden/checkpoint_0.9.0.pth: two epochs, of which it holds the first
+OLD_RUN = (
+    "--dataset digits --arch vit_nano --patch_size 8 --image_size 36 --global_crops_size 32 --local_crops_size 16 "
+    "--local_crops_number 2 --out_dim 8 --head_hidden_dim 8 --num_workers 0 --log_every 2 --optimizer sgd --lr 0.002 "
+    "--warmup_epochs 0 --freeze_last_layer 0 --momentum_teacher 0.9 --epochs 2 --batch_size_per_gpu 280 "
+    "--saveckp_freq 1 --knn_every 0 --image_every 0 --warmup_teacher_temp 0.3 --teacher_temp 0.3"
+).split()
+
+
+@pytest.fixture
+def old_checkpoint(tmp_path, monkeypatch):
+    """Return the folder of a run that version 0.9.0 left after its first epoch."""
+
+    def vit_nano(patch_size=16, **kwargs):
+        return VisionTransformer(patch_size=patch_size, embed_dim=12, depth=2, num_heads=3, **kwargs)
+
+    monkeypatch.setitem(ARCHITECTURES, "vit_nano", vit_nano)
+    shutil.copy(GOLDEN / "checkpoint_0.9.0.pth", tmp_path / "checkpoint.pth")
+    return tmp_path
+
+
+def test_a_run_of_an_older_version_goes_on_as_there(old_checkpoint, golden):
+    """Against the rest of the run by version 0.9.0, in fp32."""
+    expected = golden("checkpoint_0.9.0.json")
+    main_lgssl.main([*OLD_RUN, "--output_dir", str(old_checkpoint)])
+    steps = read(old_checkpoint / "steps.jsonl")
+    assert len(steps) == len(expected["steps"]) == 3
+    for found, old in zip(steps, expected["steps"], strict=True):
+        assert {name: found[name] for name in old} == pytest.approx(old, rel=1e-4)
+    checkpoint = torch.load(old_checkpoint / "checkpoint.pth", weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["step"]) == (2, 10)
+    sums = {name: value.double().sum().item() for name, value in checkpoint["teacher"].items()}
+    assert sums == pytest.approx(expected["teacher"], rel=1e-4, abs=1e-4)
+    assert checkpoint["loss"]["center"].double().sum().item() == pytest.approx(expected["center"], rel=1e-4, abs=1e-4)
+
+
+def test_a_checkpoint_of_an_older_version_is_evaluated_as_there(old_checkpoint, golden):
+    weights = str(old_checkpoint / "checkpoint.pth")
+    eval_knn.main(["--dataset", "digits", "--pretrained_weights", weights, "--nb_knn", "10", "--num_workers", "0"])
+    found = json.loads((old_checkpoint / "knn_digits.json").read_text())["knn"]["10"]
+    assert found == pytest.approx(golden("checkpoint_0.9.0.json")["knn10"], abs=0.3)  # one image of 397
+
+
+def test_an_argument_that_an_older_version_lacked_has_its_default(old_checkpoint):
+    path = old_checkpoint / "checkpoint.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    for name in ("flip_prob", "center", "drop_path_rate", "dist_timeout"):
+        del checkpoint["args"][name]
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="is of another run: --flip_prob 0.5 there, 0.25 here"):
+        main_lgssl.main([*OLD_RUN, "--output_dir", str(old_checkpoint), "--flip_prob", "0.25"])
+    main_lgssl.main([*OLD_RUN, "--output_dir", str(old_checkpoint)])
+    assert torch.load(path, weights_only=True)["step"] == 10
 
 
 def test_an_unreadable_checkpoint_is_replaced_by_the_one_before(photo_folder, tmp_path, undisturbed, capsys):
@@ -571,20 +630,20 @@ def test_lower_precision_trains(photo_folder, tmp_path, precision):
 
 
 def test_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(photo_folder, tmp_path, monkeypatch):
-    original, calls = main_lgssl.batch_loss, []
+    original, calls = LocalGlobalLoss.forward, []
 
     def poisoned(*arguments):
         calls.append(1)
         return original(*arguments) * (math.nan if len(calls) == 5 else 1)
 
-    monkeypatch.setattr(main_lgssl, "batch_loss", poisoned)
+    monkeypatch.setattr(LocalGlobalLoss, "forward", poisoned)
     with pytest.raises(SystemExit, match="the loss is not finite at step 4"):
         train(photo_folder, tmp_path, "--epochs", 3)
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
 
 
 def test_non_finite_gradient_never_reaches_a_checkpoint(photo_folder, tmp_path, monkeypatch):
-    original, calls = main_lgssl.batch_loss, []
+    original, calls = LocalGlobalLoss.forward, []
 
     def poisoned(*arguments):
         loss = original(*arguments)
@@ -593,7 +652,7 @@ def test_non_finite_gradient_never_reaches_a_checkpoint(photo_folder, tmp_path, 
             loss.register_hook(lambda gradient: gradient * math.nan)
         return loss
 
-    monkeypatch.setattr(main_lgssl, "batch_loss", poisoned)
+    monkeypatch.setattr(LocalGlobalLoss, "forward", poisoned)
     with pytest.raises(SystemExit, match="the gradient of backbone.cls_token is not finite at step 5"):
         train(photo_folder, tmp_path, "--epochs", 3)
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
@@ -628,48 +687,62 @@ class Stop(Exception):
 
 def test_every_option_reaches_what_it_is_for(tmp_path, monkeypatch):
     """Run with all options off their defaults and look at what the parts of the training were given."""
-    given = {"networks": []}
+    given = {"networks": [], "schedules": {}, "precisions": []}
 
-    def record(name, attribute):
-        original = getattr(main_lgssl, attribute)
+    def record(name, module=main_lgssl):
+        original = getattr(module, name)
 
         def call(*arguments, **named):
             given[name] = (*arguments, *named.values())
             return original(*arguments, **named)
 
-        monkeypatch.setattr(main_lgssl, attribute, call)
+        monkeypatch.setattr(module, name, call)
 
     def build(patch_size, img_size, drop_path_rate):
         given["networks"].append((patch_size, img_size, drop_path_rate))
         return vit_micro(patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
 
     monkeypatch.setitem(main_lgssl.ARCHITECTURES, "vit_micro", build)
-    for attribute in (
-        "MultiCrop",
-        "LocalGlobalLoss",
-        "DINOHead",
-        "BatchesOfViews",
-        "BatchOrder",
-        "Meters",
-        "teacher_temperature",
+    for name in (
+        *("MultiCrop", "LocalGlobalLoss", "DINOHead", "Teacher", "ViewBatches", "BatchSampler", "Meters"),
+        *("teacher_temperature", "seed_networks", "clip_each_gradient", "Report", "batches_on_device"),
     ):
-        record(attribute, attribute)
+        record(name)
+    autocast = torch.autocast
+    monkeypatch.setattr(
+        torch, "autocast", lambda *a, **b: (given["precisions"].append((*a, *b.values())), autocast(*a, **b))[1]
+    )
+    cosine = main_lgssl.cosine_schedule
 
-    def epoch(*arguments, **named):
-        given["epoch"], given["schedules"] = named, arguments[7]
+    def schedule(step, total_steps, base, final, warmup_steps=0):
+        given["schedules"][base, final] = [
+            cosine(s, total_steps, base, final, warmup_steps) for s in (0, warmup_steps, total_steps)
+        ]
+        return cosine(step, total_steps, base, final, warmup_steps)
+
+    def step(optimizer, *_):
+        head = [
+            p.grad for name, p in given["student"].named_parameters() if name.startswith("head.last_layer.weight_v")
+        ]
+        given["frozen"] = head == [None]
         raise Stop
 
     def join(dist_url, timeout):
         given["timeout"] = timeout
         return 0, 1, torch.device("cpu")
 
-    monkeypatch.setattr(main_lgssl, "train_one_epoch", epoch)
+    original = main_lgssl.build_optimizer
+    monkeypatch.setattr(
+        main_lgssl, "build_optimizer", lambda name, student: (given.update(student=student), original(name, student))[1]
+    )
+    monkeypatch.setattr(torch.amp.GradScaler, "step", step)
+    monkeypatch.setattr(main_lgssl, "cosine_schedule", schedule)
     monkeypatch.setattr(main_lgssl.utils, "init_distributed", join)
     words = (
         "--dataset digits --loss lambda --lambda_cls 0.3 --matching nearest --geometry image --center shared --seed 7 "
         "--arch vit_micro --patch_size 4 --out_dim 30 --norm_last_layer false --use_bn_in_head false "
         "--head_hidden_dim 20 --drop_path_rate 0.25 --momentum_teacher 0.9 --warmup_teacher_temp 0.05 "
-        "--teacher_temp 0.06 --warmup_teacher_temp_epochs 3 --epochs 9 --batch_size_per_gpu 64 --lr 0.1 --min_lr 0.01 "
+        "--teacher_temp 0.06 --warmup_teacher_temp_epochs 3 --epochs 9 --batch_size_per_gpu 8 --lr 1.6 --min_lr 0.01 "
         "--warmup_epochs 2 --weight_decay 0.1 --weight_decay_end 0.2 --clip_grad 1.5 --freeze_last_layer 2 "
         "--precision bf16 --accum_steps 2 --image_size 40 --global_crops_size 24 --local_crops_size 12 "
         "--global_crops_scale 0.5 0.9 --local_crops_scale 0.1 0.2 --local_crops_number 3 --flip_prob 0.2 "
@@ -680,21 +753,29 @@ def test_every_option_reaches_what_it_is_for(tmp_path, monkeypatch):
     assert given["MultiCrop"] == (24, 12, [0.5, 0.9], [0.1, 0.2], 3, 0.2, "image", 7)
     assert given["LocalGlobalLoss"] == (30, 36, "lambda", 0.3, "shared")
     assert given["DINOHead"] == (96, 30, False, False, 20)
+    assert given["Teacher"][2:] == (True,)
     assert given["networks"] == [(4, 24, 0.25), (4, 24, 0.0)]  # the teacher has no stochastic depth
-    assert given["BatchesOfViews"][2:] == (4, "nearest", 0, True)
+    assert given["ViewBatches"][2:] == (4, "nearest", 0, True)
     assert given["Meters"][1:] == ("bf16", 36, 700)
     assert given["timeout"] == datetime.timedelta(seconds=77)
-    assert given["BatchesOfViews"][0][0][0].shape == (3, 40, 40)
-    assert given["BatchOrder"] == (1400, 64, 2, 0, 1, 7)
+    assert given["ViewBatches"][0][0][0].shape == (40, 40, 3)
+    assert given["BatchSampler"] == (1400, 8, range(9 * 87), 2, 0, 1, 7)
     assert given["teacher_temperature"] == (0, 0.05, 0.06, 3)
-    options = ("seed", "clip_grad", "freeze_last_layer", "precision", "log_every")
-    assert [given["epoch"][name] for name in options] == [7, 1.5, True, "bf16", 5]
-    steps, expected = 90, {"lr": (0.05, 0.01), "wd": (0.1, 0.2), "momentum": (0.9, 1.0)}
+    assert given["seed_networks"] == (7, 0, 0, 1)  # the last micro-step of the first step
+    assert given["clip_each_gradient"][1] == 1.5
+    assert given["frozen"]
+    assert ("cpu", torch.bfloat16, True) in given["precisions"]
+    assert given["Report"] == (tmp_path, 0, 9, 87, 2 * 87)
+    expected = {"lr": (0.1, 0.01), "weight decay": (0.1, 0.2), "momentum": (0.9, 1.0)}
     for name, (start, end) in expected.items():
-        schedule = given["schedules"][name]
-        assert schedule(steps) == pytest.approx(end)
-        assert schedule(20 if name == "lr" else 0) == pytest.approx(start)  # 2 epochs of warm-up
-    assert given["schedules"]["lr"](0) == 0
+        first, after_warmup, last = given["schedules"][start, end]
+        assert (after_warmup, last) == pytest.approx((start, end)), name
+        assert first == (0 if name == "lr" else start), name  # 2 epochs of warm-up
+
+
+def test_steps_between_two_reports_are_those_of_log_every(photo_folder, tmp_path):
+    train(photo_folder, tmp_path, "--epochs", 2, "--log_every", 2)
+    assert [entry["step"] for entry in read(tmp_path / "steps.jsonl")] == [1, 2, 3, 5]
 
 
 def test_defaults_are_the_papers():

@@ -11,12 +11,13 @@ from test_main_lgssl import TINY, read, train
 
 import eval_knn
 import main_lgssl
-import observe
 from augment import MultiCrop
-from datasets import ResizeToTensor, build_dataset
-from main_lgssl import BatchesOfViews, Meters
-from observe import OnlineKNN, environment, is_due, training_pictures
-from patch_matching import batch_table, match_patches, match_views
+from patch_matching import match_patches, match_views
+from support import observe
+from support.images import ResizedArray, build_dataset
+from support.loader import ViewBatches
+from support.meters import Meters
+from support.observe import OnlineKNN, environment, is_due, training_pictures
 from utils import UserError
 from vision_transformer import vit_micro
 
@@ -54,22 +55,22 @@ def test_knn_is_that_of_the_evaluation(photo_folder, tmp_path, capsys):
 
 def test_knn_holds_out_training_images_where_there_are_no_others(photo_folder):
     train_folder = photo_folder / "train"
-    dataset = build_dataset("folder", train_folder, "train", ResizeToTensor(40))
+    dataset = build_dataset("folder", train_folder, "train", ResizedArray(40))
     knn = OnlineKNN(dataset, "folder", train_folder, None, **KNN)
-    references, queries = (set(knn.parts[split].dataset.indices) for split in ("train", "val"))
+    references, queries = (set(knn.splits[split].dataset.indices) for split in ("train", "val"))
     assert (len(references), len(queries)) == (10, 2)
     assert references | queries == set(range(12))
     assert [knn.labels["train"][i] for i in range(10)] == [
-        dataset.labels[i] for i in knn.parts["train"].dataset.indices
+        dataset.labels[i] for i in knn.splits["train"].dataset.indices
     ]
-    assert dataset[0][0].shape == (3, 40, 40)  # the training's own transform is left
+    assert dataset[0][0].shape == (40, 40, 3)  # the training's own transform is left
 
 
 def test_knn_is_bounded(monkeypatch):
-    monkeypatch.setattr(observe, "MOST_REFERENCES", 50)
-    monkeypatch.setattr(observe, "MOST_QUERIES", 20)
+    monkeypatch.setattr(observe, "MAX_REFERENCES", 50)
+    monkeypatch.setattr(observe, "MAX_QUERIES", 20)
     knn = OnlineKNN(build_dataset("digits"), "digits", None, None, **KNN)
-    assert [len(knn.parts[split]) for split in ("train", "val")] == [50, 20]
+    assert [len(knn.splits[split]) for split in ("train", "val")] == [50, 20]
     assert len(set(knn.labels["train"].tolist())) > 5
     # Features that are the labels: all right, and none where the queries' labels are other ones.
     both = {split: iter(labels) for split, labels in knn.labels.items()}
@@ -126,10 +127,10 @@ def test_watching_changes_no_weight(photo_folder, tmp_path):
 @pytest.mark.parametrize("loss", ["mean", "cls"])
 def test_pictures_show_the_matched_patches(photo_folder, loss):
     rule = None if loss == "cls" else "paper"
-    dataset = build_dataset("folder", photo_folder, "train", ResizeToTensor(64))
-    batches = BatchesOfViews(dataset, MultiCrop(32, 16, local_number=2, geometry="image"), 8, rule, 0)
-    image, views = batches.image(0, {}), batches.views((3, 7, [0]))
-    pictures = training_pictures(vit_micro(8, img_size=32).eval(), image, views, 8, rule)
+    dataset = build_dataset("folder", photo_folder, "train", ResizedArray(64))
+    batches = ViewBatches(dataset, MultiCrop(32, 16, local_number=2, geometry="image"), 8, rule, 0)
+    views, _ = batches.views((3, 7, [0]))
+    pictures = training_pictures(vit_micro(8, img_size=32).eval(), batches, (3, 7, [0]))
     height, gap = 160, 4
     assert pictures["views"].shape == (2 * (height + gap), 3 * (height + gap), 3)
     assert pictures["attention"].shape == (height + gap, 5 * (height + gap), 3)
@@ -171,9 +172,8 @@ def test_tensorboard_has_pictures_histogram_and_hyperparameters(photo_folder, tm
 def test_histogram_counts_pairs_of_views():
     boxes = np.array([[[0, 0, 32, 32]], [[0, 0, 32, 32]], [[0, 0, 16, 16]], [[40, 40, 8, 8]]])
     flips, grids = np.zeros((4, 1), bool), [(4, 4), (4, 4), (2, 2), (2, 2)]
-    table = batch_table(match_views(boxes, flips, grids), 3, [17, 17, 5, 5])
     meters = Meters(torch.device("cpu"), "fp32", 16)
-    meters.add(torch.tensor(1.0), 1.0, table.run_length)
+    meters.add(torch.tensor(1.0), match_views(boxes, flips, grids, 3), {})
     state = meters.state_dict()
     resumed = Meters(torch.device("cpu"), "fp32", 16)
     resumed.load_state_dict(state, 0)
@@ -193,7 +193,7 @@ def test_environment_of_each_start_is_stored(photo_folder, tmp_path):
     first, second = read(tmp_path / "environment.jsonl")
     assert (first["step"], second["step"], first["processes"]) == (0, 3, 1)
     assert first["packages"]["torch"] == torch.__version__.split("+")[0]
-    root = observe.Path(observe.__file__).parent
+    root = observe.Path(observe.__file__).parent.parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
     assert first["git_commit"] == (commit.stdout.strip() if commit.returncode == 0 else None)
 
@@ -215,7 +215,7 @@ def test_local_views_may_be_larger_than_the_global_ones(photo_folder, tmp_path):
 
 def test_a_run_that_ended_unseen_gets_its_hyperparameters(photo_folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(main_lgssl.utils.Report, "hyperparameters", lambda *_: None)
+        patch.setattr(main_lgssl.Report, "end", lambda *_: None)
         train(photo_folder, tmp_path, "--epochs", 1, *WATCHED)
     train(photo_folder, tmp_path, "--epochs", 1, *WATCHED)
     logged = read(tmp_path / "log.txt")[0]

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patch_matching import RULES, batch_table, match_patches, match_views
+from patch_matching import RULES, match_patches, match_views
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -133,53 +133,68 @@ def random_views(images, seed=0):
 GRIDS = [(14, 14)] * 2 + [(6, 6)] * 3
 
 
-@pytest.mark.parametrize("rule", [*RULES, None])
-@pytest.mark.parametrize("images", [1, 3])
-def test_one_call_for_many_pairs_equals_one_call_each(rule, images):
-    boxes, flips = random_views(images)
-    matches = match_views(boxes, flips, GRIDS, rule=rule)
-    start = 0
-    for image in range(images):
+def naive_pairs(boxes, flips, batch_size, rule):
+    """Return [(image, i, token, j, token, matched tokens)] by one call of match_patches for each image and (i, j)."""
+    pairs = []
+    for image in range(batch_size):
+        g = image if flips.shape[1] > 1 else 0
         for i in range(2):
             for j in range(5):
                 if i == j:
                     continue
                 idx_a, idx_b = [torch.zeros(1, dtype=torch.int64)] * 2
                 if rule:
-                    a, b = ((boxes[v, image], flips[v, image], GRIDS[v]) for v in (i, j))
+                    a, b = ((boxes[v, g], flips[v, g], GRIDS[v]) for v in (i, j))
                     idx_a, idx_b = match_patches(*a, *b, rule)
-                run = slice(start, start + len(idx_a))
-                assert matches.teacher_token[run].tolist() == idx_a.tolist()
-                assert matches.student_token[run].tolist() == idx_b.tolist()
-                for column, value in zip(matches, (image, i, None, j, None, len(idx_a)), strict=True):
-                    assert value is None or set(column[run].tolist()) == {value}
-                start += len(idx_a)
-    assert start == len(matches.image)
+                pairs += [(image, i, t, j, s, len(idx_a)) for t, s in zip(idx_a.tolist(), idx_b.tolist(), strict=True)]
+    return pairs
 
 
+@pytest.mark.parametrize("rule", [*RULES, None])
 @pytest.mark.parametrize("images", [1, 4])
-def test_batch_table_points_at_the_matched_tokens(images):
+def test_the_table_of_a_batch_has_the_matches_of_every_pair_of_views(rule, images):
     batch, tokens = 4, [197, 197, 37, 37, 37]
-    matches = match_views(*random_views(images), GRIDS)
-    table = batch_table(matches, batch, tokens)
+    boxes, flips = random_views(images)
+    matches = match_views(boxes, flips, GRIDS, batch, rule=rule)
     # Every token of the networks' outputs says which (view, image, token) it is.
     labels = torch.cat(
         [torch.cartesian_prod(torch.tensor([v]), torch.arange(batch), torch.arange(n)) for v, n in enumerate(tokens)]
     )
-    expected = []
-    for image in range(batch):
-        own = matches.image == (image if images > 1 else 0)
-        columns = [c[own] for c in matches[1:5]]
-        expected += [
-            ((i, image, t), (j, image, s)) for i, t, j, s in zip(*map(np.ndarray.tolist, columns), strict=True)
-        ]
-    teacher = labels[table.teacher_row][table.teacher_idx].tolist()
-    student = labels[table.student_row][table.student_idx].tolist()
-    assert [(tuple(t), tuple(s)) for t, s in zip(teacher, student, strict=True)] == expected
-    assert table.image.tolist() == [t[1] for t in teacher]
-    assert table.teacher_position.tolist() == labels[table.teacher_row][:, 2].tolist()
-    for rows, idx in ((table.teacher_row, table.teacher_idx), (table.student_row, table.student_idx)):
-        assert len(set(rows.tolist())) == len(rows) == idx.max() + 1  # each token once
-        assert labels[rows][:, 1].tolist() == sorted(labels[rows][:, 1].tolist())  # image by image
-    with pytest.raises(ValueError, match="batch of 7"):
-        batch_table(match_views(*random_views(4), GRIDS), 7, tokens)
+    teacher, student = labels[matches.teacher_row], labels[matches.student_row]
+    found = []
+    for teacher_idx, num_matched in zip(matches.teacher_idx, matches.num_matched, strict=True):
+        for t, s, count in zip(teacher[teacher_idx].tolist(), student.tolist(), num_matched.tolist(), strict=True):
+            if count:
+                assert t[1] == s[1]
+                found.append((t[1], t[0], t[2], s[0], s[2], count))
+    assert sorted(found) == sorted(naive_pairs(boxes, flips, batch, rule))
+    assert matches.teacher_position.tolist() == teacher[:, 2].tolist()
+    both_cls = (teacher[matches.teacher_idx][..., 2] == 0) & (student[:, 2] == 0)
+    assert torch.equal(matches.is_cls(), both_cls & (matches.num_matched > 0))
+    assert matches.is_cls().sum() == batch * 2 * 4
+
+
+@pytest.mark.parametrize("rule", [*RULES, None])
+@pytest.mark.parametrize("images", [1, 4])
+def test_the_table_is_sorted_by_image_and_then_by_number_of_matches(rule, images):
+    batch = 4
+    matches = match_views(*random_views(images), GRIDS, batch, rule=rule)
+    views = ((0, 197), (197, 197), (394, 37), (431, 37), (468, 37))  # tokens of an image in the views before, and in it
+    rows_of_image = [{b * n + batch * first + t for first, n in views for t in range(n)} for b in range(batch)]
+    teacher_counts, student_counts = matches.teacher_count.tolist(), matches.student_count.tolist()
+    for rows, counts in ((matches.teacher_row, teacher_counts), (matches.student_row, student_counts[0])):
+        assert len(set(rows.tolist())) == len(rows) == sum(counts)  # each token once
+        for own, chunk in zip(rows_of_image, rows.split(counts), strict=True):
+            assert set(chunk.tolist()) <= own
+    num_matches = (matches.num_matched > 0).sum(0)
+    assert num_matches.min() > 0
+    for b, own in enumerate(num_matches.split(student_counts[0])):
+        assert own.tolist() == sorted(own.tolist(), reverse=True)
+        assert [int((own > m).sum()) for m in range(len(matches.num_matched))] == [row[b] for row in student_counts]
+    used = matches.teacher_idx[matches.num_matched > 0]
+    assert set(used.tolist()) == set(range(len(matches.teacher_row)))
+
+
+def test_boxes_of_another_number_of_images_are_named():
+    with pytest.raises(ValueError, match="boxes of 4 images for a batch of 7"):
+        match_views(*random_views(4), GRIDS, 7)

@@ -4,7 +4,7 @@ import pickle
 import numpy as np
 import pytest
 
-from plain_pickle import read_plain_pickle
+from support.plain_pickle import read_plain_pickle
 from utils import UserError
 
 

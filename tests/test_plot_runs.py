@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-import figures
 import plot_runs
 import utils
+from support import figures
 from utils import UserError
 
 STEPS = 10  # of an epoch, with reports after 4, 8 and 10: in two parts, the second has two reports

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from test_launchers import TINY
 
-import datasets
 import losses
 import patch_matching
 import reproduce
 import vision_transformer
-from checkpoints import load_file
+from support import images
+from support.checkpoints import load_file
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,14 +30,14 @@ BLOCKS = [
     (bool(mark), language, text)
     for mark, language, text in re.findall(r"(<!-- runnable -->\n)?```(\w+)\n(.*?)```", README, re.S)
 ]
-# What comes behind the README's own options, so that a command takes seconds.
+# What comes behind the README's own options, so that a command takes seconds, by script or script and sub-command.
 SMALLER = {
     "main_lgssl.py": [*TINY, "--batch_size_per_gpu", 4],
     "eval_knn.py": ["--nb_knn", 2, "--num_workers", 0],
     "eval_linear.py": ["--epochs", 1, "--n_last_blocks", 1, "--num_workers", 0],
     "eval_copy_detection.py": ["--imsize", 32, "--num_workers", 0],
     "eval_image_retrieval.py": ["--imsize", 32, "--num_workers", 0],
-    "datasets.py": ["--whitening", 2, "--distractors", 2],
+    "reproduce.py lists": ["--whitening", 2, "--distractors", 2],
     "extract_features.py": ["--num_workers", 0],
 }
 # Commands that are not marked as runnable, and what runs them instead.
@@ -80,7 +80,7 @@ def test_every_file_that_is_named_is_there():
     for target in re.findall(r"\]\(([^)#]+)\)", prose):
         assert (ROOT / target).exists(), target
     for name in set(re.findall(r"`((?:[\w./]+/)?\w+\.(?:py|args|txt|sh|toml))`", prose)):
-        places = [ROOT / folder / name for folder in ("", "recipes", "tests", "benchmarks")]
+        places = [ROOT / folder / name for folder in ("", "support", "recipes", "tests", "benchmarks")]
         assert name in ("main_dino.py", "log.txt") or any(place.exists() for place in places), name
     headings = {
         re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)", README, re.M)
@@ -106,15 +106,15 @@ def test_the_table_of_recipes_has_each_with_its_tables():
 
 def test_every_script_is_in_the_layout():
     layout = README[README.index("## How the code is laid out") :]
-    for path in ROOT.glob("*.py"):
-        assert f"`{path.name}`" in layout, path.name
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("support/*.py")):
+        assert path.name == "__init__.py" or f"`{path.name}`" in layout, path.name
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, photo_folder, copydays_folder, retrieval_folder):
     """Return {placeholder of the README: path} in an empty folder, which becomes the working directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.Photographs, "CUTTINGS", {"train": 2, "val": 1})
+    monkeypatch.setattr(images.Photographs, "CUTTINGS", {"train": 2, "val": 1})
     # ImageNet with the classes that are left out, and two more
     lines = (ROOT / "recipes/imagenet100_cmc.txt").read_text().split()
     for name in [*lines[:2], "n0", "n1"]:
@@ -122,7 +122,8 @@ def workplace(tmp_path, monkeypatch, photo_folder, copydays_folder, retrieval_fo
         for i in range(3):
             Image.new("RGB", (20, 20), (80 * i, 0, 0)).save(tmp_path / "imagenet" / name / f"{i}.png")
     (tmp_path / "classes.txt").write_text("\n".join(lines[:2]))
-    monkeypatch.setitem(SMALLER, "datasets.py", [*SMALLER["datasets.py"], "--classes", tmp_path / "classes.txt"])
+    smaller = [*SMALLER["reproduce.py lists"], "--classes", tmp_path / "classes.txt"]
+    monkeypatch.setitem(SMALLER, "reproduce.py lists", smaller)
     image = photo_folder / "val/china/0.jpg"
     places = {
         "FOLDER/val/CLASS/IMAGE": image, "FOLDER": photo_folder, "COPYDAYS": copydays_folder / "copydays",
@@ -146,8 +147,8 @@ def filled(text, places):
 
 def run_python(script, *options):
     """Run a script in this process, as a user of the README would start it, but smaller."""
-    words = map(str, [*options, *SMALLER.get(script, [])])
-    importlib.import_module(Path(script).stem).main(list(words))
+    smaller = SMALLER.get(script) or SMALLER.get(" ".join([script, *options[:1]]), [])
+    importlib.import_module(Path(script).stem).main([*map(str, options), *map(str, smaller)])
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from PIL import Image
 import main_lgssl
 import reproduce
 from reproduce import ROOT, paper, recipe_arguments
+from support.images import listed_images
 from utils import UserError
 
 PAPER_TEXT = ROOT.parent / "shared" / "paper.md"
@@ -119,7 +120,7 @@ def test_show_prints_the_commands(capsys, tmp_path, monkeypatch):
     ]
     reproduce.main(f"show table5 --row mean-cifar10 mean-imagenet1k --data_root D --runs {tmp_path}".split())
     output = capsys.readouterr().out
-    assert output.count(f"python datasets.py D/imagenet --output_dir {tmp_path}/lists") == 2
+    assert output.count(f"python reproduce.py lists D/imagenet --output_dir {tmp_path}/lists") == 2
     assert output.count(f"--whitening_path {tmp_path}/lists/whitening.txt") == 1
     assert output.count("--whitening_path D/imagenet/train") == 1
     assert output.count("python eval_image_retrieval.py --data_path D --dataset rparis6k") == 2
@@ -237,6 +238,34 @@ def test_study_report_is_mean_and_standard_deviation(tmp_path):
     assert reproduce.study_report(tmp_path / "none") == []
 
 
+def test_lists_for_copy_detection_are_disjoint_and_without_the_classes(tmp_path, capsys):
+    for name in ("n1", "n2", "n3"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(20):
+            (tmp_path / "train" / name / f"{i}.JPEG").touch()
+    (tmp_path / "val").mkdir()
+    (tmp_path / "classes.txt").write_text("n2\n")
+    words = [str(tmp_path), "--classes", str(tmp_path / "classes.txt"), "--whitening", "25", "--distractors"]
+    texts = []
+    for folder, more in (("a", []), ("b", []), ("c", ["--seed", "1"])):
+        reproduce.main(["lists", *words, "12", "--output_dir", str(tmp_path / folder), *more])
+        texts.append([(tmp_path / folder / f"{name}.txt").read_text() for name in ("whitening", "distractors")])
+    assert texts[0] == texts[1] != texts[2]
+    assert f"25 images in {tmp_path}/a/whitening.txt" in capsys.readouterr().out
+    whitening, distractors = (set(listed_images(tmp_path / f"a/{name}.txt")) for name in ("whitening", "distractors"))
+    assert (len(whitening), len(distractors), len(whitening | distractors)) == (25, 12, 37)
+    assert {path.parent.name for path in whitening | distractors} == {"n1", "n3"}
+    with pytest.raises(UserError, match="has 40 images outside the classes of .*, expected at least 45"):
+        reproduce.main(["lists", *words, "20"])
+
+
+def test_the_step_that_draws_lists_is_one_that_reproduce_understands(tmp_path):
+    step, _ = reproduce.evaluation_steps("cifar10_vit_tiny16_mean", ["copydays"], setup_in(tmp_path))
+    args = step.settings()
+    assert (step.name, args.command, args.imagenet) == ("lists", "lists", "DATA/imagenet")
+    assert (args.output_dir, args.whitening, args.distractors) == (str(tmp_path / "lists"), 20000, 10000)
+
+
 def test_bad_input_is_named(tmp_path, capsys):
     def message(words):
         with pytest.raises((UserError, SystemExit)) as error:
@@ -282,7 +311,7 @@ def data_root(tmp_path, copydays_folder, retrieval_folder):
     (tmp_path / "data/copydays").symlink_to(copydays_folder / "copydays")
     for name in ("roxford5k", "rparis6k"):
         (tmp_path / "data" / name).symlink_to(retrieval_folder / name)
-    # What datasets.py would draw from an ImageNet of full size
+    # What reproduce.py lists would draw from an ImageNet of full size
     (tmp_path / "runs/lists").mkdir(parents=True)
     for name in ("whitening", "distractors"):
         paths = (copydays_folder / name).glob("*.jpg")

@@ -13,6 +13,7 @@ from vision_transformer import (
     WIDTHS,
     BackboneWithHead,
     DINOHead,
+    Teacher,
     load_backbone,
     vit_base,
     vit_micro,
@@ -112,15 +113,32 @@ def test_head_is_dinos():
     assert [type(layer).__name__ for layer in normed.mlp] == ["Linear", "BatchNorm1d", "GELU"] * 2 + ["Linear"]
 
 
-def test_rows_pick_tokens_of_all_crops():
+def test_rows_pick_tokens_of_all_views():
     network = BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 20, hidden_dim=32)).eval()
-    crops = [torch.randn(4, 3, 32, 32), torch.randn(2, 3, 16, 16)]
-    everything, weights, scale = network(crops)
-    assert everything.shape == (4 * 17 + 2 * 5, 256)
-    assert (weights.shape, scale.shape) == ((20, 256), (20,))
+    views = [torch.randn(4, 3, 32, 32), torch.randn(2, 3, 16, 16)]
+    out = network(views)
+    assert out.bottleneck.shape == (4 * 17 + 2 * 5, 256)
+    assert (out.prototypes.shape, out.scale.shape) == ((20, 256), (20,))
     rows = torch.tensor([0, 20, 70, 77])
-    torch.testing.assert_close(network(crops, rows)[0], everything[rows])
-    torch.testing.assert_close(everything[70], network([crops[1]])[0][2])
+    torch.testing.assert_close(network(views, rows).bottleneck, out.bottleneck[rows])
+    torch.testing.assert_close(out.bottleneck[70], network([views[1]]).bottleneck[2])
+    torch.testing.assert_close(out.cls_features, network.backbone(views[0])[:, 0].detach())
+    assert out.mean_bottleneck is None
+
+
+def test_teacher_averages_every_position_over_the_views_or_cls_alone():
+    backbone, head = vit_micro(8, img_size=32), DINOHead(96, 20, hidden_dim=32)
+    views = [torch.randn(4, 3, 32, 32)]
+    rows = torch.tensor([0, 3, 18, 40])
+    every = BackboneWithHead(backbone, head)(views).bottleneck.detach()
+    teacher = Teacher(backbone, head)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    out = teacher(views, rows)
+    torch.testing.assert_close(out.bottleneck, every[rows])
+    torch.testing.assert_close(out.mean_bottleneck, torch.stack([every[p::17].mean(0) for p in range(17)]))
+    of_cls = Teacher(backbone, head, average_patches=False)(views, torch.arange(0, 68, 17))
+    torch.testing.assert_close(of_cls.mean_bottleneck, out.mean_bottleneck[:1])
+    assert set(teacher.state_dict()) == set(BackboneWithHead(backbone, head).state_dict())
 
 
 # --- loading

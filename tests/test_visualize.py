@@ -7,28 +7,17 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.patches import ConnectionPatch
 from PIL import Image
-from sklearn.decomposition import PCA
+from test_features import normal
 
-import figures
 import visualize
-from augment import MEAN, STD, MultiCrop
-from datasets import photograph
+from augment import MultiCrop
 from patch_matching import match_patches
+from support import figures
+from support.images import photograph
 from utils import UserError
 from vision_transformer import vit_micro
 
 MICRO = "--pretrained_weights none --arch vit_micro --patch_size 8".split()
-
-
-@pytest.fixture
-def backbone():
-    torch.manual_seed(0)
-    return vit_micro(8, img_size=32).eval()
-
-
-@pytest.fixture
-def image(photographs):
-    return torch.from_numpy(np.array(photographs[0].resize((48, 32)))).permute(2, 0, 1)
 
 
 @pytest.fixture
@@ -43,30 +32,7 @@ def run(*words):
     visualize.main([str(word) for word in words])
 
 
-def normal(image):
-    """Normalise pixels as ImageNet's, in float64: uint8 [3, H, W] -> [1, 3, H, W]."""
-    mean, std = (torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (MEAN, STD))
-    return ((image.double() / 255 - mean) / std)[None]
-
-
 # --- what is computed
-
-
-def test_attention_is_that_of_the_last_block(backbone, image):
-    attention = visualize.cls_attention(backbone, image)
-    assert attention.shape == (3, 4, 6)
-    # By hand, in float64: what goes into the last block, its queries and keys.
-    network = vit_micro(8, img_size=32).double().eval()
-    network.load_state_dict(backbone.state_dict())
-    tokens = []
-    network.blocks[-1].register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]))
-    network(normal(image))
-    block = network.blocks[-1]
-    q, k, _ = block.attn.qkv(block.norm1(tokens[0]))[0].chunk(3, dim=1)  # [25, 96]
-    for head in range(3):
-        own = slice(32 * head, 32 * (head + 1))
-        expected = (q[0, own] @ k[:, own].T / 32**0.5).softmax(0)[1:]
-        np.testing.assert_allclose(attention[head].ravel(), expected.detach(), atol=1e-6)
 
 
 def test_mask_is_the_fewest_patches_with_the_share():
@@ -81,26 +47,10 @@ def test_mask_is_the_fewest_patches_with_the_share():
         assert share >= 0.6 > share - one[mask].min() / one.sum()
 
 
-def test_colours_are_principal_components_that_the_images_share(backbone, image):
-    images = [image, image.flip(2)[:, :16]]
-    features = [visualize.patch_features(backbone, x) for x in images]
-    tokens = backbone(normal(images[1]).float())[0, 1:]
-    torch.testing.assert_close(features[1], tokens.detach().unflatten(0, (2, 6)), atol=1e-5, rtol=1e-5)
-    colours, explained = visualize.principal_colours(features)
-    assert [c.shape for c in colours] == [(4, 6, 3), (2, 6, 3)]
-    everything = torch.cat([f.flatten(0, 1) for f in features]).double().numpy()
-    pca = PCA(3).fit(everything)
-    np.testing.assert_allclose(explained, pca.explained_variance_ratio_, rtol=1e-6)
-    shown = np.concatenate([c.reshape(-1, 3) for c in colours]).astype(float)
-    for component, values in enumerate(pca.transform(everything).T):
-        low, high = np.quantile(values, (0.01, 0.99))
-        expected = 255 * ((values - low) / (high - low)).clip(0, 1)
-        flipped = 255 - expected  # the sign of a component means nothing
-        assert min(np.abs(shown[:, component] - e).max() for e in (expected, flipped)) < 1
-
-
-def test_features_alone_find_the_same_patches_in_the_same_crop(backbone, image):
-    features = visualize.patch_features(backbone, image)
+def test_features_alone_find_the_same_patches_in_the_same_crop(photographs):
+    torch.manual_seed(0)
+    image = np.array(photographs[0].resize((48, 32)))
+    features = visualize.patch_features(vit_micro(8, img_size=32).eval(), image)
     idx = torch.arange(1, 25)
     assert visualize.nearest_tokens(features, features, idx).tolist() == idx.tolist()
     shuffled = torch.randperm(24, generator=torch.Generator().manual_seed(0))
@@ -117,7 +67,7 @@ def test_agreement_counts_the_patch_and_those_around_it():
 
 @pytest.mark.parametrize(("size", "side", "expected"), [((100, 60), 32, (32, 56)), ((60, 100), 40, (64, 40))])
 def test_images_become_whole_patches(size, side, expected):
-    assert visualize.whole_patches(torch.zeros(3, *size[::-1], dtype=torch.uint8), side, 8).shape[1:] == expected
+    assert visualize.whole_patches(np.zeros((size[1], size[0], 3), np.uint8), side, 8).shape == (*expected, 3)
 
 
 # --- what is drawn
@@ -134,13 +84,12 @@ def test_attention_draws_each_head_and_what_it_holds_on_to(drawn, capsys):
         attention = visualize.cls_attention(backbone, image)
         above, below = figure.axes[10 * i : 10 * i + 5], figure.axes[10 * i + 5 : 10 * i + 10]
         assert [axis.get_title() for axis in above] == [path.stem, "head 1", "head 2", "head 3", "mean"]
-        picture = figures.to_picture(image)
-        assert (above[0].images[0].get_array() == picture).all()
+        assert (above[0].images[0].get_array() == image).all()
         for maps, up, down in zip((*attention, attention.mean(0)), above[1:], below[1:], strict=True):
             brightness = np.asarray(up.images[0].get_array())[4::8, 4::8].astype(int).sum(-1)
             assert np.corrcoef(brightness.ravel(), maps.ravel())[0, 1] > 0.95
-            bright = (np.asarray(down.images[0].get_array()) == picture).all(-1)[4::8, 4::8]
-            dark = (picture == 255).all(-1)[4::8, 4::8]  # white stays white
+            bright = (np.asarray(down.images[0].get_array()) == image).all(-1)[4::8, 4::8]
+            dark = (image == 255).all(-1)[4::8, 4::8]  # white stays white
             assert (bright == visualize.most_of(maps, 0.5))[~dark].all()
     assert "attention of 3 heads on china, flower" in capsys.readouterr().out
 
@@ -164,6 +113,12 @@ def test_features_are_drawn_below_their_images(drawn):
     assert f"({explained[0]:.0%}, " in drawn[0].get_suptitle()
 
 
+def ends_of(lines, columns_a, columns_b, patch_size):
+    """Return the patches that lines connect: pairs of the teacher's and the student's token."""
+    ends = [tuple(int(v + 0.5) // patch_size for xy in (line.xy1, line.xy2) for v in xy) for line in lines]
+    return [(1 + columns_a * ya + xa, 1 + columns_b * yb + xb) for xa, ya, xb, yb in ends]
+
+
 def test_matches_draws_and_counts_the_agreement(drawn, capsys):
     run("matches", *MICRO, "--global_crops_size", 64, "--local_crops_size", 32, "--pairs", 3, "--seed", 2)
     (figure,) = drawn
@@ -175,7 +130,7 @@ def test_matches_draws_and_counts_the_agreement(drawn, capsys):
         views = crop([image], [0], seed, 0)
         boxes, flips, crops = ([views[i][name][0] for i in (0, 2)] for name in (1, 2, 0))
         idx_a, idx_b = match_patches(boxes[0], flips[0], (8, 8), boxes[1], flips[1], (4, 4))
-        a, b = (backbone(normal(x).float())[0, 1:].detach().double() for x in crops)
+        a, b = (backbone(normal(figures.to_picture(x)).float())[0, 1:].detach().double() for x in crops)
         found = []
         for i, j in zip(idx_a[1:].tolist(), idx_b[1:].tolist(), strict=True):
             cosines = [float(x @ b[j - 1] / x.norm() / b[j - 1].norm()) for x in a]
@@ -188,8 +143,7 @@ def test_matches_draws_and_counts_the_agreement(drawn, capsys):
     expected = f"{total} matched patches in 3 pairs of views; of these the features find {agree / total:.1%}, "
     assert expected + f"and {near / total:.1%} within a patch (by chance 1.6%)" in capsys.readouterr().out
     lines = [artist for artist in figure.artists if isinstance(artist, ConnectionPatch)]
-    ends = [tuple(int(v + 0.5) // 8 for xy in (line.xy1, line.xy2) for v in xy) for line in lines]
-    tokens = [(1 + 8 * ya + xa, 1 + 4 * yb + xb) for xa, ya, xb, yb in ends]
+    tokens = ends_of(lines, 8, 4, 8)
     idx_a, idx_b, found = first
     assert tokens == list(zip(idx_a, idx_b, strict=True)) + list(zip(found, idx_b, strict=True))
     colours = [line.get_edgecolor()[:3] for line in lines[len(idx_a) :]]
@@ -198,6 +152,63 @@ def test_matches_draws_and_counts_the_agreement(drawn, capsys):
     assert colours == [to_rgb((figures.STUDENT, figures.OVERLAP, figures.WRONG)[i]) for i in far]
     assert len(set(far)) > 1
     assert f"By features: {share:.0%} the same" in [axis.get_title() for axis in figure.axes]
+
+
+def test_matches_without_weights_draws_what_geometry_says(drawn, monkeypatch, capsys):
+    monkeypatch.setattr(visualize.evaluation, "open_model", None)
+    run("matches", "--seed", 1, "--pairs", 2)
+    (figure,) = drawn
+    assert len(figure.axes) == 3
+    image = np.array(Image.open(photograph("china")))
+    matched = []
+    for epoch in (0, 1):
+        teacher, _, student = MultiCrop(local_number=1, geometry="image", seed=1)([image], [0], epoch, 0)
+        geometry = (teacher.boxes[0], teacher.flips[0], (14, 14), student.boxes[0], student.flips[0], (6, 6))
+        idx_a, idx_b = match_patches(*geometry)
+        matched.append(list(zip(idx_a[1:].tolist(), idx_b[1:].tolist(), strict=True)))
+    assert ends_of(figure.artists, 14, 6, 16) == matched[0]
+    assert f"{sum(map(len, matched))} matched patches in 2 pairs of views\n" in capsys.readouterr().out
+
+
+def test_options_say_which_views_are_matched(drawn, capsys):
+    sizes = ("--patch_size", 8, "--global_crops_size", 64, "--local_crops_size", 40)
+    scales = ("--global_crops_scale", 1, 1, "--local_crops_scale", 0.25, 0.25)
+    counts = {}
+    for rule in ("paper", "nearest"):
+        run("matches", "chelsea", *sizes, *scales, "--matching", rule, "--seed", 5)
+        counts[rule] = int(re.match(r"\d+(?= matched patches)", capsys.readouterr().out)[0])
+    assert counts["nearest"] == 25  # the teacher's box holds the student's
+    assert 0 < counts["paper"] < 25
+    whole, teacher, student = drawn[0].axes
+    assert [axis.images[0].get_array().shape[:2] for axis in (teacher, student)] == [(64, 64), (40, 40)]
+    boxes = [(box.get_height(), box.get_width()) for box in whole.patches[:2]]
+    shares = np.prod(boxes, 1) / np.prod(whole.images[0].get_array().shape[:2])
+    np.testing.assert_allclose(shares, [1, 0.25], rtol=0.35)
+
+
+def test_the_same_views_are_drawn_with_weights(drawn):
+    views = ("matches", "--global_crops_size", 64, "--local_crops_size", 32, "--patch_size", 8, "--seed", 3)
+    run(*views)
+    run(*views, "--pretrained_weights", "none", "--arch", "vit_micro")
+    plain, learned = drawn
+    assert (len(plain.axes), len(learned.axes)) == (3, 5)
+    assert [box.get_bbox().bounds for box in plain.axes[0].patches] == [
+        box.get_bbox().bounds for box in learned.axes[0].patches
+    ]
+    lines = ends_of(plain.artists, 8, 4, 8)
+    assert len(lines) > 0
+    assert ends_of(learned.artists, 8, 4, 8)[: len(lines)] == lines
+    assert [axis.get_ylabel() for axis in plain.axes] == [axis.get_ylabel() for axis in learned.axes[:3]]
+
+
+def test_plain_crops_are_cut_where_their_boxes_say(photographs):
+    image = np.array(photographs[0])
+    for box, flip, size in (((10, 20, 300, 200), False, 32), ((0, 5, 90, 400), True, 16)):
+        top, left, height, width = box
+        cut = photographs[0].crop((left, top, left + width, top + height))
+        expected = np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+        expected = expected[:, ::-1] if flip else expected
+        assert np.abs(visualize.plain_crop(image, box, flip, size) - expected).max() <= 2
 
 
 def test_nearest_images_are_ranked(drawn, photo_folder, capsys):
@@ -265,7 +276,7 @@ def test_map_tells_many_classes_apart():
     shown = [(tuple(c.get_facecolor()[0]), c.get_paths()[0].vertices.tobytes()) for c in figure.axes[0].collections]
     assert len(set(shown)) == 60
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert len(legend) == figures.MOST_CLASSES
+    assert len(legend) == figures.MAX_CLASSES
     assert "c5" in legend
 
 
@@ -292,9 +303,10 @@ def test_names_are_shown_as_they_are(drawn, tmp_path, capsys):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [" _bg", r"\$b_\$", "c"]
 
 
-def test_files_are_written(tmp_path, capsys):
+@pytest.mark.parametrize("words", [("features", *MICRO, "--image_size", 32), ("matches",)])
+def test_files_are_written(tmp_path, capsys, words):
     files = [tmp_path / "new" / name for name in ("a.png", "a.pdf")]
-    run("features", *MICRO, "--image_size", 32, "--output", *files)
+    run(*words, "--output", *files)
     with Image.open(files[0]) as picture:
         assert picture.width == pytest.approx(figures.WIDTH * 200, abs=1)
     assert files[1].read_bytes().startswith(b"%PDF")
@@ -304,15 +316,44 @@ def test_files_are_written(tmp_path, capsys):
 # --- bad input
 
 
+@pytest.mark.parametrize("weights", [MICRO, ["--patch_size", 8]])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "--local_crops_size 30",
+            "--local_crops_size 30 is not a multiple of --patch_size 8; the nearest is 32",
+        ),
+        ("--global_crops_scale 0.5 0.4", "--global_crops_scale 0.5 0.4: expected two shares above 0"),
+    ],
+)
+def test_views_that_cannot_be_are_refused(tmp_path, capsys, weights, words, message):
+    with pytest.raises(SystemExit) as stopped:
+        run("matches", *words.split(), *weights, "--output", tmp_path / "x.png")
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert f"error: {message}" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_only_matches_does_without_weights(capsys):
+    with pytest.raises(SystemExit):
+        run("attention")
+    assert "required: --pretrained_weights" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("attention {tiny}", r"tiny.png has 5x9 pixels, smaller than a patch of 8x8"),
         ("attention --image_size 4", "images of side 4 are smaller than a patch of 8 pixels"),
         ("attention absent.png", "cannot read image absent.png"),
+        ("matches {tiny}", r"tiny.png has 5x9 pixels, smaller than a patch of 16x16"),
+        ("matches absent.png", "cannot read image absent.png"),
+        ("matches --output m.xyz", "cannot write m.xyz: found the suffix '.xyz', expected .png or .pdf"),
         ("features --output a.jpg", "cannot write a.jpg: found the suffix '.jpg', expected .png or .pdf"),
         ("features --output {tiny}/a.png", "cannot write .*tiny.png/a.png: File exists"),
-        ("matches --local_crops_size 30", "--local_crops_size 30 is not a multiple of the patches of 8 pixels"),
         (
             "attention {wide}.png --image_size 8",
             "wide has 1x9000 patches, more than 8000, at --image_size 8",
@@ -336,6 +377,6 @@ def test_bad_input_is_one_line(tmp_path, photo_folder, words, message):
     words = words.format(tiny=tiny, flat=flat, wide=wide, square=square, photo=photo_folder / "val/china/0.jpg").split()
     output = [] if "--output" in words else ["--output", tmp_path / "x.png"]
     with pytest.raises(UserError, match=message) as error:
-        run(words[0], *words[1:], *output, *MICRO)
+        run(words[0], *words[1:], *output, *([] if words[0] == "matches" else MICRO))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "x.png").exists()

@@ -12,19 +12,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as TF
 from torch.utils.data import Dataset, Subset
 
-from datasets import ImageFolder, build_dataset
-from eval_knn import knn_accuracy
-from evaluation import check_parts
-from features import eval_transform, extract_features, normalized_cls
-from patch_matching import match_views
-from preemption import ignore_signals
+from augment import resize
+from patch_matching import match_patches
+from support.evaluation import check_splits, knn_accuracy
+from support.features import (
+    cls_attention,
+    eval_transform,
+    extract_features,
+    normalized_cls,
+    patch_features,
+    principal_colours,
+)
+from support.images import ImageFolder, build_dataset
+from support.preemption import ignore_signals
 from utils import VERSION, UserError, warn
 
 NEIGHBOURS = 10
-MOST_REFERENCES, MOST_QUERIES = 5000, 1000  # images, so that the k-NN takes a bounded time
+MAX_REFERENCES, MAX_QUERIES = 5000, 1000  # images, so that the k-NN takes a bounded time
 
 
 def is_due(epoch, every, epochs):
@@ -32,12 +38,31 @@ def is_due(epoch, every, epochs):
     return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == epochs)
 
 
+def open_online_knn(every, train, name, data_path, classes, crop_size, batch_size, num_workers):
+    """Return (OnlineKNN or None, why it is None).
+
+    Args:
+        every: epochs between two measurements; 0 is never, None where it is possible.
+
+    Raises:
+        UserError: it was asked for, and is not possible.
+    """
+    if every == 0:
+        return None, "--knn_every 0"
+    try:
+        return OnlineKNN(train, name, data_path, classes, crop_size, batch_size, num_workers), None
+    except UserError as error:
+        if every:
+            raise UserError(f"--knn_every {every}: {error}") from error
+        return None, str(error)
+
+
 class OnlineKNN:
     """The k-NN accuracy of a network in training, as `eval_knn.py` measures it, K = 10, on a bounded number of images.
 
     The queries are validation images. Where the data set has none, a part of the training images is held out of the
-    references; these the network has been trained on, without their labels. At most MOST_REFERENCES training images and
-    MOST_QUERIES validation images are used, always the same ones. One that cannot be read is taken for black, with a
+    references; these the network has been trained on, without their labels. At most MAX_REFERENCES training images and
+    MAX_QUERIES validation images are used, always the same ones. One that cannot be read is taken for black, with a
     warning: looking on does not end a training.
 
     Args:
@@ -51,25 +76,26 @@ class OnlineKNN:
 
     def __init__(self, train, name, data_path, classes, crop_size, batch_size, num_workers):
         train = copy.copy(train)
-        train.transform, train.least_side = eval_transform(crop_size), None
+        train.transform, train.min_side = eval_transform(crop_size), None
         rng = np.random.default_rng(0)
         if isinstance(train, ImageFolder) and train.root == Path(data_path):
-            check_parts({"train": train}, data_path)
-            order = rng.permutation(len(train))
-            held_out = min(MOST_QUERIES, max(len(train) // 5, 1))
-            chosen = {"val": (train, order[:held_out]), "train": (train, order[held_out:][:MOST_REFERENCES])}
+            check_splits({"train": train}, data_path)
+            shuffled = rng.permutation(len(train))
+            held_out = min(MAX_QUERIES, max(len(train) // 5, 1))
+            chosen = {"val": (train, shuffled[:held_out]), "train": (train, shuffled[held_out:][:MAX_REFERENCES])}
         else:
             val = build_dataset(name, data_path, "val", train.transform, classes)
-            check_parts({"train": train, "val": val}, data_path)
+            check_splits({"train": train, "val": val}, data_path)
             chosen = {
-                split: (part, rng.permutation(len(part))[:most])
-                for split, part, most in (("train", train, MOST_REFERENCES), ("val", val, MOST_QUERIES))
+                split: (images, rng.permutation(len(images))[:max_images])
+                for split, images, max_images in (("train", train, MAX_REFERENCES), ("val", val, MAX_QUERIES))
             }
         if not len(chosen["train"][1]):
             raise UserError(f"found {len(train)} images, too few for the online k-NN")
-        self.labels = {split: torch.tensor(part.labels)[indices] for split, (part, indices) in chosen.items()}
-        self.parts = {
-            split: BlackForBad(Subset(part, indices.tolist()), crop_size) for split, (part, indices) in chosen.items()
+        self.labels = {split: torch.tensor(images.labels)[indices] for split, (images, indices) in chosen.items()}
+        self.splits = {
+            split: BlackForBad(Subset(images, indices.tolist()), crop_size)
+            for split, (images, indices) in chosen.items()
         }
         self.batch_size, self.num_workers = batch_size, num_workers
 
@@ -82,7 +108,8 @@ class OnlineKNN:
         network = normalized_cls(backbone)
         batches = {"batch_size": self.batch_size, "num_workers": self.num_workers, "worker_init_fn": ignore_signals}
         features = {
-            split: extract_features(network, part, device, title=None, **batches) for split, part in self.parts.items()
+            split: extract_features(network, images, device, title=None, **batches)
+            for split, images in self.splits.items()
         }
         if features["val"] is None:
             return None
@@ -108,43 +135,44 @@ class BlackForBad(Dataset):
 
 
 @torch.no_grad()
-def training_pictures(backbone, image, views, patch_size, rule):
+def training_pictures(backbone, view_batches, key):
     """Return pictures of one image, {name: uint8 [H, W, 3]}.
 
     Args:
         backbone: VisionTransformer.
-        image: uint8 [3, H, W].
-        views: its views by MultiCrop, a batch of this one image.
-        rule: of `match_views`.
+        view_batches: loader.ViewBatches.
+        key: of a batch of one image, (epoch, step, [sample index]).
 
     Returns:
         views: the first global view above each of the others, matched patches in one colour.
         attention: of CLS in the last block, head by head, and their mean.
         features: the first three principal components of the patch features as colours.
     """
-    import figures  # and matplotlib, which the other processes do without
-    from figures import to_picture
-    from visualize import cls_attention, patch_features, principal_colours
+    from support import figures  # and matplotlib, which the other processes do without
+    from support.figures import to_picture
 
+    (image, _), (views, _) = view_batches.image(key[2][0]), view_batches.views(key)
+    rule, patch_size = view_batches.rule, view_batches.patch_size
     size = views[0].pixels.shape[-1]
     grids = [(view.pixels.shape[-1] // patch_size,) * 2 for view in views]
-    boxes, flips = np.stack([view.boxes for view in views]), np.stack([view.flips for view in views])
-    matches = match_views(boxes, flips, grids, teacher_views=1, rule=rule)
     pixels = [to_picture(view.pixels[0]) for view in views]
     above, below = [], []
-    for j in range(1, len(views)):
-        pair = (matches.student_view == j) & (matches.student_token > 0)
-        above.append(figures.tint_patches(pixels[0], matches.teacher_token[pair], grids[0][1], patch_size))
-        below.append(figures.tint_patches(pixels[j], matches.student_token[pair], grids[j][1], patch_size))
+    for view, picture, grid in zip(views[1:], pixels[1:], grids[1:], strict=True):
+        idx_a = idx_b = torch.zeros(1, dtype=torch.int64)  # CLS alone
+        if rule is not None:
+            box_a, flip_a, box_b, flip_b = views[0].boxes[0], views[0].flips[0], view.boxes[0], view.flips[0]
+            idx_a, idx_b = match_patches(box_a, flip_a, grids[0], box_b, flip_b, grid, rule)
+        above.append(figures.tint_patches(pixels[0], idx_a[1:].numpy(), grids[0][1], patch_size))
+        below.append(figures.tint_patches(picture, idx_b[1:].numpy(), grid[1], patch_size))
 
-    whole = TF.resize(image, [size, size], TF.InterpolationMode.BICUBIC, antialias=True)
-    heads = cls_attention(backbone, whole)
+    resized = resize(image[None], (size, size), "bicubic")[0]
+    heads = cls_attention(backbone, resized)
     maps = [figures.heat_map(head, patch_size) for head in (*heads, heads.mean(0))]
-    (colours,), _ = principal_colours([patch_features(backbone, whole)])
+    (colours,), _ = principal_colours([patch_features(backbone, resized)])
     return {
         "views": figures.tile([above, below]),
-        "attention": figures.tile([[to_picture(whole), *maps]]),
-        "features": figures.tile([[to_picture(whole), figures.enlarge(colours, patch_size)]]),
+        "attention": figures.tile([[resized, *maps]]),
+        "features": figures.tile([[resized, figures.enlarge(colours, patch_size)]]),
     }
 
 
@@ -153,7 +181,7 @@ PACKAGES = "torch torchvision timm numpy pillow opencv-python-headless safetenso
 
 def environment():
     """Return what a run is started with: time, command line, version, git commit, packages, machine."""
-    root = Path(__file__).parent
+    root = Path(__file__).parent.parent
 
     def git(*words):
         try:

@@ -1,11 +1,7 @@
-"""Where images come from: folders, CIFAR-10, ImageNet subsets, built-in digits and photographs, Copydays, Oxford/Paris.
+"""Where images come from, and reading them safely.
 
 Every data set gives (image, label): the image as PIL RGB, or what `transform` makes of it; the label as an int, -1
 where there is none.
-
-    python datasets.py IMAGENET --output_dir LISTS
-
-writes the two lists of images that copy detection needs, see `copydays_lists`.
 """
 
 import importlib
@@ -13,23 +9,21 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 import utils
-from plain_pickle import read_plain_pickle
+from augment import resize
 from utils import UserError
 
 DATASETS = ("folder", "cifar10", "imagenet100", "digits", "photographs")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
-MOST_PIXELS = 2**26  # 8192×8192: 200 MB to decode; --on_bad_image says what happens to a larger one
-IMAGENET100_CLASSES = Path(__file__).parent / "recipes" / "imagenet100_cmc.txt"
+MAX_PIXELS = 2**26  # 8192×8192: 200 MB to decode; --on_bad_image says what happens to a larger one
+IMAGENET100_CLASSES = Path(__file__).parent.parent / "recipes" / "imagenet100_cmc.txt"
 
 
-def build_dataset(name, data_path=None, split="train", transform=None, classes=None, download=False, least_side=None):
+def build_dataset(name, data_path=None, split="train", transform=None, classes=None, download=False, min_side=None):
     """Open a data set.
 
     Args:
@@ -43,7 +37,7 @@ def build_dataset(name, data_path=None, split="train", transform=None, classes=N
         transform: applied to the PIL image.
         classes: a file with one class folder per line; "imagenet100" has a list of its own.
         download: let torchvision fetch CIFAR-10 where it is missing.
-        least_side: see `read_image`.
+        min_side: see `read_image`.
 
     Raises:
         UserError: the folder or a class is missing, or there are no images.
@@ -58,7 +52,7 @@ def build_dataset(name, data_path=None, split="train", transform=None, classes=N
         return _cifar10(data_path, split, transform, download)
     if name == "imagenet100":
         classes = classes or IMAGENET100_CLASSES
-    return ImageFolder(data_path, split, transform, classes, least_side)
+    return ImageFolder(data_path, split, transform, classes, min_side)
 
 
 class ImageFolder(Dataset):
@@ -72,24 +66,24 @@ class ImageFolder(Dataset):
         labels: int per image; -1 for an image that lies in no class folder.
     """
 
-    def __init__(self, root, split="train", transform=None, classes_file=None, least_side=None):
+    def __init__(self, root, split="train", transform=None, classes_file=None, min_side=None):
         root = Path(root)
         if not root.is_dir():
             raise UserError(f"no folder {root}: --data_path takes a folder of images, with or without class subfolders")
         if (root / "train").is_dir() and (root / "val").is_dir():
             root = root / split
-        self.root, self.transform, self.least_side, self.upright = root, transform, least_side, True
+        self.root, self.transform, self.min_side, self.upright = root, transform, min_side, True
         if classes_file is not None:
-            folders, loose = _listed_folders(root, classes_file), []
+            folders, loose = listed_folders(root, classes_file), []
         else:
             entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
             folders = [entry for entry in entries if entry.is_dir()]
-            loose = [str(entry) for entry in entries if _has_image_name(entry.name) and not entry.is_dir()]
+            loose = [str(entry) for entry in entries if has_image_name(entry.name) and not entry.is_dir()]
         found = [(path, -1) for path in loose]
         for label, folder in enumerate(folders):
             # Walking does not ask for the status of each file, of which there may be a million.
             below = [os.path.join(top, name) for top, _, names in os.walk(folder, followlinks=True) for name in names]
-            found += [(path, label) for path in sorted(below) if _has_image_name(os.path.basename(path))]
+            found += [(path, label) for path in sorted(below) if has_image_name(os.path.basename(path))]
         if not found:
             raise UserError(f"no images below {root}, expected files that end in {' '.join(IMAGE_SUFFIXES)}")
         self.paths, self.labels = [path for path, _ in found], [label for _, label in found]
@@ -99,7 +93,7 @@ class ImageFolder(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        image = read_image(self.paths[index], self.least_side, self.upright)
+        image = read_image(self.paths[index], self.min_side, self.upright)
         return (self.transform(image) if self.transform else image), self.labels[index]
 
 
@@ -196,7 +190,7 @@ def _cifar10(data_path, split, transform, download):
     return dataset
 
 
-def _listed_folders(root, classes_file):
+def listed_folders(root, classes_file):
     try:
         names = Path(classes_file).read_text().split()
     except (OSError, UnicodeDecodeError) as error:
@@ -254,152 +248,15 @@ def listed_images(source):
     return paths
 
 
-# --- Copydays
-
-COPYDAYS_SIZES = {"original": 157, "strong": 229}
-COPYDAYS_BLOCKS = ["strong"]
-COPYDAYS_BLOCKS += [f"jpegqual/{quality}" for quality in (3, 5, 8, 10, 15, 20, 30, 50, 75)]
-COPYDAYS_BLOCKS += [f"crops/{percent}" for percent in (10, 15, 20, 30, 40, 50, 60, 70, 80)]
-
-
-def copydays(root):
-    """Find the images of INRIA Copydays.
-
-    Args:
-        root: folder with `original/*.jpg`, `strong/*.jpg`, and where present `jpegqual/*/*.jpg` and `crops/*/*.jpg`.
-
-    Returns:
-        (blocks, positives): lists of paths, {"original": ..., "strong": ..., ...}, and for each block but the originals
-        the places in `blocks["original"]` that each of its images is a copy of: those whose names begin with the same
-        four characters.
-
-    Raises:
-        UserError: the layout is another, or an image has no original.
-    """
-    root = Path(root)
-    blocks = {}
-    for name in ["original", *COPYDAYS_BLOCKS]:
-        folder = root / name
-        paths = [path for path in folder.iterdir() if _has_image_name(path.name)] if folder.is_dir() else []
-        if not paths and name in COPYDAYS_SIZES:
-            raise UserError(
-                f"no images in {folder}: Copydays is {root}/original/*.jpg and {root}/strong/*.jpg, "
-                "and where present jpegqual/*/*.jpg and crops/*/*.jpg"
-            )
-        if paths:
-            blocks[name] = sorted(paths)
-    positives = {}
-    for name in list(blocks)[1:]:
-        positives[name] = [
-            [i for i, original in enumerate(blocks["original"]) if original.name[:4] == path.name[:4]]
-            for path in blocks[name]
-        ]
-        for path, found in zip(blocks[name], positives[name], strict=True):
-            if not found:
-                raise UserError(f"{path} has no original: expected {root}/original/{path.name[:4]}*.jpg")
-    return blocks, positives
-
-
-def copydays_lists(root, count_whitening=20000, count_distractors=10000, seed=0, classes=IMAGENET100_CLASSES):
-    """Draw the two disjoint sets of images of the paper's section 4.3.1: ImageNet without the classes of ImageNet-100.
-
-    Args:
-        root: ImageNet's training images in class folders, or the folder that holds `train` and `val`.
-        seed: with the same images the same lists.
-        classes: file with the class folders to leave out.
-
-    Returns:
-        (whitening, distractors): lists of absolute paths
-
-    Raises:
-        UserError: a class is missing, or there are too few images.
-    """
-    folder = ImageFolder(root)
-    left_out = {path.name for path in _listed_folders(folder.root, classes)}
-    paths = [
-        path
-        for path, label in zip(folder.paths, folder.labels, strict=True)
-        if label >= 0 and folder.classes[label] not in left_out
-    ]
-    count = count_whitening + count_distractors
-    if len(paths) < count:
-        raise UserError(f"{root} has {len(paths)} images outside the classes of {classes}, expected at least {count}")
-    drawn = np.random.default_rng(seed).choice(len(paths), count, replace=False)
-    chosen = [os.path.abspath(paths[i]) for i in drawn]
-    return chosen[:count_whitening], chosen[count_whitening:]
-
-
-# --- revisited Oxford and Paris
-
-
-class RevisitedRetrieval:
-    """Revisited Oxford (roxford5k) or Paris (rparis6k).
-
-    Args:
-        root: folder that holds NAME/gnd_NAME.pkl and NAME/jpg/*.jpg.
-
-    Attributes:
-        database, queries: paths of the images.
-        boxes: of each query, (left, top, right, bottom) in pixels.
-        relevance: of each query {"easy", "hard", "junk"}: places in the database.
-
-    Raises:
-        UserError: a file is missing or is not what it should be.
-    """
-
-    def __init__(self, root, name):
-        folder = Path(root) / name
-        path = folder / f"gnd_{name}.pkl"
-        layout = f"expected {folder}/gnd_{name}.pkl and {folder}/jpg/*.jpg"
-        if not path.is_file():
-            raise UserError(f"no ground truth {path}: {layout}")
-        contents = read_plain_pickle(path)
-        try:
-            names = {part: [str(name) for name in contents[part]] for part in ("imlist", "qimlist")}
-            self.relevance = [
-                {kind: np.array(entry[kind], np.int64).ravel().tolist() for kind in ("easy", "hard", "junk")}
-                for entry in contents["gnd"]
-            ]
-            self.boxes = [tuple(float(value) for value in entry["bbx"]) for entry in contents["gnd"]]
-        except (LookupError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(
-                f"{path} is no ground truth of {name}: expected imlist, qimlist, and gnd with easy, hard, junk and bbx"
-            ) from error
-        self.database, self.queries = (
-            [folder / "jpg" / f"{name}.jpg" for name in names[part]] for part in ("imlist", "qimlist")
-        )
-        if len(self.queries) != len(self.relevance):
-            raise UserError(f"{path} has {len(self.queries)} queries, but relevance for {len(self.relevance)}")
-        if not self.queries:
-            raise UserError(f"{path} has no queries")
-        for query, relevance, box in zip(names["qimlist"], self.relevance, self.boxes, strict=True):
-            if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
-                raise UserError(f"{path}: query {query} has the box {box}, expected left, top, right, bottom")
-            both = set(relevance["easy"] + relevance["hard"]) & set(relevance["junk"])
-            if both or set(relevance["easy"]) & set(relevance["hard"]):
-                raise UserError(f"{path}: query {query} has images that are more than one of easy, hard and junk")
-            wrong = [i for part in relevance.values() for i in part if not 0 <= i < len(self.database)]
-            if wrong:
-                raise UserError(f"{path}: query {query} names image {wrong[0]} of {len(self.database)}")
-            if not relevance["easy"] + relevance["hard"]:
-                raise UserError(f"{path}: query {query} has no relevant image, neither easy nor hard")
-        missing = [path for path in self.queries + self.database if not path.is_file()]
-        if missing:
-            raise UserError(f"{len(missing)} images are missing, the first is {missing[0]}: {layout}")
-
-
-# --- reading
-
-
-def _has_image_name(name):
+def has_image_name(name):
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-def read_image(path, least_side=None, upright=True):
+def read_image(path, min_side=None, upright=True):
     """Decode an image of any PIL mode to RGB, transparent parts on white.
 
     Args:
-        least_side: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as far as both sides keep that many pixels.
+        min_side: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as far as both sides keep that many pixels.
         upright: turn it by its EXIF tag.
 
     What decodes, and what counts as bad:
@@ -413,7 +270,7 @@ def read_image(path, least_side=None, upright=True):
     | with a broken EXIF block | decodes, not turned |
     | with a broken ICC profile | decodes; profiles are not applied |
     | truncated, empty, no image, damaged | bad |
-    | more than MOST_PIXELS by its header | bad, and not decoded |
+    | more than MAX_PIXELS by its header | bad, and not decoded |
     | of another format than FORMATS, whatever its name | bad: some of Pillow's decoders start other programs |
 
     Raises:
@@ -421,10 +278,10 @@ def read_image(path, least_side=None, upright=True):
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are more than {MOST_PIXELS}")
-            if least_side:
-                image.draft(None, (least_side, least_side))
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
+            if min_side:
+                image.draft(None, (min_side, min_side))
             image.load()
             if upright:
                 image = _turned_upright(image)
@@ -464,78 +321,15 @@ def image_size(path):
         raise _unreadable(path, error) from error
 
 
-def to_uint8(image):
-    """Turn a PIL image into a uint8 tensor [3, H, W]; in memory the colours of a pixel lie together."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-class ResizeToTensor:
-    """PIL image -> uint8 tensor [3, size, size] (bilinear, aspect not kept); of its own size where `size` is 0."""
+class ResizedArray:
+    """PIL image -> uint8 array [size, size, 3] (bilinear, aspect not kept); of its own size where `size` is 0."""
 
     def __init__(self, size):
         self.size = size
 
     def __call__(self, image):
+        pixels = np.array(image)
         if self.size and image.size != (self.size, self.size):
             # Antialiased, and with Pillow's result to a level, in a quarter of its time.
-            pixels = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
-            return F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)[0]
-        return to_uint8(image)
-
-
-class BatchOrder(Sampler):
-    """The keys (epoch, step, sample indices) of one process's batches, shuffled by (seed, epoch).
-
-    A step has `accum_steps` keys. What all processes take in one step is a run of the shuffled samples, the same
-    samples for any number of processes and of accumulated batches. An incomplete last step is left out, or, without
-    `drop_last`, shared out as far as it goes: then the last batches may be short or empty.
-
-    Attributes:
-        epoch: of the next iteration.
-        first_step: of the next iteration, within the epoch; those before are left out.
-        steps: in an epoch.
-    """
-
-    def __init__(self, length, batch_size, accum_steps=1, rank=0, world_size=1, seed=0, drop_last=True):
-        self.length, self.batch_size, self.accum_steps = length, batch_size, accum_steps
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        step_size = batch_size * accum_steps * world_size
-        self.steps = length // step_size if drop_last else -(-length // step_size)
-        self.epoch = self.first_step = 0
-
-    def __len__(self):
-        return (self.steps - self.first_step) * self.accum_steps
-
-    def __iter__(self):
-        samples = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        for i in range(self.first_step, self.steps):
-            for part in range(self.accum_steps):
-                start = ((i * self.world_size + self.rank) * self.accum_steps + part) * self.batch_size
-                yield self.epoch, self.epoch * self.steps + i, samples[start : start + self.batch_size].tolist()
-
-
-def main(argv=None):
-    parser = utils.ArgumentParser(description="Write the lists of images that copy detection needs (section 4.3.1).")
-    add = parser.add_argument_group("images").add_argument
-    add("imagenet", help="ImageNet: class folders, or train and val with class folders")
-    add("--classes", default=IMAGENET100_CLASSES, help="file with the class folders to leave out")
-    add = parser.add_argument_group("lists").add_argument
-    add("--output_dir", default=".", help="folder of whitening.txt and distractors.txt")
-    add("--whitening", type=utils.number(int, 1), default=20000, help="number of images in whitening.txt")
-    add("--distractors", type=utils.number(int, 1), default=10000, help="number of images in distractors.txt")
-    add("--seed", type=utils.number(int, 0), default=0, help="of the drawing")
-    args = parser.parse_args(argv)
-    lists = copydays_lists(args.imagenet, args.whitening, args.distractors, args.seed, args.classes)
-    folder = Path(args.output_dir)
-    for name, paths in zip(("whitening", "distractors"), lists, strict=True):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            utils.write_text("".join(f"{path}\n" for path in paths), folder / f"{name}.txt")
-        except OSError as error:
-            raise UserError(f"cannot write to --output_dir {folder}: {error.strerror}") from error
-        print(f"{len(paths)} images in {folder / name}.txt", flush=True)
-
-
-if __name__ == "__main__":
-    with utils.one_line_errors():
-        main()
+            pixels = resize(pixels[None], (self.size, self.size), "bilinear")[0]
+        return pixels

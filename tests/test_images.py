@@ -1,24 +1,18 @@
 import io
 import pickle
 import struct
+import subprocess
 import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from conftest import ROOT
 from PIL import Image
 
-import datasets
-from datasets import (
-    IMAGENET100_CLASSES,
-    BatchOrder,
-    ResizeToTensor,
-    build_dataset,
-    listed_images,
-    read_image,
-)
+from support import images
+from support.images import IMAGENET100_CLASSES, ResizedArray, build_dataset, listed_images, read_image
 from utils import UserError
 
 
@@ -116,7 +110,7 @@ def test_hostile_images_have_their_documented_outcome(tmp_path, gradient, monkey
         Image.new("RGB", (width, height), "red").save(tmp_path / "odd.png")
         read = read_image(tmp_path / "odd.png")
         assert (read.size, read.getpixel((0, 0))) == ((width, height), (255, 0, 0))
-        assert ResizeToTensor(32)(read)[:, 5, 5].tolist() == [255, 0, 0]
+        assert ResizedArray(32)(read)[5, 5].tolist() == [255, 0, 0]
 
     def bad(name, contents):
         (tmp_path / name).write_bytes(contents)
@@ -165,11 +159,12 @@ def test_folders_flat_nested_and_split(tmp_path, gradient):
 
 def test_images_are_resized_to_a_square_or_kept(tmp_path, gradient):
     save(tmp_path / "i.png", gradient)
-    image, _ = build_dataset("folder", tmp_path, transform=ResizeToTensor(20))[0]
+    image, _ = build_dataset("folder", tmp_path, transform=ResizedArray(20))[0]
     expected = np.asarray(Image.fromarray(gradient).resize((20, 20), Image.Resampling.BILINEAR))
-    assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
-    image, _ = build_dataset("folder", tmp_path, transform=ResizeToTensor(0))[0]
-    assert np.array_equal(image.permute(1, 2, 0).numpy(), gradient)
+    assert np.abs(image.astype(int) - expected).max() <= 1
+    assert (image.shape, image.dtype) == ((20, 20, 3), np.uint8)
+    image, _ = build_dataset("folder", tmp_path, transform=ResizedArray(0))[0]
+    assert np.array_equal(image, gradient)
 
 
 def test_a_large_jpeg_is_decoded_at_reduced_size(tmp_path, photographs):
@@ -177,16 +172,16 @@ def test_a_large_jpeg_is_decoded_at_reduced_size(tmp_path, photographs):
     photographs[0].save(tmp_path / "i.png")
     width, height = photographs[0].size  # 640 x 427
     sides = {None: 1, 428: 1, 427: 1, 214: 1, 213: 2, 107: 2, 106: 4, 53: 8, 10: 8}
-    for least_side, reduction in sides.items():
-        size = read_image(tmp_path / "i.jpg", least_side).size
-        assert size == (-(-width // reduction), -(-height // reduction)), least_side
+    for min_side, reduction in sides.items():
+        size = read_image(tmp_path / "i.jpg", min_side).size
+        assert size == (-(-width // reduction), -(-height // reduction)), min_side
     assert read_image(tmp_path / "i.png", 53).size == (640, 427)
     # Decoded at a quarter and then halved, a picture is what it is decoded whole and resized.
-    resize = ResizeToTensor(53)
-    whole = resize(read_image(tmp_path / "i.jpg"))
-    (reduced, _), *_ = build_dataset("folder", tmp_path, transform=resize, least_side=106)
-    assert not torch.equal(reduced, whole)
-    assert (reduced.int() - whole.int()).abs().float().mean() < 2
+    resize = ResizedArray(53)
+    unreduced = resize(read_image(tmp_path / "i.jpg"))
+    (reduced, _), *_ = build_dataset("folder", tmp_path, transform=resize, min_side=106)
+    assert not np.array_equal(reduced, unreduced)
+    assert np.abs(reduced.astype(int) - unreduced).mean() < 2
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):
@@ -238,25 +233,6 @@ def test_digits_are_a_fixed_split_of_all_images():
     assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, every.tolist()))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_batch_order_shares_the_same_samples_among_any_number_of_processes(world_size):
-    total = 6
-    orders = [BatchOrder(20, total // world_size, 1, rank, world_size, seed=3) for rank in range(world_size)]
-    reference = BatchOrder(20, total, seed=3)
-    seen = []
-    for epoch in (0, 1):
-        for order in (*orders, reference):
-            order.epoch = epoch
-        for *parts, whole in zip(*orders, reference, strict=True):
-            assert {part[:2] for part in parts} == {whole[:2]}
-            assert sum((part[2] for part in parts), []) == whole[2]
-            seen.append(whole)
-    assert [step for _, step, _ in seen] == list(range(6))  # 3 steps an epoch: the incomplete batch is left out
-    samples = [sum((batch[2] for batch in seen if batch[0] == epoch), []) for epoch in (0, 1)]
-    assert len(set(samples[0])) == 18
-    assert samples[0] != samples[1]
-
-
 def test_lists_of_images(tmp_path, gradient):
     for name in ("train/a/1.png", "train/b/2.jpg", "val/a/3.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -269,50 +245,26 @@ def test_lists_of_images(tmp_path, gradient):
         listed_images(tmp_path / "empty.txt")
 
 
-def test_lists_for_copy_detection_are_disjoint_and_without_the_classes(tmp_path, capsys):
-    for name in ("n1", "n2", "n3"):
-        (tmp_path / "train" / name).mkdir(parents=True)
-        for i in range(20):
-            (tmp_path / "train" / name / f"{i}.JPEG").touch()
-    (tmp_path / "val").mkdir()
-    (tmp_path / "classes.txt").write_text("n2\n")
-    words = [str(tmp_path), "--classes", str(tmp_path / "classes.txt"), "--whitening", "25", "--distractors"]
-    texts = []
-    for folder, more in (("a", []), ("b", []), ("c", ["--seed", "1"])):
-        datasets.main([*words, "12", "--output_dir", str(tmp_path / folder), *more])
-        texts.append([(tmp_path / folder / f"{name}.txt").read_text() for name in ("whitening", "distractors")])
-    assert texts[0] == texts[1] != texts[2]
-    assert f"25 images in {tmp_path}/a/whitening.txt" in capsys.readouterr().out
-    whitening, distractors = (set(listed_images(tmp_path / f"a/{name}.txt")) for name in ("whitening", "distractors"))
-    assert (len(whitening), len(distractors), len(whitening | distractors)) == (25, 12, 37)
-    assert {path.parent.name for path in whitening | distractors} == {"n1", "n3"}
-    with pytest.raises(UserError, match="has 40 images outside the classes of .*, expected at least 45"):
-        datasets.main([*words, "20"])
-
-
-# --- photographs
-
-
 def test_photographs_are_those_of_scikit_learn_and_scikit_image():
     train, val = (build_dataset("photographs", split=split) for split in ("train", "val"))
     assert train.classes == val.classes
     assert {"china", "flower", "chelsea"} < set(train.classes)
-    for part, each in ((train, 100), (val, 20)):
-        assert np.bincount(part.labels).tolist() == [each] * 15
-        assert {part[i][0].size for i in range(len(part))} == {(128, 128)}
+    for dataset, each in ((train, 100), (val, 20)):
+        assert np.bincount(dataset.labels).tolist() == [each] * 15
+        assert {dataset[i][0].size for i in range(len(dataset))} == {(128, 128)}
 
 
 def test_cuttings_for_validation_do_not_overlap_the_others(tmp_path, monkeypatch):
     x = np.broadcast_to(np.arange(500), (320, 500))
     for name in "ab":
         Image.fromarray(np.stack([x // 2, x % 2, 0 * x], -1).astype(np.uint8)).save(tmp_path / f"{name}.png")
-    monkeypatch.setattr(datasets, "PHOTOGRAPHS", dict.fromkeys("ba"))
-    monkeypatch.setattr(datasets, "photograph", lambda name: tmp_path / f"{name}.png")
+    monkeypatch.setattr(images, "PHOTOGRAPHS", dict.fromkeys("ba"))
+    monkeypatch.setattr(images, "photograph", lambda name: tmp_path / f"{name}.png")
     columns = {}
     for split in ("train", "val"):
-        part = build_dataset("photographs", split=split, transform=np.asarray)
-        assert part.classes == ["a", "b"]
-        columns[split] = [2 * image[0, :, 0].astype(int) + image[0, :, 1] for image, _ in part]
+        dataset = build_dataset("photographs", split=split, transform=np.asarray)
+        assert dataset.classes == ["a", "b"]
+        columns[split] = [2 * image[0, :, 0].astype(int) + image[0, :, 1] for image, _ in dataset]
         assert all((np.diff(own) == 1).all() for own in columns[split])
     assert min(map(min, columns["train"])) < 20
     assert 340 < max(map(max, columns["train"])) < 372 == min(map(min, columns["val"]))
@@ -322,3 +274,31 @@ def test_photographs_need_scikit_image(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage.data", None)
     with pytest.raises(UserError, match="comes with scikit-image: pip install scikit-image"):
         build_dataset("photographs")
+
+
+# Names by which other packages are imported in projects like this one
+WELL_KNOWN = set(
+    "accelerate albumentations apex augly avalanche clip data dataloader datasets detectron2 diffusers dinov2 "
+    "evaluate evaluation faiss features fairscale fvcore imgaug kornia lightly lightning metrics mmcv mmengine model "
+    "models modeling networks open_clip optim pl_bolts pytorch_lightning solo timm tokenizers torch torchmetrics "
+    "torchvision trainer transformers transforms vissl wandb webdataset xformers".split()
+)
+
+
+def test_no_module_of_the_root_is_called_like_a_well_known_package():
+    names = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert {"main_lgssl", "utils", "support"} < names
+    assert not names & WELL_KNOWN
+    assert not names & sys.stdlib_module_names
+
+
+def test_datasets_of_hugging_face_is_found_from_the_root(tmp_path):
+    """A package of that name lies behind the root on the path, as an installed one does."""
+    package = tmp_path / "installed/datasets/__init__.py"
+    package.parent.mkdir(parents=True)
+    package.touch()
+    code = "import sys; sys.path[:0] = sys.argv[1:]; import datasets; print(datasets.__file__)\n"
+    code += "from importlib.util import find_spec; print(find_spec('utils').origin)"
+    words = [sys.executable, "-c", code, ROOT, tmp_path / "installed"]
+    process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert process.stdout.splitlines() == [str(package), str(ROOT / "utils.py")], process.stderr

@@ -1,7 +1,8 @@
-"""Features of a whole data set, computed by any number of processes. What the evaluations share."""
+"""Features of images: of a whole data set, computed by any number of processes, and the tokens of a single one."""
 
 import sys
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
-from augment import MEAN, STD
+from augment import MEAN, STD, normalize
 
 GATHERED_NUMBERS = 2**23  # of each process at a time
 
@@ -85,15 +86,58 @@ def _gather_interleaved(features, total, rank, world_size, device, dtype):
     if features is None:
         features = torch.empty(0, int(dim), dtype=dtype)
     everything = torch.empty(total, int(dim), dtype=dtype) if rank == 0 else None
-    most = -(-total // world_size)  # samples of a process
+    samples_per_process = -(-total // world_size)
     at_a_time = max(1, GATHERED_NUMBERS // max(1, int(dim)))
-    for start in range(0, most, at_a_time):
-        rows = slice(start, min(start + at_a_time, most))
+    for start in range(0, samples_per_process, at_a_time):
+        rows = slice(start, min(start + at_a_time, samples_per_process))
         own = features[rows].to(device)
         padded = F.pad(own, (0, 0, 0, rows.stop - start - len(own)))
         gathered = [torch.empty_like(padded) for _ in range(world_size)] if rank == 0 else None
         dist.gather(padded, gathered)
-        for r, part in enumerate(gathered or []):
+        for r, features_of_rank in enumerate(gathered or []):
             place = everything[r::world_size][rows]
-            place.copy_(part[: len(place)])
+            place.copy_(features_of_rank[: len(place)])
     return everything
+
+
+def network_input(image, device):
+    """Return an image as a network takes it: uint8 [H, W, 3] -> normalised float [1, 3, H, W] on a device."""
+    return normalize(torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None])
+
+
+@torch.no_grad()
+def cls_attention(backbone, image):
+    """Return what CLS attends to in the last block: uint8 [H, W, 3] -> [heads, rows, columns], summing to at most 1."""
+    attention = backbone.get_last_selfattention(network_input(image, backbone.cls_token.device))
+    columns = image.shape[1] // backbone.patch_embed.patch_size[1]
+    return attention[0, :, 0, 1:].unflatten(1, (-1, columns)).cpu().numpy()  # from [heads, P]
+
+
+@torch.no_grad()
+def patch_features(backbone, image):
+    """Return the patch tokens after the last norm: uint8 [H, W, 3] -> [rows, columns, D]."""
+    tokens = backbone.forward(network_input(image, backbone.cls_token.device))
+    columns = image.shape[1] // backbone.patch_embed.patch_size[1]
+    return tokens[0, 1:].unflatten(0, (-1, columns)).cpu()
+
+
+def principal_colours(features):
+    """Turn patch features into colours: the first three principal components that all images have in common.
+
+    Args:
+        features: list of [rows, columns, D].
+
+    Returns:
+        (colours, explained): uint8 [rows, columns, 3] for each, the middle 98 % of a component's values spread over 0
+        to 255; and the components' share of the variance, [3].
+    """
+    everything = torch.cat([f.flatten(0, 1) for f in features]).double()
+    mean = everything.mean(0)
+    covariance = (everything - mean).T @ (everything - mean) / len(everything)
+    variance, axes = torch.linalg.eigh(covariance)
+    axes, explained = axes[:, -3:].flip(1), variance[-3:].flip(0) / variance.sum().clamp(min=1e-12)
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # an axis has no sign of its own
+    projected = [(f.double() - mean) @ axes for f in features]
+    low, high = np.quantile(torch.cat([p.flatten(0, 1) for p in projected]), (0.01, 0.99), axis=0)
+    scaled = [((p.numpy() - low) / np.maximum(high - low, 1e-12)).clip(0, 1) for p in projected]
+    return [(255 * s).round().astype(np.uint8) for s in scaled], explained.numpy()

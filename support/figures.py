@@ -18,7 +18,6 @@ from matplotlib.patches import ConnectionPatch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
 
-import augment
 import utils
 from utils import UserError
 
@@ -67,90 +66,9 @@ def save(figure, path):
         utils.warn(f"{path}: {text}")
 
 
-def draw_crops(image, sizes, scales, seed):
-    """Cut a teacher's and a student's crop out of an image.
-
-    Args:
-        image: uint8 [3, H, W].
-        sizes, scales: of the two crops: side in pixels after resizing, (low, high) share of the image's area.
-        seed: of box and flip.
-
-    Returns:
-        (crops two tensors uint8 [3, S, S], boxes two of (top, left, height, width), flips two booleans)
-    """
-    rng = np.random.default_rng(seed)
-    boxes = [augment.random_box(rng, *image.shape[-2:], scale) for scale in scales]
-    flips = [bool(rng.random() < 0.5) for _ in scales]
-    crops = [augment.crop_and_resize(image[None], box, size)[0] for box, size in zip(boxes, sizes, strict=True)]
-    return [crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)], boxes, flips
-
-
-def to_picture(image):
-    """Turn a tensor [3, H, W] into an array [H, W, 3]."""
-    return image.permute(1, 2, 0).numpy()
-
-
-def draw_matches(image, crops, boxes, flips, patch_size, idx_a, idx_b):
-    """Draw two crops of an image and their matched patches, numbered alike (the paper's Figures 2 and 3).
-
-    Args:
-        image: uint8 [H, W, 3].
-        crops: two arrays [S, S, 3], the teacher's and the student's, as the network sees them.
-        boxes: (top, left, height, width) of each in the image.
-        flips: whether each is mirrored.
-        patch_size: in pixels of the crops.
-        idx_a, idx_b: matched tokens, from `match_patches`.
-
-    Returns:
-        matplotlib Figure of three panels: the boxes and their intersection in the image, and the two crops.
-    """
-    height, width = image.shape[:2]
-    ratio = width / height
-    figure = Figure(figsize=(2.6 * (ratio + 2.2), 3.1), dpi=200, layout="constrained")
-    axes = figure.subplots(1, 3, width_ratios=[ratio, 1, 1])
-
-    axes[0].imshow(image)
-    names = ("Teacher’s crop", "Student’s crop")
-    for box, name, colour in zip(boxes, names, (TEACHER, STUDENT), strict=True):
-        top, left, h, w = box
-        axes[0].add_patch(Rectangle((left, top), w, h, fill=False, edgecolor=colour, linewidth=2.5, label=name))
-    (top_a, left_a, h_a, w_a), (top_b, left_b, h_b, w_b) = boxes
-    top, left = max(top_a, top_b), max(left_a, left_b)
-    bottom, right = min(top_a + h_a, top_b + h_b), min(left_a + w_a, left_b + w_b)
-    if top < bottom and left < right:
-        style = {"facecolor": OVERLAP, "alpha": 0.25, "edgecolor": "none", "label": "Intersection"}
-        axes[0].add_patch(Rectangle((left, top), right - left, bottom - top, **style))
-    axes[0].set_title("Image", fontsize=9)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-
-    matched = len(idx_a) - 1
-    for axis, crop, flip, tokens, name, colour in zip(
-        axes[1:], crops, flips, (idx_a, idx_b), names, (TEACHER, STUDENT), strict=True
-    ):
-        axis.imshow(crop)
-        side = crop.shape[0]
-        columns = crop.shape[1] // patch_size
-        lines = {"color": "white", "linewidth": 0.4, "alpha": 0.6}
-        for edge in range(patch_size, side, patch_size):
-            axis.axhline(edge - 0.5, **lines)
-            axis.axvline(edge - 0.5, **lines)
-        font = min(8.0, 95 / columns)
-        for number, token in enumerate(tokens[1:].tolist(), start=1):
-            row, column = divmod(token - 1, columns)
-            x, y = column * patch_size - 0.5, row * patch_size - 0.5
-            fill = colormaps["plasma"](number / (matched + 1))
-            axis.add_patch(Rectangle((x, y), patch_size, patch_size, facecolor=fill, alpha=0.28, edgecolor="none"))
-            centre = (x + patch_size / 2, y + patch_size / 2)
-            outline = [withStroke(linewidth=1.2, foreground="black")]
-            axis.annotate(
-                str(number), centre, color="white", fontsize=font, ha="center", va="center", path_effects=outline
-            )
-        for spine in axis.spines.values():
-            spine.set(color=colour, linewidth=2.5)
-        axis.set_title(f"{name}, {side}×{side}" + (", mirrored" if flip else ""), fontsize=9)
-    for axis in axes:
-        bare(axis)
-    return figure
+def to_picture(pixels):
+    """Turn a view of one image, a tensor [3, S, S], into an array [S, S, 3]."""
+    return pixels.permute(1, 2, 0).numpy()
 
 
 def bare(axis, title=None):
@@ -185,7 +103,7 @@ def tint_patches(image, tokens, columns, patch_size):
     tint, share = np.zeros((*image.shape[:2], 3)), np.zeros((*image.shape[:2], 1))
     colours = 255 * colormaps["turbo"](np.linspace(0.05, 0.95, max(len(tokens), 1)))[:, :3]
     for token, colour in zip(tokens, colours, strict=False):
-        row, column = divmod(int(token) - 1, columns)
+        row, column = _place(int(token), columns)
         cell = slice(row * patch_size, (row + 1) * patch_size), slice(column * patch_size, (column + 1) * patch_size)
         tint[cell], share[cell] = colour, 0.6
     return (image * (1 - share) + tint * share).round().astype(np.uint8)
@@ -295,68 +213,96 @@ def draw_features(images, colours, names, patch_size, explained):
     return figure
 
 
-def draw_correspondences(image, crops, boxes, flips, patch_size, idx_a, idx_b, found_a, agrees, touches):
-    """Draw the matches of two views that geometry gives beside those that the features of a network find.
+def draw_matches(image, crops, boxes, flips, patch_size, idx_a, idx_b, found_a=None):
+    """Draw two crops of an image and their matched patches (the paper's Figures 2 and 3).
 
     Args:
-        image, crops, boxes, flips, patch_size: as `draw_matches`.
-        idx_a, idx_b: [n] matched patches, counting from 1, without CLS.
-        found_a: [n] the teacher's patch nearest in feature space to each of idx_b.
-        agrees, touches: booleans [n], whether it is the same, and whether it is that or one around it.
+        image: uint8 [H, W, 3].
+        crops: uint8 [S, S, 3] and [s, s, 3], the teacher's and the student's, as the network sees them.
+        boxes: (top, left, height, width) of each in the image.
+        flips: whether each is mirrored.
+        patch_size: in pixels of the crops.
+        idx_a, idx_b: [n] patches of the two that geometry matches, counting from 1, without CLS.
+        found_a: [n] the teacher's patch nearest in feature space to each of idx_b; None draws the geometry alone.
 
     Returns:
-        matplotlib Figure of the image with the two boxes, the geometric pairs, and the pairs by features, each with the
-        teacher's crop above the student's and a line for each pair.
+        matplotlib Figure of the image with the two boxes and their intersection, the geometric pairs, and the pairs by
+        features, each with the teacher's crop above the student's. The two patches of a pair have the same number and
+        a line between them; the colour of a pair by features says how far it is from geometry.
     """
-    figure = Figure(figsize=(WIDTH, 4.4), dpi=200, layout="constrained")
+    width_ratios, height = ([1.7, 1], 5.4) if found_a is None else ([1.25, 1, 1], 4.4)
+    figure = Figure(figsize=(WIDTH, height), dpi=200, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.04, h_pad=0.02, hspace=0.06, wspace=0.02)
-    grid = figure.add_gridspec(2, 3, width_ratios=[1.25, 1, 1])
-    whole = figure.add_subplot(grid[:, 0])
-    whole.imshow(image)
-    names = ("teacher’s view", "student’s view")
-    for box, name, colour in zip(boxes, names, (TEACHER, STUDENT), strict=True):
-        top, left, height, width = box
-        whole.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=colour, linewidth=2, label=name))
-    bare(whole, "Image")
-    whole.legend(loc="upper center", bbox_to_anchor=(0.5, -0.03), fontsize=8, frameon=False)
+    grid = figure.add_gridspec(2, len(width_ratios), width_ratios=width_ratios)
+    _draw_boxes(figure.add_subplot(grid[:, 0]), image, boxes)
 
-    agrees, touches = (np.asarray(x, bool) for x in (agrees, touches))
-    kinds = np.where(agrees, 0, np.where(touches, 1, 2))
+    axes = [figure.add_subplot(grid[row, 1]) for row in (0, 1)]
+    for axis, whose, crop, flip in zip(axes, ("teacher", "student"), crops, flips, strict=True):
+        label = f"{whose}’s view\n{crop.shape[0]}×{crop.shape[1]}"
+        axis.set_ylabel(label + (", mirrored" if flip else ""), fontsize=8)
+    colours = colormaps["plasma"](np.linspace(0, 0.95, max(len(idx_a), 1)))[: len(idx_a)]
+    _draw_pairs(figure, axes, crops, patch_size, idx_a, idx_b, colours)
+    axes[0].set_title("By geometry", fontsize=8)
+    if found_a is None:
+        return figure
+
+    axes = [figure.add_subplot(grid[row, 2]) for row in (0, 1)]
+    columns = crops[0].shape[1] // patch_size
+    distance = np.abs(np.subtract(_place(found_a, columns), _place(idx_a, columns))).max(0)  # in patches
     colours, labels = (STUDENT, OVERLAP, WRONG), ("the same patch as by geometry", "one around it", "another patch")
-    titles = ("By geometry", "By features")
-    if len(kinds):
-        titles = (titles[0], f"By features: {agrees.mean():.0%} the same")
-    for column, (title, tokens_a, its_kinds) in enumerate(
-        ((titles[0], idx_a, np.zeros_like(kinds)), (titles[1], found_a, kinds)), start=1
-    ):
-        axes = [figure.add_subplot(grid[row, column]) for row in (0, 1)]
-        for axis, crop, flip, name, colour in zip(axes, crops, flips, names, (TEACHER, STUDENT), strict=True):
-            axis.imshow(crop)
-            bare(axis)
-            for spine in axis.spines.values():
-                spine.set(color=colour, linewidth=2)
-            if column == 1:
-                axis.set_ylabel(name + (", mirrored" if flip else ""), fontsize=8)
-        axes[0].set_title(title, fontsize=8)
-        centres = [
-            [_centre(token, crop.shape[1] // patch_size, patch_size) for token in tokens]
-            for crop, tokens in zip(crops, (tokens_a, idx_b), strict=True)
-        ]
-        for a, b, kind in zip(*centres, its_kinds, strict=True):
-            style = {"color": colours[kind], "linewidth": 0.9, "alpha": 0.9}
-            figure.add_artist(ConnectionPatch(a, b, "data", "data", axesA=axes[0], axesB=axes[1], **style))
-            for axis, point in zip(axes, (a, b), strict=True):
-                style = {"markersize": 2.8, "markeredgecolor": "white", "markeredgewidth": 0.3}
-                axis.plot(*point, "o", color=colours[kind], **style)
+    _draw_pairs(figure, axes, crops, patch_size, found_a, idx_b, [colours[min(d, 2)] for d in distance])
+    axes[0].set_title("By features" + (f": {(distance == 0).mean():.0%} the same" if len(distance) else ""), fontsize=8)
     handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
     figure.legend(handles, labels, loc="outside lower right", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
-def _centre(token, columns, patch_size):
-    """Return (x, y) of the middle of a patch, in pixels of the crop."""
-    row, column = divmod(int(token) - 1, columns)
-    return (column + 0.5) * patch_size - 0.5, (row + 0.5) * patch_size - 0.5
+def _draw_boxes(axis, image, boxes):
+    """Draw an image with the boxes of its two crops, and their intersection."""
+    axis.imshow(image)
+    for (top, left, height, width), name, colour in zip(
+        boxes, ("teacher’s view", "student’s view"), (TEACHER, STUDENT), strict=True
+    ):
+        style = {"fill": False, "edgecolor": colour, "linewidth": 2, "label": name}
+        axis.add_patch(Rectangle((left, top), width, height, **style))
+    (top_a, left_a, height_a, width_a), (top_b, left_b, height_b, width_b) = boxes
+    top, left = max(top_a, top_b), max(left_a, left_b)
+    bottom, right = min(top_a + height_a, top_b + height_b), min(left_a + width_a, left_b + width_b)
+    if top < bottom and left < right:
+        style = {"facecolor": OVERLAP, "alpha": 0.25, "edgecolor": "none", "label": "intersection"}
+        axis.add_patch(Rectangle((left, top), right - left, bottom - top, **style))
+    bare(axis, "Image")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.03), fontsize=8, frameon=False)
+
+
+def _draw_pairs(figure, axes, crops, patch_size, tokens_a, tokens_b, colours):
+    """Draw the teacher's and the student's crop, and for each pair its two patches, numbered alike, and a line."""
+    for axis, crop, colour in zip(axes, crops, (TEACHER, STUDENT), strict=True):
+        axis.imshow(crop)
+        bare(axis)
+        for spine in axis.spines.values():
+            spine.set(color=colour, linewidth=2)
+    for number, (token_a, token_b, colour) in enumerate(zip(tokens_a, tokens_b, colours, strict=True), start=1):
+        centres = []
+        for axis, crop, token in zip(axes, crops, (token_a, token_b), strict=True):
+            columns = crop.shape[1] // patch_size
+            row, column = _place(token, columns)
+            left, top = column * patch_size - 0.5, row * patch_size - 0.5
+            square = {"facecolor": colour, "alpha": 0.3, "edgecolor": "none"}
+            axis.add_patch(Rectangle((left, top), patch_size, patch_size, **square))
+            x, y = left + patch_size / 2, top + patch_size / 2
+            style = {"color": "white", "fontsize": min(6.0, 100 / columns), "ha": "center", "va": "center"}
+            outline = [withStroke(linewidth=1, foreground="black")]
+            # Of the figure, to stand above its lines.
+            figure.text(x, y, str(number), transform=axis.transData, zorder=3, path_effects=outline, **style)
+            centres.append((x, y))
+        line = {"color": colour, "linewidth": 0.8, "alpha": 0.7}
+        figure.add_artist(ConnectionPatch(centres[0], centres[1], "data", "data", axesA=axes[0], axesB=axes[1], **line))
+
+
+def _place(token, columns):
+    """Return (row, column) of a patch, or of an array of them."""
+    return np.divmod(np.asarray(token) - 1, columns)
 
 
 def draw_image_neighbours(query, images, similarities, names):
@@ -408,15 +354,16 @@ def draw_patch_neighbours(images, similarities, patch, nearest, names, patch_siz
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03, hspace=0.0, wspace=0.0)
     axes = figure.subplots(2, columns, squeeze=False)
     scale = {"cmap": "cividis", "vmin": min(similarity.min() for similarity in similarities), "vmax": 1}
-    for axis, below, image, similarity, name in zip(*axes, images, similarities, names, strict=True):
+    for axis, below, image, similarity, name in zip(axes[0], axes[1], images, similarities, names, strict=True):
         axis.imshow(image)
         bare(axis, shown(name))
         heat = below.imshow(enlarge(similarity, patch_size), **scale)
         bare(below)
     for i, row, column in nearest:
         _frame(axes[0, i], row, column, patch_size, STUDENT)
+    row, column = patch
     for axis in axes[:, 0]:
-        _frame(axis, *patch, patch_size, WRONG)
+        _frame(axis, row, column, patch_size, WRONG)
     bar = figure.colorbar(heat, ax=axes, location="bottom", fraction=0.04, aspect=50, pad=0.01)
     bar.set_label("cosine with the features of the query", fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -429,7 +376,7 @@ def _frame(axis, row, column, patch_size, colour):
     axis.add_patch(Rectangle(corner, patch_size, patch_size, fill=False, edgecolor=colour, linewidth=1.2))
 
 
-MOST_CLASSES = 24  # in the legend of a map
+MAX_CLASSES = 24  # in the legend of a map
 
 
 def draw_map(points, labels, classes, title):
@@ -438,7 +385,7 @@ def draw_map(points, labels, classes, title):
     Args:
         points: [n, 2].
         labels: ints [n], places in `classes`.
-        classes: names. The legend has the MOST_CLASSES largest ones.
+        classes: names. The legend has the MAX_CLASSES largest ones.
 
     Returns:
         matplotlib Figure
@@ -447,7 +394,7 @@ def draw_map(points, labels, classes, title):
     axis = figure.subplots()
     labels = np.asarray(labels)
     counts = np.bincount(labels, minlength=len(classes))
-    in_legend = set(np.argsort(-counts, kind="stable")[:MOST_CLASSES].tolist())
+    in_legend = set(np.argsort(-counts, kind="stable")[:MAX_CLASSES].tolist())
     for label in np.flatnonzero(counts):
         own = points[labels == label]
         colour, marker = COLOURS[label % len(COLOURS)], MARKERS[label // len(COLOURS) % len(MARKERS)]

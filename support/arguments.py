@@ -1,0 +1,107 @@
+"""Command lines: argument files, one-line errors, types of options."""
+
+import argparse
+import difflib
+import math
+import shlex
+import sys
+from pathlib import Path
+
+
+def bool_flag(text):
+    """Parse true/false, on/off, 1/0, as DINO's options do."""
+    if text.lower() in ("true", "on", "1"):
+        return True
+    if text.lower() in ("false", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is not a switch, expected true or false")
+
+
+def number(kind, low=-math.inf, high=math.inf):
+    """Return an argparse type: an int or a float in [low, high]."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            article = "a whole number" if kind is int else "a number"
+            bounds = f"of at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected {article} {bounds}")
+        return value
+
+    return parse
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default of every option that has one, a list as it would be given."""
+
+    def _get_help_string(self, action):
+        if isinstance(action.default, list) and action.default:
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with argument files and one-line errors.
+
+    `@FILE` stands for the words in FILE, where `#` starts a comment. A file may include another one with `@OTHER`,
+    which is looked for beside the including file. What comes later on the command line wins.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        self.origin = {}
+
+    def parse_args(self, args=None, namespace=None):
+        words = self._expand(sys.argv[1:] if args is None else args, Path(), ())
+        namespace, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            word = unknown[0].split("=")[0]
+            close = difflib.get_close_matches(word, self._options(namespace), n=1)
+            hint = f"did you mean {close[0]}?" if close else "--help lists the options"
+            where = f" in {self.origin[unknown[0]]}" if unknown[0] in self.origin else ""
+            self.error(f"unknown option {word}{where}; {hint}")
+        return namespace
+
+    def _options(self, namespace):
+        """Return the names of all options that could have been given, those of the chosen sub-command among them."""
+        names = []
+        for action in self._actions:
+            names += action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                names += action.choices[getattr(namespace, action.dest)]._options(namespace)
+        return names
+
+    def _expand(self, words, folder, including):
+        expanded = []
+        for word in words:
+            if not word.startswith("@"):
+                expanded.append(word)
+                continue
+            path = folder / word[1:]
+            if path.resolve() in including:
+                self.error(f"argument file {path} includes itself")
+            try:
+                inner = shlex.split(path.read_text(encoding="utf-8"), comments=True)
+            except (OSError, ValueError) as error:  # ValueError: an open quotation mark, or not text
+                self.error(f"cannot read argument file {path}: {getattr(error, 'strerror', None) or error}")
+            self.origin.update((w, path) for w in inner)
+            expanded += self._expand(inner, path.parent, (*including, path.resolve()))
+        return expanded
+
+    def check_crops(self, args):
+        """Refuse crop sizes that the patch does not divide, and crop scales that are no range above 0."""
+        for name in ("global_crops_size", "local_crops_size"):
+            size, patch = getattr(args, name), args.patch_size
+            if size % patch:
+                nearest = max(round(size / patch), 1) * patch
+                self.error(f"--{name} {size} is not a multiple of --patch_size {patch}; the nearest is {nearest}")
+        for name in ("global_crops_scale", "local_crops_scale"):
+            low, high = getattr(args, name)
+            if not 0 < low <= high:
+                self.error(f"--{name} {low} {high}: expected two shares above 0, the smaller first")
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")

@@ -1,0 +1,247 @@
+"""The loss of losses.py computed fast: Σ w·H(t, s) over matched token pairs, with its gradients, group by group.
+
+Two facts make it cheap. The targets of a student token that is matched several times add up to one mixture: with
+w = Σ_t w_t and m = Σ_t (w_t / w)·t its part of the loss is w·(logsumexp(s) - m·s), and the gradient for its logits is
+w·(softmax(s) - m). And all pairs lie inside one image, so that nothing K wide has to outlive it: the targets of its
+teacher tokens, and one chunk of its student tokens after the other on the way from logits to gradients.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+def matched_cross_entropy(
+    student_out, teacher_out, matches, weight, center, student_temp, teacher_temp, chunk_memory=None
+):
+    """Return Σ w·H(teacher, student) over the matched token pairs of a batch.
+
+    Args:
+        student_out, teacher_out: with `bottleneck` [N, D], `prototypes` [K, D] and `scale` [K]; logits are
+            `bottleneck @ (scale * prototypes).T`. No gradient flows into the teacher's.
+        matches: patch_matching.Matches.
+        weight: [M, Ns] weight w of each match; 0 where there is none.
+        center: [1, K], or [1+P, K] for each position of a teacher token.
+        student_temp, teacher_temp: τ_s and τ_t.
+        chunk_memory: bytes for the K-wide rows of the student tokens that are worked on at a time; default 80 MiB on a
+            CPU, 512 MiB on a GPU. The targets of one image, or of several small ones, come on top, and under autocast
+            copies in its precision.
+
+    The matrix products run in the precision of the surrounding autocast, all else in fp32. The gradients are computed
+    together with the loss, so that a backward pass costs next to nothing.
+
+    Raises:
+        ValueError: the networks' tokens are not those of the matches.
+    """
+    for name, out, rows in (
+        ("student", student_out, matches.student_row),
+        ("teacher", teacher_out, matches.teacher_row),
+    ):
+        if len(out.bottleneck) != len(rows):
+            raise ValueError(
+                f"{len(out.bottleneck)} tokens of the {name}, expected the {len(rows)} rows of the matches"
+            )
+    z, K = student_out.bottleneck, len(student_out.prototypes)
+    compute_dtype = torch.promote_types(z.dtype, torch.float32)
+    weight = weight.to(compute_dtype)
+    token_weight = weight.sum(0)  # [Ns]
+    # Gradients are computed in units of the largest weight: smaller numbers would be lost in fp16.
+    max_weight = token_weight.max().clamp(min=torch.finfo(compute_dtype).tiny)
+    # Rows of logits at a time, and into how many strips they are cut, two of which are held beside them. On a CPU a
+    # strip has to stay in its cache, on a GPU many small operations would keep it waiting.
+    memory, num_strips = (80 << 20, 8) if z.device.type == "cpu" else (512 << 20, 1)
+    rows = (chunk_memory or memory) // (4 * K)
+    max_rows = max(rows * num_strips // (num_strips + 2), 16)
+    groups = _image_groups(matches, max_rows // 4)
+    work = _Work(
+        teacher_out,
+        center.to(compute_dtype),
+        matches,
+        (token_weight / max_weight)[:, None],
+        (weight / torch.where(token_weight > 0, token_weight, 1))[..., None],
+        groups,
+        chunk=min(max_rows, max((group.student.stop - group.student.start for group in groups), default=0)),
+        num_strips=num_strips,
+        student_temp=student_temp,
+        teacher_temp=teacher_temp,
+    )
+    inputs = (z, student_out.prototypes, student_out.scale)
+    if not torch.is_grad_enabled():
+        inputs = (x.detach() for x in inputs)
+    return _CrossEntropy.apply(*inputs, work) * max_weight
+
+
+class _ImageGroup(NamedTuple):
+    """An image, or several whose K-wide rows are few: where its tokens lie among those of the batch."""
+
+    images: range
+    teacher: slice
+    student: slice
+
+
+def _image_groups(matches, max_rows):
+    """Cut a batch into groups of successive images: as many as have at most `max_rows` tokens of a network, or one."""
+    teacher_end, student_end = (
+        np.cumsum(count.numpy()).tolist() for count in (matches.teacher_count, matches.student_count[0])
+    )
+    groups, first = [], 0
+    t0 = s0 = 0
+    for image, (t1, s1) in enumerate(zip(teacher_end, student_end, strict=True)):
+        is_last = image + 1 == len(teacher_end)
+        if is_last or max(teacher_end[image + 1] - t0, student_end[image + 1] - s0) > max_rows:
+            groups.append(_ImageGroup(range(first, image + 1), slice(t0, t1), slice(s0, s1)))
+            first, t0, s0 = image + 1, t1, s1
+    return groups
+
+
+@dataclass
+class _Work:
+    """What the loss is computed from, beside the student's tensors. Nt and Ns count the matched tokens of the batch."""
+
+    teacher_out: tuple
+    center: torch.Tensor  # [1 or 1+P, K]
+    matches: tuple
+    token_weight: torch.Tensor  # [Ns, 1] summed weight of a student token's matches, in units of the largest
+    target_weight: torch.Tensor  # [M, Ns, 1] share of each match in that sum: the weight of its target in the mixture
+    groups: list
+    chunk: int  # student tokens whose logits are held at a time
+    num_strips: int  # of a chunk
+    student_temp: float
+    teacher_temp: float
+
+    def __post_init__(self):
+        counts = self.matches.student_count.numpy()  # [M, B]
+        self._first_token = np.cumsum(counts[0]) - counts[0]
+        self._end_token = self._first_token + counts
+
+    def with_more_matches(self, m, start, stop, images):
+        """Return the ranges of student tokens, between two of one group, that have more than m matches."""
+        first, end = self._first_token[images.start : images.stop], self._end_token[m, images.start : images.stop]
+        ranges = zip(np.maximum(first, start).tolist(), np.minimum(end, stop).tolist(), strict=True)
+        return [(a, b) for a, b in ranges if a < b]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_z, student_prototypes, student_scale, work):
+        device, K = student_z.device, len(student_prototypes)
+        compute_dtype = torch.promote_types(student_z.dtype, torch.float32)  # of all that is computed from logits
+        autocast = torch.is_autocast_enabled(device.type)
+        matmul_dtype = torch.get_autocast_dtype(device.type) if autocast else compute_dtype
+        needs_z, needs_prototypes, needs_scale = ctx.needs_input_grad[:3]
+        d_z = torch.zeros_like(student_z, dtype=compute_dtype) if needs_z else None
+        d_prototypes = None
+        if needs_prototypes or needs_scale:
+            d_prototypes = torch.zeros_like(student_prototypes, dtype=compute_dtype)
+        loss = torch.zeros((), dtype=compute_dtype, device=device)
+        grad_scale = -1 / work.student_temp
+        teacher, matches = work.teacher_out, work.matches
+
+        with torch.autocast(device.type, enabled=False):
+            student_weights, teacher_weights = (x.to(matmul_dtype) for x in (student_prototypes, teacher.prototypes))
+            sharpening = student_scale / work.student_temp
+            # The products want many rows at a time, all else few enough to stay in a cache: strips of a chunk.
+            max_teachers = max((group.teacher.stop - group.teacher.start for group in work.groups), default=0)
+            targets_buffer = torch.empty(max_teachers, K, dtype=compute_dtype, device=device)
+            logits_buffer = torch.empty(work.chunk, K, dtype=compute_dtype, device=device)
+            strips = torch.empty(2, -(-work.chunk // work.num_strips), K, dtype=compute_dtype, device=device)
+            for group in work.groups:
+                targets = targets_buffer[: group.teacher.stop - group.teacher.start]
+                z = teacher.bottleneck[group.teacher].to(matmul_dtype)
+                _logits(z, teacher_weights, teacher.scale, out=targets)
+                _sharpen_(targets, work.center, matches.teacher_position[group.teacher], work.teacher_temp, strips)
+
+                for start, stop in _pieces(group.student.start, group.student.stop, work.chunk):
+                    z, weight = student_z[start:stop], work.token_weight[start:stop]
+                    logits = logits_buffer[: stop - start]
+                    _logits(z.to(matmul_dtype), student_weights, sharpening, out=logits)
+                    loss += weight[:, 0] @ _cross_entropy_(logits, targets, work, group, start, strips)
+                    difference = logits  # mixture - softmax, from here on
+                    if d_prototypes is not None:
+                        weighted_z = (z * weight).to(matmul_dtype)
+                        if matmul_dtype == compute_dtype:
+                            d_prototypes.addmm_(difference.T, weighted_z, alpha=grad_scale)
+                        else:
+                            d_prototypes.add_(difference.to(matmul_dtype).T @ weighted_z, alpha=grad_scale)
+                    if d_z is not None:
+                        product = difference.mul_(student_scale).to(matmul_dtype) @ student_weights
+                        torch.mul(product, grad_scale * weight, out=d_z[start:stop])
+            d_scale = None
+            if needs_scale:
+                d_scale = torch.einsum("kd,kd->k", d_prototypes, student_prototypes.to(compute_dtype))
+            if needs_prototypes:
+                d_prototypes.mul_(student_scale[:, None])
+        ctx.save_for_backward(d_z, d_prototypes if needs_prototypes else None, d_scale)
+        ctx.dtypes = (student_z.dtype, student_prototypes.dtype, student_scale.dtype)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_loss):
+        gradients = (
+            None if gradient is None else (gradient * d_loss).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *gradients, None
+
+
+def _logits(z, prototypes, scale, out):
+    """Write the logits z @ (scale * prototypes).T into `out`; on a CPU in blocks of columns that stay in its cache."""
+    step = 2048 if z.device.type == "cpu" else len(prototypes)
+    for start in range(0, len(prototypes), step):
+        k = slice(start, start + step)
+        if z.dtype == out.dtype:
+            torch.mm(z, prototypes[k].T, out=out[:, k])
+        else:
+            out[:, k] = z @ prototypes[k].T
+        out[:, k] *= scale[k]
+
+
+def _sharpen_(logits, center, positions, temp, strips):
+    """Turn the teacher's logits [n, K] into its targets, softmax((logits - center) / temp), in place."""
+    for a, b in _pieces(0, len(logits), strips.shape[1]):
+        centered, centers = strips[:, : b - a]
+        if len(center) > 1:
+            torch.index_select(center, 0, positions[a:b], out=centers)
+        else:
+            centers = center
+        torch.sub(logits[a:b], centers, out=centered).div_(temp)
+        torch.softmax(centered, -1, out=logits[a:b])
+
+
+def _cross_entropy_(logits, targets, work, group, first, strips):
+    """Return the cross-entropies [n] of student tokens with their mixtures of targets; logits become mixture - softmax.
+
+    Args:
+        logits: [n, K], divided by τ_s, of the student tokens from number `first` on.
+        targets: of the teacher tokens of the group.
+        strips: [2, rows, K] to work in.
+    """
+    losses = []
+    for start, stop in _pieces(first, first + len(logits), strips.shape[1]):
+        strip = logits[start - first : stop - first]
+        mixture, probabilities = strips[:, : stop - start]
+        target_idx = work.matches.teacher_idx[:, start:stop] - group.teacher.start  # [M, rows]
+        target_weight = work.target_weight[:, start:stop]
+        torch.index_select(targets, 0, target_idx[0], out=mixture).mul_(target_weight[0])
+        for m in range(1, len(target_idx)):
+            for a, b in work.with_more_matches(m, start, stop, group.images):
+                a, b = a - start, b - start
+                more = torch.index_select(targets, 0, target_idx[m, a:b], out=probabilities[: b - a])
+                mixture[a:b].addcmul_(more, target_weight[m, a:b])
+        torch.softmax(strip, -1, out=probabilities)
+        # The largest probability is exp(largest logit - logsumexp).
+        logsumexp = strip.amax(-1) - probabilities.amax(-1).log()
+        losses.append(logsumexp - strip.mul_(mixture).sum(-1))
+        torch.sub(mixture, probabilities, out=strip)
+    return torch.cat(losses)
+
+
+def _pieces(start, stop, max_length):
+    """Cut a range into as few pieces of at most `max_length` as there can be, about equally long."""
+    count = max(-(-(stop - start) // max_length), 1)
+    edges = [start + i * (stop - start) // count for i in range(count + 1)]
+    return itertools.pairwise(edges)

@@ -1,0 +1,212 @@
+"""What is measured in a step, and what is added up between reports."""
+
+import math
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import utils
+from utils import UserError
+
+SAMPLE = 8  # images whose outputs over all K prototypes are looked at
+
+
+class Meters:
+    """What a process adds up between two reports, and from the reports of an epoch.
+
+    It is saved with a checkpoint, so that a run that goes on reports what an undisturbed one would.
+
+    Args:
+        device: where the losses are. Adding up does not wait for it.
+        precision: "fp16" may leave out steps.
+        max_matched: patches of two views that can be matched; where a rule matches more, these count as so many.
+        max_bad_images: how many images that cannot be read are borne.
+    """
+
+    # fp16: the scaler halves its scale in each step that it leaves out; 2^16 is where it starts.
+    MAX_SKIPPED = 30
+
+    def __init__(self, device, precision, max_matched, max_bad_images=0):
+        self.fp16, self.max_bad_images = precision == "fp16", max_bad_images
+        self.loss = torch.zeros((), device=device)  # sum since the last report
+        self.matched = torch.zeros((), device=device)  # patches of a pair of views, sum since the last report
+        self.steps = 0
+        self.skipped = torch.zeros(2, device=device)  # steps since the last report; in a row
+        # The first step with a loss that is not finite, with such a gradient, and of which parameter
+        self.bad = torch.full((3,), math.inf, device=device)
+        self.epoch = {}  # name: (sum over steps of the epoch, their number)
+        # [n]: pairs of views with n matched patches in this epoch
+        self.matched_counts = torch.zeros(1 + max_matched, dtype=torch.float64, device=device)
+        self.bad_images = {}  # {sample: why it cannot be read}, of all processes
+        self.new_bad_images = {}  # of this one, since the last report
+
+    def add(self, loss, matches, bad_images, accum_steps=1):
+        """Add a micro-batch, one of `accum_steps` of a step: its share of the step's loss, its Matches, its bad images.
+
+        Args:
+            bad_images: {sample: why it cannot be read}.
+        """
+        self.loss += loss
+        self.new_bad_images |= bad_images
+        is_cls = matches.is_cls()
+        matched = (matches.num_matched - 1) * is_cls  # [M, Ns] patches, once for each pair of views
+        self.matched += matched.sum() / is_cls.sum() / accum_steps
+        counts = is_cls.flatten().to(self.matched_counts.dtype)
+        self.matched_counts.scatter_add_(0, matched.flatten().clamp(max=len(self.matched_counts) - 1), counts)
+
+    def end_step(self, step, norms):
+        """Look for what is not finite: the loss, or one of the gradients with these norms."""
+        is_bad = ~norms.isfinite()
+        any_bad = is_bad.any()
+        self.skipped = torch.stack([self.skipped[0] + any_bad, (self.skipped[1] + 1) * any_bad])
+        here = torch.stack([~self.loss.isfinite(), any_bad & (not self.fp16)])
+        first = torch.where(here, float(step), math.inf)
+        parameter = torch.where(self.bad[1].isinf() & here[1], is_bad.float().argmax(), self.bad[2])
+        self.bad = torch.cat([torch.minimum(self.bad[:2], first), parameter[None]])
+        self.steps += 1
+
+    def stop_at_bad_step(self, network):
+        """Exit on all processes where one of them has seen a loss or a gradient that is not finite.
+
+        Args:
+            network: whose gradients have the norms.
+        """
+        everyones = utils.all_gather(torch.cat([self.bad, self.skipped[1:]])).tolist()
+        step, kind, rank = min((bad[kind], kind, rank) for rank, bad in enumerate(everyones) for kind in (0, 1))
+        if step < math.inf:
+            what = "the loss"
+            if kind == 1:
+                trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+                what = f"the gradient of {trained[int(everyones[rank][2])].removeprefix('module.')}"
+            ranks = [rank for rank, bad in enumerate(everyones) if bad[kind] == step]
+            where = f" on rank {', '.join(map(str, ranks))}" if dist.is_initialized() else ""
+            sys.exit(f"error: {what} is not finite at step {step:.0f}{where}; the weights were not saved")
+        in_a_row = max(row[3] for row in everyones)
+        if self.fp16 and in_a_row >= self.MAX_SKIPPED:
+            sys.exit(
+                f"error: fp16 left out the last {in_a_row:.0f} steps, whose gradients were not finite at any scale; "
+                "the weights were not saved: take a lower --lr, or --precision bf16"
+            )
+
+    def end_interval(self, values):
+        """Return the means since the last report, over all processes; None for what is not finite.
+
+        Args:
+            values: further 0-d tensors, of the last step alone.
+        """
+        count = self.loss.new_tensor(self.steps)
+        values = {"loss": self.loss / count, "matched_patches": self.matched / count, **values}
+        if self.fp16:
+            values["skipped_share"] = self.skipped[0] / count
+        new = self.new_bad_images.keys() - self.bad_images.keys()
+        values["new_bad_images"] = self.loss.new_tensor(len(new))
+        means = utils.all_reduce_mean(torch.stack([value.float() for value in values.values()])).tolist()
+        means = {name: mean if math.isfinite(mean) else None for name, mean in zip(values, means, strict=True)}
+        if means.pop("new_bad_images"):
+            self.share_bad_images()
+        for name, mean in means.items():
+            if mean is not None:
+                total, steps = self.epoch.get(name, (0.0, 0))
+                self.epoch[name] = (total + mean * self.steps, steps + self.steps)
+        self.loss, self.matched = torch.zeros_like(self.loss), torch.zeros_like(self.matched)
+        self.skipped = self.skipped * self.skipped.new_tensor([0.0, 1.0])
+        self.steps = 0
+        return means
+
+    def share_bad_images(self):
+        """Tell all processes of the images that cannot be read.
+
+        Raises:
+            UserError: they are too many.
+        """
+        everyones = [self.new_bad_images]
+        if dist.is_initialized():
+            everyones = [None] * dist.get_world_size()
+            dist.all_gather_object(everyones, self.new_bad_images)
+        for i, why in sorted(item for bad in everyones for item in bad.items()):
+            if i not in self.bad_images and (not dist.is_initialized() or dist.get_rank() == 0):
+                utils.warn(f"{why}; the next image takes its place")
+            self.bad_images[i] = why
+        self.new_bad_images = {}
+        if len(self.bad_images) > self.max_bad_images:
+            raise UserError(
+                f"{len(self.bad_images)} images cannot be read, more than the {self.max_bad_images} that "
+                f"--max_bad_images allows; the first: {next(iter(self.bad_images.values()))}"
+            )
+
+    def end_epoch(self):
+        """Return (means, matched_counts) of an epoch, and begin the next one.
+
+        The means are over its reports, each counted by its steps; the counts are this process's, on the CPU.
+        """
+        means = {name: total / steps for name, (total, steps) in self.epoch.items()}
+        counts, self.matched_counts = self.matched_counts.cpu(), torch.zeros_like(self.matched_counts)
+        self.epoch = {}
+        return means, counts
+
+    def state_dict(self):
+        """Return the state of all processes; for all of them to call."""
+        own = [self.loss, *self.skipped, self.matched, self.loss.new_tensor(self.steps)]
+        own = torch.cat([torch.stack([x.double() for x in own]), self.matched_counts])
+        interval = utils.all_gather(own).cpu()
+        return {"interval": interval, "epoch": dict(self.epoch), "bad_images": dict(self.bad_images)}
+
+    def load_state_dict(self, state, rank):
+        """Take on the state that a process had."""
+        own = state["interval"][rank].to(self.loss.device)
+        self.loss, self.skipped = own[0].to(self.loss.dtype), own[1:3].to(self.skipped.dtype)
+        self.matched, self.steps = own[3].to(self.matched.dtype), int(own[4])
+        self.matched_counts.copy_(own[5:])
+        self.epoch, self.bad_images = dict(state["epoch"]), dict(state["bad_images"])
+
+
+@torch.no_grad()
+def measure(student_out, teacher_out, matches, criterion, teacher_temp):
+    """Return what tells a healthy training from a collapsed one, of one batch, as a dictionary of 0-d tensors.
+
+    Args:
+        student_out, teacher_out, matches: as for `criterion`.
+        criterion: losses.LocalGlobalLoss, before it moves the center.
+        teacher_temp: τ_t.
+
+    Returns, in nats, over the CLS tokens of up to SAMPLE images:
+        teacher_entropy: mean entropy of the teacher's outputs.
+        entropy_share: the same as a share of ln K.
+        output_information: by how much the entropy of their mean is larger; 0 where all images have one output.
+        kl: KL divergence of the student's output from the teacher's, mean over pairs of views.
+        center_norm: length of the center of CLS.
+        cls_cosine: mean cosine between the teacher's CLS features of different images of the batch.
+    """
+    # The first tokens of all are those of the first images.
+    sample = slice(int(matches.student_count[0, :SAMPLE].sum()))
+    is_cls = matches.is_cls()[:, sample]
+    pairs = torch.stack([matches.teacher_idx[:, sample][is_cls], is_cls.nonzero()[:, 1]])
+    (teacher_rows, teacher_of), (student_rows, student_of) = (row.unique(return_inverse=True) for row in pairs)
+
+    def logits(out, rows):
+        return out.bottleneck[rows].float() @ out.prototypes.float().T * out.scale
+
+    images = len(matches.teacher_count)
+    features = F.normalize(teacher_out.cls_features[:images].float())  # of the first global view
+    with torch.autocast(features.device.type, enabled=False):
+        log_t = F.log_softmax((logits(teacher_out, teacher_rows) - criterion.center[0]) / teacher_temp, dim=1)
+        log_s = F.log_softmax(logits(student_out, student_rows) / criterion.student_temp, dim=1)
+        t = log_t.exp()  # [≤ 2 SAMPLE, K]
+        entropies = -(t * log_t).sum(1)
+        entropy = entropies.mean()
+        mean_t = t.mean(0)
+        information = -(mean_t * mean_t.clamp(min=1e-30).log()).sum() - entropy
+        cross = -(t @ log_s.T)[teacher_of, student_of]
+        kl = (cross - entropies[teacher_of]).mean()
+    n = len(features)
+    cosine = (features.sum(0).square().sum() - n) / (n * (n - 1)) if n > 1 else features.new_tensor(math.nan)
+    return {
+        "teacher_entropy": entropy,
+        "entropy_share": entropy / math.log(t.shape[1]),
+        "output_information": information,
+        "kl": kl,
+        "center_norm": criterion.center[0].norm(),
+        "cls_cosine": cosine,
+    }

@@ -1,0 +1,59 @@
+import pytest
+
+from support.arguments import ArgumentParser
+
+
+def parser():
+    p = ArgumentParser(prog="p")
+    p.add_argument("--lr", type=float)
+    p.add_argument("--name")
+    return p
+
+
+def test_argument_files_include_others_beside_them(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "base.args").write_text("--lr 1  # a comment\n--name 'two words'\n")
+    (tmp_path / "run.args").write_text("@sub/base.args\n--lr 2")
+    args = parser().parse_args([f"@{tmp_path / 'run.args'}"])
+    assert (args.lr, args.name) == (2, "two words")
+    assert parser().parse_args([f"@{tmp_path / 'run.args'}", "--lr", "3"]).lr == 3
+
+
+def test_bad_argument_files_are_one_line(tmp_path, capsys):
+    files = {"typo.args": "--lrr 1", "loop.args": "@loop.args", "quote.args": "--name 'open"}
+    messages = [
+        "unknown option --lrr in .*typo.args; did you mean --lr?",
+        "includes itself",
+        "No closing quotation",
+        "No such file",
+    ]
+    for (name, text), message in zip([*files.items(), ("absent.args", None)], messages, strict=True):
+        if text:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(SystemExit) as error:
+            parser().parse_args([f"@{tmp_path / name}"])
+        assert error.value.code == 2
+        text = capsys.readouterr().err
+        assert all(part in text for part in message.split(".*"))
+        assert text.count("\n") == 1
+
+
+def test_sub_commands_take_argument_files_and_name_their_own_near_options(tmp_path, capsys):
+    p = ArgumentParser(prog="p")
+    commands = p.add_subparsers(dest="command", required=True)
+    commands.add_parser("train").add_argument("--lr", type=float)
+    commands.add_parser("test").add_argument("--lrr")
+    (tmp_path / "run.args").write_text("--lr 2")
+    assert p.parse_args(["train", f"@{tmp_path / 'run.args'}"]).lr == 2
+    (tmp_path / "typo.args").write_text("--lrs 1")
+    for words, message in (
+        (["train", "--lrr", "1"], "p: error: unknown option --lrr; did you mean --lr?"),
+        (
+            ["test", f"@{tmp_path}/typo.args"],
+            f"p: error: unknown option --lrs in {tmp_path}/typo.args; did you mean --lrr?",
+        ),
+    ):
+        with pytest.raises(SystemExit) as error:
+            p.parse_args(words)
+        assert error.value.code == 2
+        assert capsys.readouterr().err == message + "\n"

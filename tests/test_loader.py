@@ -1,0 +1,69 @@
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from augment import MultiCrop, normalize
+from support.images import ResizedArray, build_dataset
+from support.loader import BatchSampler, ViewBatches, batches_on_device
+from utils import UserError
+
+
+@pytest.mark.parametrize(("world_size", "accum_steps"), [(1, 1), (2, 1), (3, 1), (1, 2), (3, 2)])
+def test_a_step_takes_the_same_samples_however_many_ranks_and_micro_batches_share_it(world_size, accum_steps):
+    step_size, steps = 6, range(6)  # 3 steps an epoch: the incomplete batch is left out
+    shares = step_size // world_size // accum_steps
+    ranks = [BatchSampler(20, shares, steps, accum_steps, rank, world_size, seed=3) for rank in range(world_size)]
+    reference = list(BatchSampler(20, step_size, steps, seed=3))
+    assert all((len(rank), rank.steps_per_epoch) == (len(list(rank)), 3) for rank in ranks)
+    keys = [list(rank) for rank in ranks]
+    for epoch, step, samples in reference:
+        own = [key for rank in keys for key in rank[step * accum_steps : (step + 1) * accum_steps]]
+        assert {key[:2] for key in own} == {(epoch, step)}
+        assert sum((key[2] for key in own), []) == samples
+    assert [key[:2] for key in reference] == [(0, 0), (0, 1), (0, 2), (1, 3), (1, 4), (1, 5)]
+    epochs = [sum((samples for e, _, samples in reference if e == epoch), []) for epoch in (0, 1)]
+    assert len(set(epochs[0])) == 18
+    assert epochs[0] != epochs[1]
+
+
+def test_a_run_that_goes_on_takes_the_steps_that_are_left():
+    every = list(BatchSampler(20, 3, range(18), accum_steps=2, seed=5))
+    for start in (0, 1, 3, 7, 18):
+        assert list(BatchSampler(20, 3, range(start, 18), accum_steps=2, seed=5)) == every[2 * start :]
+
+
+def test_an_incomplete_step_can_be_shared_out():
+    keys = [list(BatchSampler(11, 3, range(4), 1, rank, 2, drop_last=False)) for rank in (0, 1)]
+    for epoch in (0, 1):
+        own = [[key for key in rank if key[0] == epoch] for rank in keys]
+        assert [[len(samples) for _, _, samples in rank] for rank in own] == [[3, 3], [3, 2]]
+        assert sorted(sum((samples for rank in own for _, _, samples in rank), [])) == list(range(11))
+
+
+def tensors(batch):
+    return [*batch.views, *batch.matches]
+
+
+@pytest.mark.parametrize("geometry", ["batch", "image"])
+def test_views_do_not_depend_on_the_workers(photo_folder, geometry):
+    dataset = build_dataset("folder", photo_folder, "train", ResizedArray(64))
+    batches = ViewBatches(dataset, MultiCrop(32, 16, local_number=2, geometry=geometry), 8, "paper", 0)
+    keys = [(0, step, [step, 3, 7]) for step in range(4)]
+    alone = [batches[key] for key in keys]
+    loader = DataLoader(batches, batch_size=None, sampler=keys, num_workers=2)
+    for a, b in zip(alone, loader, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+    for a, b in zip(alone, batches_on_device(loader, torch.device("cpu")), strict=True):
+        assert all(torch.equal(normalize(x), y) for x, y in zip(a.views, b.views, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(a.matches, b.matches, strict=True))
+
+
+def test_a_dead_data_loading_process_is_named():
+    def loader():
+        yield from ()
+        raise ConnectionResetError("gone")
+
+    with pytest.raises(
+        UserError, match=r"a data-loading process died, .* fewer --num_workers \(ConnectionResetError\)"
+    ):
+        next(batches_on_device(loader(), torch.device("cpu")))
