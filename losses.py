@@ -12,8 +12,9 @@ from torch import nn
 from support.matched_cross_entropy import matched_cross_entropy
 from utils import all_reduce_mean
 
-# The weight of every matched token pair within its pair of views, by --loss: functions of is_cls, booleans, whether CLS
-# is matched with CLS; num_matched, how many tokens are matched in this pair of views, CLS included; and λ.
+# The weight of every matched token pair within its pair of views, by --loss. Each function maps three arguments to
+# weights: is_cls, booleans, whether the pair is CLS with CLS; num_matched, how many tokens are matched in this pair of
+# views, CLS included; λ. num_matched is 0 where a table has no pair: the weight is ignored there, and may be infinite.
 LOSSES = {
     "cls": lambda is_cls, num_matched, lambda_cls: is_cls.float(),  # DINO
     "mean": lambda is_cls, num_matched, lambda_cls: 1 / num_matched.float(),
@@ -99,7 +100,7 @@ class LocalGlobalLoss(nn.Module):
         self.chunk_memory = chunk_memory
         positions = 1 + grid_tokens if center == "position" and loss != "cls" else 1
         self.register_buffer("center", torch.zeros(positions, out_dim))
-        self._pending = None  # what the next update of the center needs
+        self._pending = None  # for the next update of the center: (sum of means, number, teacher's prototypes, scale)
 
     def forward(self, student_out, teacher_out, matches, teacher_temp):
         """Return the loss of a batch.
@@ -111,10 +112,9 @@ class LocalGlobalLoss(nn.Module):
             teacher_temp: τ_t.
 
         Returns:
-            0-d tensor, in fp32 also under autocast. With prototypes = identity (D = K) and a scale of 1 the bottleneck
-            vectors are the logits.
+            0-d tensor, the mean over images and pairs of views; fp32 also under autocast.
 
-        In training mode the teacher's mean is kept for `update_center`.
+        In training mode the sum of `teacher_out.mean_bottleneck` is kept for `update_center`.
         """
         is_cls = matches.is_cls()
         weight = LOSSES[self.loss](is_cls, matches.num_matched, self.lambda_cls)
@@ -131,7 +131,7 @@ class LocalGlobalLoss(nn.Module):
         )
         if self.training:
             mean_z, batches = teacher_out.mean_bottleneck.detach(), 1
-            if self._pending:
+            if self._pending is not None:
                 mean_z, batches = self._pending[0] + mean_z, self._pending[1] + 1
             self._pending = (mean_z, batches, teacher_out.prototypes, teacher_out.scale)
         return loss / is_cls.sum()  # batch size × number of pairs of views
@@ -140,8 +140,8 @@ class LocalGlobalLoss(nn.Module):
     def update_center(self):
         """Move the center towards the mean of the teacher's logits in all batches since the last call, on all ranks.
 
-        Call it once a step, after the last micro-batch and before the teacher's weights change. After batches in
-        evaluation mode it does nothing.
+        Call it once a step, after the last micro-batch and before the teacher's prototypes change. It does nothing
+        after batches in evaluation mode.
         """
         if self._pending is None:
             return

@@ -136,7 +136,7 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     """Run to the end and return None, or until a signal stops the run early, which is saved, and return the signal."""
-    atexit.register(utils.kill_workers)  # where a reference to their loader is left, it does not end them
+    atexit.register(utils.kill_workers)  # they ignore SIGTERM, so that Python would wait for them at exit
     with StopRequest() as stop:
         return pretrain(parse_arguments(argv), stop)
 
@@ -179,12 +179,12 @@ def pretrain(args, stop):
     loader = build_loader(args, dataset, range(start_step, total_steps), rank, world_size, device)
 
     def schedule(step):
-        temps = (args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs)
+        temperature = (args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs)
         return {
             "lr": cosine_schedule(step, total_steps, args.lr * batch_size / 256, args.min_lr, warmup_steps),
             "wd": cosine_schedule(step, total_steps, args.weight_decay, args.weight_decay_end),
             "momentum": cosine_schedule(step, total_steps, args.momentum_teacher, 1.0),
-            "teacher_temp": teacher_temperature(step // steps_per_epoch, *temps),
+            "teacher_temp": teacher_temperature(step // steps_per_epoch, *temperature),
         }
 
     report = None
@@ -201,10 +201,10 @@ def pretrain(args, stop):
             print(f"no online k-NN: {no_knn}", flush=True)
 
     batches = batches_on_device(loader, device)
-    interval_start, interval_steps = time.perf_counter(), 0
+    interval_start, interval_steps, stopped_by = time.perf_counter(), 0, None
     for step in range(start_step, total_steps):
         epoch, ends_epoch = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
-        reports = ends_epoch or (step + 1) % args.log_every == 0
+        is_report_step = ends_epoch or (step + 1) % args.log_every == 0
         scheduled = schedule(step)
         teacher_temp = scheduled["teacher_temp"]
 
@@ -216,15 +216,15 @@ def pretrain(args, stop):
             with nullcontext() if is_last or world_size == 1 else ddp_student.no_sync():
                 with torch.autocast(device.type, AUTOCAST[args.precision], enabled=args.precision != "fp32"):
                     with torch.no_grad():
-                        teacher_out = teacher(batch.views[:1], batch.matches.teacher_row)  # the global views
+                        teacher_out = teacher(batch.views[:1], batch.matches.teacher_row)  # both global views
                     student_out = ddp_student(batch.views, batch.matches.student_row)
                     loss = criterion(student_out, teacher_out, batch.matches, teacher_temp) / args.accum_steps
                 # Multiply by NaN so that DDP's averaging makes every rank skip this step.
                 scaler.scale(loss * torch.where(loss.isfinite(), 1.0, math.nan)).backward()
             meters.add(loss.detach(), batch.matches, batch.bad_images, args.accum_steps)
-        if reports:
+        if is_report_step:
             health = measure(student_out, teacher_out, batch.matches, criterion, teacher_temp)
-        criterion.update_center()
+        criterion.update_center()  # before the teacher changes
 
         # The student's update, and the teacher's
         for group in optimizer.param_groups:
@@ -243,7 +243,7 @@ def pretrain(args, stop):
             torch._foreach_lerp_(teacher_parameters, student_parameters, 1 - scheduled["momentum"])
         interval_steps += 1
 
-        if reports:  # here alone the CPU waits for the device (with AdamW)
+        if is_report_step:  # here, and where it saves, the CPU waits for the device (with AdamW)
             meters.stop_at_bad_step(student)
             values = meters.end_interval({**health, "grad_norm": norms.norm()})
             seconds = (time.perf_counter() - interval_start) / interval_steps
@@ -278,23 +278,22 @@ def pretrain(args, stop):
                 contents |= {"batch_size": batch_size, "images": images, "args": vars(args)}
                 is_kept = ends_epoch and args.saveckp_freq and epoch % args.saveckp_freq == 0
                 checkpoints.save_run(contents, output_dir, epoch if is_kept else None, args.keep_last)
-        if step + 1 == total_steps:
-            stop.agreed = None  # too late: nothing is left to do
-        if stop.agreed:
+        if stop.agreed and step + 1 < total_steps:
+            stopped_by = stop.agreed
             break
         if ends_epoch:
             interval_start = time.perf_counter()
 
     if rank == 0:
-        report.end(vars(args), stop.agreed)
+        report.end(vars(args), stopped_by)
     if world_size > 1:
         dist.destroy_process_group()
-    return stop.agreed
+    return stopped_by
 
 
 def open_images(args):
     """Return (training images, their OnlineKNN or None, why it is None). Settles the default of --knn_every."""
-    min_side = 2 * args.image_size or None  # twice what is needed, so that pixels change by less than a level
+    min_side = 2 * args.image_size or None  # large JPEGs are decoded smaller; pixels change by less than a level
     transform = ResizedArray(args.image_size)
     dataset = build_dataset(args.dataset, args.data_path, "train", transform, args.classes, args.download, min_side)
     online_knn, no_knn = open_online_knn(

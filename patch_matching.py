@@ -1,7 +1,7 @@
 """Patch matching: which patch tokens of two crops of one image show the same place (paper, section 3.3).
 
-Geometry only: boxes and flips in, matched tokens out. All arithmetic is on integers, so that a patch that is covered by
-exactly one half falls on the same side on every machine.
+Geometry only: boxes and flips in, matched tokens out. The rules compute in integers, so that a patch that is covered by
+exactly one half falls on the same side on every machine; only "released" rounds floats, as the authors' code does.
 """
 
 import functools
@@ -24,10 +24,9 @@ class Matches(NamedTuple):
     teacher_row: torch.Tensor  # [Nt] rows of the teacher's output
     teacher_position: torch.Tensor  # [Nt] position of each token in its view; 0 is CLS
     student_row: torch.Tensor  # [Ns] rows of the student's output
-    teacher_idx: torch.Tensor  # [M, Ns] index into teacher_row of the m-th match of each student token; 0 where none
-    num_matched: (
-        torch.Tensor
-    )  # [M, Ns] tokens matched in the same pair of views, CLS included; 0 where there is no match
+    # M is the largest number of matches of a student token. Where a token has no m-th match, both entries are 0.
+    teacher_idx: torch.Tensor  # [M, Ns] m-th match of each student token, an index into teacher_row
+    num_matched: torch.Tensor  # [M, Ns] tokens matched in the same pair of views, CLS included
     teacher_count: torch.Tensor  # [B] teacher tokens of each image
     student_count: torch.Tensor  # [M, B] student tokens of each image with more than m matches
 
@@ -86,44 +85,41 @@ def match_views(boxes, flips, grids, batch_size, teacher_views=2, rule="paper"):
     Raises:
         ValueError: an unknown rule, an empty box or grid, or boxes of another number of images.
     """
-    images = np.asarray(flips).shape[1]
-    if images not in (1, batch_size):
-        raise ValueError(f"boxes of {images} images for a batch of {batch_size}, expected 1 or {batch_size}")
+    num_images = np.asarray(flips).shape[1]
+    if num_images not in (1, batch_size):
+        raise ValueError(f"boxes of {num_images} images for a batch of {batch_size}, expected 1 or {batch_size}")
     pairs = _matched_pairs(boxes, flips, grids, teacher_views, rule)
     tokens = 1 + np.prod(np.asarray(grids, np.int64), axis=1)  # [V] tokens of one image in each view
     first = np.cumsum(tokens) - tokens  # [V] tokens of one image in the views before
     teacher_total, student_total = tokens[:teacher_views].sum(), tokens.sum()
 
-    # Number the tokens image by image ("slots"), and keep those that are matched.
-    teacher_slot = pairs.image * teacher_total + first[pairs.teacher_view] + pairs.teacher_token
+    # Number the tokens image by image, and keep the slots of those that are matched.
+    teacher_slot = pairs.image * teacher_total + first[pairs.teacher_view] + pairs.teacher_token  # [n] of each pair
     student_slot = pairs.image * student_total + first[pairs.student_view] + pairs.student_token
-    teacher_slots, teacher_idx = _used(teacher_slot, images * teacher_total)
-    matches_of_slot = np.bincount(student_slot, minlength=images * student_total)
-    student_slots = np.flatnonzero(matches_of_slot)
-    student_slots = student_slots[np.lexsort((-matches_of_slot[student_slots], student_slots // student_total))]
-    num_matches = matches_of_slot[student_slots]  # [Ns]
+    teacher_slots, teacher_idx = _used(teacher_slot, num_images * teacher_total)
+    num_matches = np.bincount(student_slot, minlength=num_images * student_total)
+    student_slots = np.flatnonzero(num_matches)
+    student_slots = student_slots[np.lexsort((-num_matches[student_slots], student_slots // student_total))]
+    num_matches, student_image = num_matches[student_slots], student_slots // student_total  # [Ns]
 
-    # Sort the pairs by their student token, in the new order of these, and lay them out as m-th matches.
-    place = np.empty(images * student_total, np.int64)
+    # Sort the pairs by student token, in this order of the tokens, and lay them out as m-th matches.
+    place = np.empty(num_images * student_total, np.int64)
     place[student_slots] = np.arange(len(student_slots))
-    student_idx = place[student_slot]
-    order = np.argsort(student_idx, kind="stable")
-    student_idx = student_idx[order]
-    m = np.arange(len(order)) - (np.cumsum(num_matches) - num_matches)[student_idx]
-    table = np.zeros((2, num_matches.max(), len(student_slots)), np.int64)
-    table[:, m, student_idx] = teacher_idx[order], pairs.num_matched[order]
-    teacher_count = np.bincount(teacher_slots // teacher_total, minlength=images)
-    is_more = num_matches > np.arange(len(table[0]))[:, None]  # [M, Ns]
-    student_count = np.stack(
-        [np.bincount((student_slots // student_total)[more], minlength=images) for more in is_more]
-    )
+    by_student = np.argsort(place[student_slot], kind="stable")
+    student_idx = place[student_slot][by_student]
+    m = np.arange(len(by_student)) - (np.cumsum(num_matches) - num_matches)[student_idx]
+    table = np.zeros((2, num_matches.max(), len(student_slots)), np.int64)  # teacher_idx, num_matched
+    table[:, m, student_idx] = teacher_idx[by_student], pairs.num_matched[by_student]
+    teacher_count = np.bincount(teacher_slots // teacher_total, minlength=num_images)
+    student_count = [np.bincount(student_image[num_matches > m], minlength=num_images) for m in range(table.shape[1])]
+    student_count = np.stack(student_count)  # [M, G]
 
-    if images < batch_size:  # the same for every image
-        offsets = np.arange(batch_size)[:, None]
+    if num_images < batch_size:  # the geometry is shared: the same for every image
+        image = np.arange(batch_size)[:, None]
         table = np.tile(table, batch_size)
-        table[0] += np.repeat(offsets[:, 0] * len(teacher_slots), len(student_slots)) * (table[1] > 0)
-        teacher_slots = (teacher_slots + teacher_total * offsets).ravel()
-        student_slots = (student_slots + student_total * offsets).ravel()
+        table[0] += np.repeat(image[:, 0] * len(teacher_slots), len(student_slots)) * (table[1] > 0)
+        teacher_slots = (teacher_slots + teacher_total * image).ravel()
+        student_slots = (student_slots + student_total * image).ravel()
         teacher_count, student_count = np.repeat(teacher_count, batch_size), np.repeat(student_count, batch_size, 1)
 
     def rows_and_positions(slots, total):
@@ -166,46 +162,49 @@ def _matched_pairs(boxes, flips, grids, teacher_views, rule):
     boxes, flips, grids = np.asarray(boxes, np.int64), np.asarray(flips, bool), np.asarray(grids, np.int64)
     if boxes[..., 2:].min() < 1 or grids.min() < 1:
         raise ValueError("boxes and grids must be at least one pixel and one patch high and wide")
-    views, images = flips.shape
-    pairs = _view_pairs(teacher_views, views)  # [2, M]: teacher views, student views
-    M = pairs.shape[1]
+    num_views, num_images = flips.shape
+    view_pairs = _view_pairs(teacher_views, num_views)  # [2, V']: teacher views, student views
+    num_pairs = view_pairs.shape[1]
 
     if rule is None:
-        counts, index = np.zeros((images, M, 2), np.int64), np.zeros((images, 2, M, 2, 1), np.int64)
+        counts = np.zeros((num_images, num_pairs, 2), np.int64)
+        rows = columns = np.zeros((num_images, 2, num_pairs, 1), np.int64)
     else:
         # A box is an interval of rows and an interval of columns, and so is all that follows from it.
-        sides = boxes.swapaxes(0, 1)[:, pairs]  # [G, 2, M, 4]
-        counts, index = RULES[rule](sides[..., :2], sides[..., 2:], grids[pairs])
-        flipped = flips.T[:, pairs, None]  # [G, 2, M, 1]
-        columns = index[..., 1, :]
+        sides = boxes.swapaxes(0, 1)[:, view_pairs]  # [G, 2, V', 4]
+        counts, index = RULES[rule](sides[..., :2], sides[..., 2:], grids[view_pairs])
+        flipped = flips.T[:, view_pairs, None]  # [G, 2, V', 1]
+        rows, columns = index[..., 0, :], index[..., 1, :]  # [G, 2, V', at least n]
         if rule == "nearest":  # ordered by the student's tokens: a mirrored student view is walked from its right edge
             i = np.arange(columns.shape[-1])
             i = np.where(flipped[:, 1], np.maximum(counts[..., 1:] - 1 - i, 0), i)
             columns = np.take_along_axis(columns, i[:, None], -1)
-        index[..., 1, :] = np.where(flipped, grids[pairs, 1:] - 1 - columns, columns)
+        columns = np.where(flipped, grids[view_pairs, 1:] - 1 - columns, columns)
 
-    # Lay the runs out one behind the other: CLS, then the kept rows times the kept columns.
+    # Lay the pairs of views out one behind the other: CLS, then the kept rows times the kept columns.
     length = 1 + (counts[..., 0] * counts[..., 1]).ravel()
     start = np.cumsum(length) - length
-    run = np.repeat(np.arange(len(length)), length)
-    row, column = np.divmod(np.arange(len(run)) - start[run] - 1, np.maximum(counts[..., 1].ravel(), 1)[run])
-    index[..., 0, :] *= grids[pairs, 1:]
-    rows, columns = index.transpose(3, 1, 0, 2, 4).reshape(2, 2, len(length), -1)
-    tokens = 1 + rows[:, run, row] + columns[:, run, column]  # [2, n]
+    pair = np.repeat(np.arange(len(length)), length)  # [n] pair of views of an image
+    row, column = np.divmod(np.arange(len(pair)) - start[pair] - 1, np.maximum(counts[..., 1].ravel(), 1)[pair])
+    rows = rows * grids[view_pairs, 1:]
+    rows, columns = (x.swapaxes(0, 1).reshape(2, len(length), -1) for x in (rows, columns))
+    tokens = 1 + rows[:, pair, row] + columns[:, pair, column]  # [2, n]
     tokens[:, start] = 0
-    image, pair = np.divmod(run, M)
-    return _Pairs(image, pairs[0, pair], tokens[0], pairs[1, pair], tokens[1], length[run])
+    image, view_pair = np.divmod(pair, num_pairs)
+    teacher_view, student_view = view_pairs[:, view_pair]
+    return _Pairs(image, teacher_view, tokens[0], student_view, tokens[1], length[pair])
 
 
 @functools.lru_cache
-def _view_pairs(teacher_views, views):
-    return np.array([(i, j) for i in range(teacher_views) for j in range(views) if i != j]).T
+def _view_pairs(teacher_views, num_views):
+    return np.array([(i, j) for i in range(teacher_views) for j in range(num_views) if i != j]).T
 
 
-# RULES, for G images, two sides (teacher view, student view), M pairs of views and two axes (rows, columns).
-# Arguments are start and length [G, 2, M, 2] of the intervals in pixels, and the patches [2, M, 2] along them. Results
-# are n [G, M, 2], how many patches are matched, and numbers of patches [G, 2, M, 2, at least n] in the order of the
-# image; what stands behind the first n of them is meaningless.
+# A rule of RULES matches the patches of many pairs of views along both axes at once, for G images, two sides (teacher
+# view, student view), V' pairs of views and two axes (rows, columns).
+# Arguments: start and length [G, 2, V', 2] of the boxes in pixels, and the number of patches [2, V', 2] along them.
+# Results: n [G, V', 2], how many patches are matched along an axis, and index [G, 2, V', 2, at least n], their numbers
+# from the top and from the left of the image. What index holds behind the first n is ignored.
 
 
 def _match_paper(start, length, patches):

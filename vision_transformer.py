@@ -100,6 +100,7 @@ def vit_base(patch_size=16, **kwargs):
 
 
 ARCHITECTURES = {"vit_micro": vit_micro, "vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base}
+# The architecture of weights that come without arguments, by their width. New ones go into both dictionaries.
 WIDTHS = {96: "vit_micro", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
 
 
@@ -179,7 +180,7 @@ class TokenOutput(NamedTuple):
     bottleneck: torch.Tensor  # [N, bottleneck_dim] unit vectors
     prototypes: torch.Tensor  # [K, bottleneck_dim]
     scale: torch.Tensor  # [K]
-    cls_features: torch.Tensor  # [n, D] CLS tokens of the first tensor of views, in front of the head; no gradient
+    cls_features: torch.Tensor  # [n, D] CLS tokens of the first tensor of views, before the head; without gradient
     mean_bottleneck: torch.Tensor | None = None  # [positions, bottleneck_dim] mean over the views; the teacher's alone
 
 
@@ -202,7 +203,7 @@ class BackboneWithHead(nn.Module):
             TokenOutput
         """
         tokens = [self.backbone(view) for view in views]  # [n, 1+P, D] each
-        cls_features = tokens[0][:, 0].detach().clone()
+        cls_features = tokens[0][:, 0].detach().clone()  # a copy, so that the other tokens can be freed
         tokens = torch.cat([t.flatten(0, 1) for t in tokens])
         if rows is not None:
             tokens = tokens[rows]
@@ -223,7 +224,7 @@ class Teacher(BackboneWithHead):
         self.requires_grad_(False)
 
     def forward(self, views, rows):
-        """Return the TokenOutput of some tokens, with `mean_bottleneck`: [1+P, D'] or, of CLS alone, [1, D'].
+        """Return the TokenOutput of some tokens, with `mean_bottleneck` of every position, or of CLS alone.
 
         Args:
             views: a list of one tensor [n, 3, S, S].
@@ -257,6 +258,7 @@ def load_backbone(path, arch=None, patch_size=None, checkpoint_key="teacher", im
     Raises:
         UserError: the file is no checkpoint, has no such network, holds no ViT, or its keys or shapes do not fit.
     """
+    arch = architecture(arch) if arch else None
     if str(path) == "none":
         return ARCHITECTURES[arch or "vit_small"](patch_size or 16, img_size=img_size).eval(), {}
     contents = load_file(path)

@@ -130,7 +130,7 @@ def measure(arch, patch_size, batch_size, K, steps, side):
     def batches_on_device(loader, device):
         keys = [(0, step, list(range(batch_size))) for step in range(steps)]
         items = [loader.dataset[key] for key in keys]
-        geometries = [correspondences(loader.dataset.views(key)[0], patch_size) for key in keys]
+        geometries = [correspondences(loader.dataset.make_views(key)[0], patch_size) for key in keys]
         result["before"] = memory(device)["now"]
         for i in (0, *range(steps)):  # the first one warms up
             times.append(synchronized_time(device))

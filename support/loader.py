@@ -49,7 +49,7 @@ class BatchSampler(Sampler):
         steps: range of the steps to give keys for, counted through all epochs.
 
     Attributes:
-        steps_per_epoch
+        steps_per_epoch: number of steps.
     """
 
     def __init__(self, num_samples, batch_size, steps, accum_steps=1, rank=0, world_size=1, seed=0, drop_last=True):
@@ -92,28 +92,30 @@ class ViewBatches(Dataset):
 
     def __getitem__(self, key):
         """Return the Batch of a key; its pixels are uint8."""
-        views, bad_images = self.views(key)
+        views, bad_images = self.make_views(key)
         grids = [(view.pixels.shape[-2] // self.patch_size, view.pixels.shape[-1] // self.patch_size) for view in views]
         boxes, flips = torch.stack([view.boxes for view in views]), torch.stack([view.flips for view in views])
         matches = match_views(boxes, flips, grids, len(views[0].pixels), rule=self.rule)
         pixels = [torch.cat([view.pixels for view in same_size]) for same_size in (views[:2], views[2:]) if same_size]
         return Batch(pixels, matches, bad_images)
 
-    def views(self, key):
+    def make_views(self, key):
         """Return (views of MultiCrop of a batch, {sample: why it cannot be read})."""
         epoch, step, indices = key
         images, bad_images = [], {}
         for index in indices:
-            image, unreadable = self.image(index)
+            image, unreadable = self.read_image(index)
             images.append(image)
             bad_images |= unreadable
         return self.multi_crop(images, indices, epoch, step, self.rank), bad_images
 
-    def image(self, index):
-        """Return (image of a sample, {}); with `skip_bad` (the first one from there on that can be read, the others).
+    def read_image(self, index):
+        """Return (image, bad_images): the image of a sample, and {sample: why it cannot be read} of those skipped.
+
+        With `skip_bad` the image is the first one at or after `index` that can be read.
 
         Raises:
-            UserError: it cannot be read, or, with `skip_bad`, MAX_BAD_IN_A_ROW cannot.
+            UserError: the image, or with `skip_bad` MAX_BAD_IN_A_ROW of them, cannot be read.
         """
         bad_images = {}
         for i in range(index, index + self.MAX_BAD_IN_A_ROW):
@@ -140,6 +142,8 @@ def batches_on_device(loader, device):
         except StopIteration:
             return
         except (ConnectionError, EOFError, FileNotFoundError) as error:
+            if str(error).startswith("Caught ") or getattr(loader, "num_workers", 1) == 0:
+                raise  # by the data set
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise the next error in this one
             raise UserError(f"{utils.DEAD_WORKER} ({type(error).__name__})") from error
         views = [normalize(pixels.to(device, non_blocking=True)) for pixels in views]

@@ -50,12 +50,12 @@ def matched_cross_entropy(
     token_weight = weight.sum(0)  # [Ns]
     # Gradients are computed in units of the largest weight: smaller numbers would be lost in fp16.
     max_weight = token_weight.max().clamp(min=torch.finfo(compute_dtype).tiny)
-    # Rows of logits at a time, and into how many strips they are cut, two of which are held beside them. On a CPU a
-    # strip has to stay in its cache, on a GPU many small operations would keep it waiting.
+    # `chunk_memory` holds one chunk of logits and two strips. A chunk is cut into `num_strips` strips: on a CPU so that
+    # a strip fits its cache; on a GPU it stays whole, to launch few kernels.
     memory, num_strips = (80 << 20, 8) if z.device.type == "cpu" else (512 << 20, 1)
-    rows = (chunk_memory or memory) // (4 * K)
-    max_rows = max(rows * num_strips // (num_strips + 2), 16)
-    groups = _image_groups(matches, max_rows // 4)
+    rows_in_memory = (chunk_memory or memory) // (4 * K)
+    max_rows = max(rows_in_memory * num_strips // (num_strips + 2), 16)
+    groups = _image_groups(matches, max_rows // 4)  # small images together, but not so many that the targets grow
     work = _Work(
         teacher_out,
         center.to(compute_dtype),
@@ -70,7 +70,7 @@ def matched_cross_entropy(
     )
     inputs = (z, student_out.prototypes, student_out.scale)
     if not torch.is_grad_enabled():
-        inputs = (x.detach() for x in inputs)
+        inputs = (x.detach() for x in inputs)  # or needs_input_grad would say that gradients are needed
     return _CrossEntropy.apply(*inputs, work) * max_weight
 
 
@@ -101,12 +101,12 @@ def _image_groups(matches, max_rows):
 class _Work:
     """What the loss is computed from, beside the student's tensors. Nt and Ns count the matched tokens of the batch."""
 
-    teacher_out: tuple
+    teacher_out: tuple  # TokenOutput
     center: torch.Tensor  # [1 or 1+P, K]
-    matches: tuple
+    matches: tuple  # Matches
     token_weight: torch.Tensor  # [Ns, 1] summed weight of a student token's matches, in units of the largest
     target_weight: torch.Tensor  # [M, Ns, 1] share of each match in that sum: the weight of its target in the mixture
-    groups: list
+    groups: list  # of _ImageGroup
     chunk: int  # student tokens whose logits are held at a time
     num_strips: int  # of a chunk
     student_temp: float
@@ -125,6 +125,8 @@ class _Work:
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """Weighted sum of the student tokens' cross-entropies. Computes the gradients too; backward only scales them."""
+
     @staticmethod
     def forward(ctx, student_z, student_prototypes, student_scale, work):
         device, K = student_z.device, len(student_prototypes)

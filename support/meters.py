@@ -21,11 +21,11 @@ class Meters:
     Args:
         device: where the losses are. Adding up does not wait for it.
         precision: "fp16" may leave out steps.
-        max_matched: patches of two views that can be matched; where a rule matches more, these count as so many.
+        max_matched: largest number of matched patches in the histogram; larger ones are added to its last bin.
         max_bad_images: how many images that cannot be read are borne.
     """
 
-    # fp16: the scaler halves its scale in each step that it leaves out; 2^16 is where it starts.
+    # The scaler of fp16 starts at 2^16 and halves its scale in each step that it leaves out: 30 bring it to 2^-14.
     MAX_SKIPPED = 30
 
     def __init__(self, device, precision, max_matched, max_bad_images=0):
@@ -79,7 +79,7 @@ class Meters:
             what = "the loss"
             if kind == 1:
                 trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-                what = f"the gradient of {trained[int(everyones[rank][2])].removeprefix('module.')}"
+                what = f"the gradient of {trained[int(everyones[rank][2])]}"
             ranks = [rank for rank, bad in enumerate(everyones) if bad[kind] == step]
             where = f" on rank {', '.join(map(str, ranks))}" if dist.is_initialized() else ""
             sys.exit(f"error: {what} is not finite at step {step:.0f}{where}; the weights were not saved")
@@ -171,13 +171,14 @@ def measure(student_out, teacher_out, matches, criterion, teacher_temp):
         criterion: losses.LocalGlobalLoss, before it moves the center.
         teacher_temp: τ_t.
 
-    Returns, in nats, over the CLS tokens of up to SAMPLE images:
-        teacher_entropy: mean entropy of the teacher's outputs.
+    Returns, of the CLS tokens of the first SAMPLE images:
+        teacher_entropy: mean entropy of the teacher's outputs, in nats.
         entropy_share: the same as a share of ln K.
-        output_information: by how much the entropy of their mean is larger; 0 where all images have one output.
-        kl: KL divergence of the student's output from the teacher's, mean over pairs of views.
-        center_norm: length of the center of CLS.
-        cls_cosine: mean cosine between the teacher's CLS features of different images of the batch.
+        output_information: mutual information between image and teacher output, in nats; 0 if all outputs are equal.
+        kl: KL divergence of the student's output from the teacher's, mean over pairs of views, in nats.
+    and of the whole batch:
+        center_norm: L2 norm of the center of CLS.
+        cls_cosine: mean cosine between the teacher's CLS features of different images.
     """
     # The first tokens of all are those of the first images.
     sample = slice(int(matches.student_count[0, :SAMPLE].sum()))

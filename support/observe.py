@@ -151,7 +151,7 @@ def training_pictures(backbone, view_batches, key):
     from support import figures  # and matplotlib, which the other processes do without
     from support.figures import to_picture
 
-    (image, _), (views, _) = view_batches.image(key[2][0]), view_batches.views(key)
+    (image, _), (views, _) = view_batches.read_image(key[2][0]), view_batches.make_views(key)
     rule, patch_size = view_batches.rule, view_batches.patch_size
     size = views[0].pixels.shape[-1]
     grids = [(view.pixels.shape[-1] // patch_size,) * 2 for view in views]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from utils import append_line, warn, write_text
 
 PATIENCE = 50  # reports in a row
-WATCH_FROM = 2000  # step; before, and in the warm-up, outputs are alike anyway
+WATCH_FROM = 2000  # step from which on a collapse is looked for, or earlier: from the end of the warm-up
 
 # name: (sign of it in the values of `measure`, what to say)
 COLLAPSES = {

@@ -19,7 +19,7 @@ def test_the_naive_side_computes_the_same_loss_and_gradients(monkeypatch):
     views = [normalize(x) for x in pixels]
     student = BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24))
     teacher = Teacher(vit_micro(8, img_size=32), DINOHead(96, 24))
-    monkeypatch.setattr(bench_step.NaiveLoss, "pairs", bench_step.correspondences(batches.views(key)[0], 8))
+    monkeypatch.setattr(bench_step.NaiveLoss, "pairs", bench_step.correspondences(batches.make_views(key)[0], 8))
     results = []
     for build, table in (
         (LocalGlobalLoss, matches),

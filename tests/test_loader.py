@@ -58,6 +58,17 @@ def test_views_do_not_depend_on_the_workers(photo_folder, geometry):
         assert all(torch.equal(x, y) for x, y in zip(a.matches, b.matches, strict=True))
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_a_data_set_is_not_taken_for_a_dead_process(num_workers):
+    class Lost(torch.utils.data.Dataset):
+        def __getitem__(self, key):
+            raise FileNotFoundError("shard 7 is gone")
+
+    loader = DataLoader(Lost(), batch_size=None, sampler=[0], num_workers=num_workers)
+    with pytest.raises(FileNotFoundError, match="shard 7 is gone"):
+        next(batches_on_device(loader, torch.device("cpu")))
+
+
 def test_a_dead_data_loading_process_is_named():
     def loader():
         yield from ()

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import eval_knn
 import main_lgssl
 from augment import MultiCrop, normalize
-from losses import LocalGlobalLoss
+from losses import LocalGlobalLoss, plain_loss
 from main_lgssl import build_optimizer, parse_arguments
 from patch_matching import match_patches
 from support.images import ResizedArray, build_dataset
@@ -99,16 +99,16 @@ def naive_loss(student, teacher, views, rule, temperature, loss, center):
                     g = b if len(view.boxes) > 1 else 0
                     geometry += [view.boxes[g].tolist(), bool(view.flips[g]), (view.pixels.shape[-1] // 8,) * 2]
                 idx_t, idx_s = match_patches(*geometry, rule)
-                targets = ((teacher_logits[i][b, idx_t] - center[idx_t]) / temperature).softmax(-1)
-                h = -(targets * (student_logits[j][b, idx_s] / 0.1).log_softmax(-1)).sum(-1)
+                weight = torch.ones(len(idx_t), dtype=torch.float64)
                 if kind == "cls":
-                    total += h[0]
+                    weight[1:] = 0
                 elif kind == "mean":
-                    total += h.mean()
-                elif kind == "sum":
-                    total += h.sum()
-                else:
-                    total += lambda_cls * h[0] + ((1 - lambda_cls) * h[1:].mean() if len(h) > 1 else 0)
+                    weight /= len(idx_t)
+                elif kind == "lambda":
+                    weight[0] = lambda_cls
+                    weight[1:] = (1 - lambda_cls) / max(len(idx_t) - 1, 1)
+                logits_of_pair = (student_logits[j][b, idx_s], teacher_logits[i][b, idx_t])
+                total += plain_loss(*logits_of_pair, weight, center[idx_t], temperature)
     return total / (batch * 2 * (len(views) - 1)), torch.cat(teacher_logits).mean(0)
 
 
@@ -120,7 +120,7 @@ def test_loss_gradient_and_center_of_a_batch_equal_algorithm_1(photo_folder, los
     crop = MultiCrop(32, 16, local_scale=(0.05, 0.3), local_number=3, geometry=geometry)
     rule = None if loss[0] == "cls" else "paper"
     batches = ViewBatches(dataset, crop, 8, rule, 0)
-    (views, _), batch = batches.views((0, 5, [3, 1, 8])), batches[0, 5, [3, 1, 8]]
+    (views, _), batch = batches.make_views((0, 5, [3, 1, 8])), batches[0, 5, [3, 1, 8]]
     student = BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24, hidden_dim=32))
     teacher = Teacher(vit_micro(8, img_size=32), DINOHead(96, 24, hidden_dim=32), average_patches=loss[0] != "cls")
     criterion = LocalGlobalLoss(24, 16, *loss)
@@ -204,7 +204,7 @@ def test_three_steps_are_dinos(photo_folder, tmp_path):
     lr = 1e-6 + (0.05 * 4 / 256 - 1e-6) * half_cosine
     decay, momentum = 0.4 + (0.04 - 0.4) * half_cosine, 1 + (0.9 - 1) * half_cosine
     for i, key in enumerate(BatchSampler(12, 4, range(3))):
-        views, _ = batches.views(key)
+        views, _ = batches.make_views(key)
         loss, mean_logits = naive_loss(student, teacher, views, "paper", 0.04, ("mean", 0), center)
         center = 0.9 * center + 0.1 * mean_logits.detach()
         optimizer.zero_grad()

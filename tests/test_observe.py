@@ -129,7 +129,7 @@ def test_pictures_show_the_matched_patches(photo_folder, loss):
     rule = None if loss == "cls" else "paper"
     dataset = build_dataset("folder", photo_folder, "train", ResizedArray(64))
     batches = ViewBatches(dataset, MultiCrop(32, 16, local_number=2, geometry="image"), 8, rule, 0)
-    views, _ = batches.views((3, 7, [0]))
+    views, _ = batches.make_views((3, 7, [0]))
     pictures = training_pictures(vit_micro(8, img_size=32).eval(), batches, (3, 7, [0]))
     height, gap = 160, 4
     assert pictures["views"].shape == (2 * (height + gap), 3 * (height + gap), 3)

@@ -150,6 +150,14 @@ def assert_same(backbone, network):
         assert torch.equal(own, expected)
 
 
+def test_dinos_names_of_architectures_are_taken(tmp_path):
+    torch.save({"teacher": vit_micro(8).state_dict(), "args": {"arch": "vit_micro"}}, tmp_path / "checkpoint.pth")
+    assert load_backbone(tmp_path / "checkpoint.pth", arch="deit_micro")[1]["arch"] == "vit_micro"
+    assert load_backbone("none", arch="deit_micro", patch_size=8)[0].embed_dim == 96
+    with pytest.raises(UserError, match="no architecture resnet50: convolutional"):
+        load_backbone("none", arch="resnet50")
+
+
 def test_dinos_full_checkpoint_is_read(tmp_path):
     """As DINO saves it: wrapped networks, Namespace, and NumPy scalars in the optimizer's state."""
     teacher, student = vit_micro(8), vit_micro(8)
