@@ -81,8 +81,12 @@ def _explain(error):
         return (
             "the GPU's memory ran out: a smaller --batch_size_per_gpu with more --accum_steps, or --grad_checkpointing"
         )
-    if text.startswith("DataLoader worker (pid"):
-        return f"{DEAD_WORKER} ({text})"
+    # PyTorch raises this in a signal handler, whatever the process does: what it interrupts may raise its own error.
+    earlier = error
+    while earlier is not None:
+        if first_line(earlier).startswith("DataLoader worker (pid"):
+            return f"{DEAD_WORKER} ({first_line(earlier)})"
+        earlier = earlier.__context__
     if dist.is_initialized() and (isinstance(error, dist.DistError) or re.search("gloo|[Cc]onnection", text)):
         return f"rank {dist.get_rank()} waited for another process, which died or hangs: see its message ({text})"
     return None

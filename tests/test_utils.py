@@ -22,3 +22,18 @@ def test_user_errors_are_one_line_and_exit_code_2(capsys):
             raise utils.UserError(text)
         assert error.value.code == 2
         assert capsys.readouterr().err.endswith("error: it is wrong\n")
+
+
+def test_a_dead_worker_is_named_also_where_its_signal_interrupts_a_save(capsys):
+    def save():
+        try:
+            raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 4850432 vs 4850320")
+
+    with pytest.raises(SystemExit) as error, utils.one_line_errors():
+        save()
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert "error: a data-loading process died, most likely for want of memory: give fewer --num_workers" in message
+    assert message.endswith("(DataLoader worker (pid 12) is killed by signal: Killed.)\n")
