@@ -25,8 +25,8 @@ import utils
 from augment import MEAN, STD
 from support import evaluation
 from support.arguments import ArgumentParser
-from support.checkpoints import write_safetensors, written_whole
-from utils import UserError
+from support.checkpoints import write_safetensors
+from utils import UserError, atomic_write
 from vision_transformer import WIDTHS
 
 TOLERANCE = 1e-3  # of a token's numbers, which are of the order of 1
@@ -151,13 +151,13 @@ def main(argv=None):
         checkpoint_key=args.checkpoint_key,
         seed=0,
     )
-    evaluation.make_folder(folder, "--output_dir")
+    utils.make_folder(folder, "--output_dir")
 
     config, state = timm_config(backbone), backbone.state_dict()
     difference = largest_difference(timm_model(config, state).forward_features, backbone, (1,))
     program = onnx_program(backbone) if args.onnx else None
     with contextlib.ExitStack() as stack:  # all files, or none
-        weights, text, *graph = [stack.enter_context(written_whole(folder / name)) for name in names]
+        weights, text, *graph = [stack.enter_context(atomic_write(folder / name)) for name in names]
         for path in graph:
             program.save(path, external_data=False)
             checked = check_onnx(path, backbone)

@@ -27,10 +27,10 @@ import torch.distributed as dist
 import utils
 from support import evaluation
 from support.arguments import ArgumentParser
-from support.checkpoints import write_safetensors, written_whole
+from support.checkpoints import write_safetensors
 from support.features import eval_transform, extract_features
 from support.images import build_dataset
-from utils import UserError
+from utils import UserError, atomic_write
 from vision_transformer import WIDTHS
 
 # Tokens [B, 1+P, D] -> features
@@ -63,7 +63,7 @@ def write_features(path, features, labels, paths, classes, made_with):
         UserError: it cannot be written.
     """
     labels = torch.tensor(labels, dtype=torch.int64)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         if path.suffix == ".safetensors":
             metadata = {"paths": json.dumps(paths), "classes": json.dumps(classes), "made_with": made_with}
             write_safetensors({"features": features, "labels": labels}, temporary, metadata)
@@ -122,7 +122,7 @@ def main(argv=None):
     paths = image_names(dataset, args.data_path, args.split)
     if path.suffix == ".safetensors" and len(json.dumps(json.dumps(paths))) + len(made_with) > MAX_METADATA:
         raise UserError(f"the paths of {len(paths)} images are too much for the header of {path}: give a name in .npz")
-    evaluation.make_folder(path.parent, "the folder of --output")
+    utils.make_folder(path.parent, "the folder of --output")
 
     rank, world_size, device = utils.init_distributed(args.dist_url)
     backbone.to(device)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 VERSION = "0.9.0"
@@ -180,18 +181,70 @@ def warn(text):
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
-def make_writable(folder):
-    """Make a folder where it is missing, and raise OSError where no file can be made in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+def make_folder(folder, option):
+    """Create a folder if it is missing, and check that files can be created in it.
+
+    Args:
+        option: the option that names the folder, for the message.
+
+    Raises:
+        UserError: the folder cannot be created or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {option} {folder}: {error.strerror}; give a writable folder") from error
+
+
+@contextlib.contextmanager
+def atomic_write(path, backup=None):
+    """Write a file atomically: `path` is always the complete old file or the complete new one.
+
+    Yields the path of a temporary file, which is renamed to `path` on success and removed on failure.
+
+    Args:
+        backup: where to keep the old file. The disk then needs room for three files.
+
+    Raises:
+        UserError: the file cannot be written. The old one is kept.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        if backup is not None and path.exists():
+            backup.unlink(missing_ok=True)
+            try:
+                os.link(path, backup)
+            except OSError:  # a file system without hard links: for a moment only `backup` exists
+                path.replace(backup)
+        temporary.replace(path)
+        with contextlib.suppress(OSError):  # make the new name durable, where folders can be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save reports a failed write as a RuntimeError of its zip writer, safetensors as a SafetensorError.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, (OSError, SafetensorError)):
+            raise
+        reason = cause.strerror if isinstance(cause, OSError) else first_line(cause)
+        kept = f"the last saved {path} is kept" if path.exists() else "no earlier one exists"
+        raise UserError(f"cannot save {path}: {reason}; {kept}: free some space and run the command again") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(text, path):
-    """Write a small file so that `path` is at every moment either the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    """Write a small UTF-8 text file atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def append_line(entry, path):

@@ -1,21 +1,18 @@
 """Saving, resuming and safe loading of checkpoints."""
 
 import argparse
-import contextlib
 import hashlib
 import json
-import os
 import re
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save_file as save_safetensors
 
-from utils import UserError, all_gather, first_line, make_writable, warn
+from utils import UserError, all_gather, atomic_write, first_line, make_folder, warn
 
 # What DINO's released full checkpoints hold besides tensors and plain values: their arguments, and NumPy scalars in the
 # optimizer's state, under the old and the new name of NumPy's module.
@@ -100,49 +97,9 @@ def previous_path(path):
 
 
 def save(contents, path, keep_previous=False):
-    """Write a checkpoint, a dictionary of tensors and plain values. See `written_whole`."""
-    with written_whole(path, keep_previous) as temporary, temporary.open("wb") as file:
+    """Write a checkpoint of tensors and plain values. `keep_previous` keeps the old file at `previous_path`."""
+    with atomic_write(path, previous_path(path) if keep_previous else None) as temporary, temporary.open("wb") as file:
         torch.save(contents, file)
-
-
-@contextlib.contextmanager
-def written_whole(path, keep_previous=False):
-    """Write a file so that `path` is at every moment either the old or the new one, whole.
-
-    Gives the name to write it under; at the end it is renamed, and after an error removed.
-
-    Args:
-        keep_previous: keep the old one at `previous_path`. Then there is room needed for three.
-
-    Raises:
-        UserError: it cannot be written; the old one is left.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        if keep_previous and path.exists():
-            previous = previous_path(path)
-            previous.unlink(missing_ok=True)
-            try:
-                os.link(path, previous)
-            except OSError:  # a file system without hard links: for a moment the old one is at `previous` alone
-                path.replace(previous)
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch reports a failed write as a RuntimeError of its zip writer, safetensors as an error of its own.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(cause, (OSError, SafetensorError)):
-            raise
-        reason = cause.strerror if isinstance(cause, OSError) else first_line(cause)
-        left = f"{path} of the last save is left" if path.exists() else "there is no earlier one"
-        raise UserError(f"cannot save {path}: {reason}; {left}: make room, and start the same command again") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def write_safetensors(tensors, path, metadata):
@@ -151,20 +108,6 @@ def write_safetensors(tensors, path, metadata):
     rights = path.stat().st_mode
     save_safetensors(tensors, path, metadata)  # its file is for its owner alone
     path.chmod(rights)
-
-
-def sync_folder(folder):
-    """Make sure that renamed files keep their new names when the machine fails."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # not on every system can a folder be opened
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
 
 
 def remove_old(folder, keep_last):
@@ -231,10 +174,7 @@ def open_output(output_dir, args, defaults):
     Raises:
         UserError: the folder cannot be written, or holds a run with other arguments.
     """
-    try:
-        make_writable(output_dir)
-    except OSError as error:
-        raise UserError(f"cannot write to --output_dir {output_dir}: {error.strerror}") from error
+    make_folder(output_dir, "--output_dir")
     checkpoint, source_path = load_latest(output_dir / "checkpoint.pth")
     earlier = output_dir / "args.json"
     if checkpoint:

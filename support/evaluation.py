@@ -8,7 +8,7 @@ import torch
 
 from support.arguments import number
 from support.images import DATASETS, build_dataset
-from utils import UserError, make_writable, write_text
+from utils import UserError, make_folder, write_text
 from vision_transformer import ARCHITECTURES, architecture, load_backbone
 
 
@@ -189,20 +189,6 @@ def result_file(output_dir, pretrained_weights, name):
     folder = Path(pretrained_weights).parent if output_dir is None else Path(output_dir)
     make_folder(folder, "--output_dir")
     return folder / f"{name}.json"
-
-
-def make_folder(folder, option):
-    """Make a folder to write to, where it is missing; `option` says in the message where it comes from.
-
-    Raises:
-        UserError: it cannot be made or written to.
-    """
-    try:
-        make_writable(folder)
-    except OSError as error:
-        if folder.is_dir():
-            raise UserError(f"cannot write to {option} {folder}: give a folder that can be written") from error
-        raise UserError(f"cannot make {option} {folder}: {error.strerror}") from error
 
 
 def write_result(path, result, made_with, args):

@@ -3,7 +3,6 @@
 Figures are 7 inches wide, two columns of a paper, or one column, and written as PNG or PDF.
 """
 
-import errno
 import textwrap
 import warnings
 from itertools import cycle
@@ -49,12 +48,9 @@ def check_output(path):
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"cannot write {path}: found the suffix {path.suffix!r}, expected {' or '.join(SUFFIXES)}")
-    try:
-        utils.make_writable(path.parent)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: found a folder, expected a file name")
+    utils.make_folder(path.parent, "the folder of --output")
 
 
 def save(figure, path):

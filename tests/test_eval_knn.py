@@ -86,7 +86,7 @@ def test_bad_input_is_named(photo_folder, tmp_path):
     assert "have no labels, expected" in message("--data_path", tmp_path / "flat")
     assert "class b is in only one of" in message("--data_path", tmp_path)
     (tmp_path / "file").touch()
-    assert "cannot make --output_dir" in message(
+    assert "cannot write to --output_dir" in message(
         "--data_path", photo_folder, "--nb_knn", 1, "--output_dir", tmp_path / "file"
     )
     assert "smaller than a patch of 16" in message("--data_path", photo_folder, "--crop_size", 8)

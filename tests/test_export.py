@@ -120,7 +120,7 @@ def test_bad_input_is_named_and_nothing_is_lost(tmp_path, monkeypatch):
     (tmp_path / "old/config.json").write_text("precious")
     assert "old/config.json is there already, and is not overwritten" in message(tmp_path / "old")
     assert (tmp_path / "old/config.json").read_text() == "precious"
-    assert f"cannot make --output_dir {tmp_path}/c.pth/new: " in message(tmp_path / "c.pth/new")
+    assert f"cannot write to --output_dir {tmp_path}/c.pth/new: " in message(tmp_path / "c.pth/new")
     assert "does not fit vit_tiny" in message(tmp_path / "new", "--arch", "vit_tiny")
     assert not (tmp_path / "new").exists()
     with monkeypatch.context() as patch:

@@ -118,14 +118,14 @@ def test_bad_input_is_named_before_any_work(photo_folder, weights, tmp_path, mon
     (tmp_path / "f.npz").write_text("precious")
     assert "is there already, and is not overwritten" in message(tmp_path / "f.npz")
     assert (tmp_path / "f.npz").read_text() == "precious"
-    assert f"cannot make the folder of --output {tmp_path}/f.npz: " in message(tmp_path / "f.npz" / "g.npz")
+    assert f"cannot write to the folder of --output {tmp_path}/f.npz: " in message(tmp_path / "f.npz" / "g.npz")
     assert "no folder" in message(tmp_path / "g.npz", data_path=tmp_path / "absent")
     assert "smaller than a patch of 8" in message(tmp_path / "g.npz", "--crop_size", 7)
     monkeypatch.setattr(extract_features, "MAX_METADATA", 300)
     assert "the paths of 12 images are too much for the header of" in message(tmp_path / "g.safetensors")
     refuse = mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
     monkeypatch.setattr(utils.tempfile, "TemporaryFile", refuse)
-    assert f"cannot write to the folder of --output {tmp_path}: give" in message(tmp_path / "g.npz")
+    assert f"cannot write to the folder of --output {tmp_path}: Permission" in message(tmp_path / "g.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]
 
 

@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_ends_with_a_line(tmp_path, s
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (half, half))
     assert process.wait(60) == 2
     last = (tmp_path / "output.txt").read_text().strip().splitlines()[-1]
-    assert last.startswith(f"main_lgssl.py: error: cannot save {checkpoint}: File too large; {checkpoint} of the last")
+    assert last.startswith(f"main_lgssl.py: error: cannot save {checkpoint}: File too large; the last saved")
     assert torch.load(checkpoint, weights_only=True)["step"] % 10 == 0
     assert not (folder / "checkpoint.pth.tmp").exists()
     assert start(folder=folder).wait(300) == 0
@@ -207,9 +207,7 @@ def test_no_room_for_the_smallest_file_is_one_line(tmp_path, start):
     limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "-", sys.executable]  # 1 KiB, less than args.json
     assert start(folder=tmp_path / "run", launcher=limited).wait(60) == 2
     last = (tmp_path / "output.txt").read_text().strip().splitlines()[-1]
-    assert (
-        last == "main_lgssl.py: error: cannot write a file: File too large; make room, and start the same command again"
-    )
+    assert last.startswith(f"main_lgssl.py: error: cannot save {tmp_path / 'run' / 'args.json'}: File too large")
 
 
 def test_a_dead_data_loading_process_is_reported_as_that(tmp_path, start):

@@ -192,7 +192,7 @@ def test_bad_input_is_refused_in_one_line(write_run, tmp_path, capsys):
         ([fresh], "fresh has not come to the end of an epoch"),
         ([broken], "cannot read .*args.json"),
         ([good, "--output", tmp_path / "runs.xyz"], "cannot write .*'.xyz', expected .png or .pdf"),
-        ([good, "--output", f"{good}/log.txt/runs.png"], "cannot write .*runs.png: File exists"),
+        ([good, "--output", f"{good}/log.txt/runs.png"], "cannot write to the folder of --output .*: File exists"),
         ([good, "--output", empty], "expected .png or .pdf"),
     ]:
         with pytest.raises(UserError, match=message):

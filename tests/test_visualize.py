@@ -353,7 +353,7 @@ def test_only_matches_does_without_weights(capsys):
         ("matches absent.png", "cannot read image absent.png"),
         ("matches --output m.xyz", "cannot write m.xyz: found the suffix '.xyz', expected .png or .pdf"),
         ("features --output a.jpg", "cannot write a.jpg: found the suffix '.jpg', expected .png or .pdf"),
-        ("features --output {tiny}/a.png", "cannot write .*tiny.png/a.png: File exists"),
+        ("features --output {tiny}/a.png", "cannot write to the folder of --output .*tiny.png: File exists"),
         (
             "attention {wide}.png --image_size 8",
             "wide has 1x9000 patches, more than 8000, at --image_size 8",
