@@ -1,9 +1,13 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import Image, ImageFilter
 from scipy.stats import ks_2samp
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import RandomResizedCrop
 
 import augment
@@ -87,6 +91,22 @@ def test_each_distortion_is_torchvisions(photographs):
         assert (own.int() - reference.int()).abs().max() <= 1, answers
 
 
+def test_blur_is_an_exact_gaussian_and_pillows_is_stronger_at_small_sigma(photographs):
+    image = np.array(photographs[0])
+
+    draws = iter((0.9, 0.9, 0.0, 0.9))  # no jitter, no grayscale, blur, no solarization
+    rng = SimpleNamespace(random=lambda: next(draws), uniform=lambda *_: 0.3)
+    blurred = augment.distort(rng, image, 0.5, 0.2)
+    exact = scipy.ndimage.gaussian_filter(image.astype(float), 0.3, axes=(0, 1), mode="mirror", radius=1)
+    assert np.abs(blurred - exact).max() <= 1
+
+    def sharpness(pixels):
+        return scipy.ndimage.laplace(pixels.mean(-1)).var()
+
+    pillows = np.array(photographs[0].filter(ImageFilter.GaussianBlur(0.3)))
+    assert sharpness(pillows) < 0.8 * sharpness(blurred) < 0.8 * sharpness(image.astype(float))
+
+
 def test_probabilities_are_dinos(monkeypatch):
     """Count how often each operation runs in the three kinds of views."""
     counts = {}
@@ -130,6 +150,22 @@ def test_normalize_is_torchvisions(photographs):
     pixels = TF.pil_to_tensor(photographs[0])
     expected = TF.normalize(TF.to_dtype(pixels, torch.float32, scale=True), augment.MEAN, augment.STD)
     torch.testing.assert_close(augment.normalize(pixels), expected)
+
+
+def test_normalize_copies_its_constants_to_a_device_once():
+    """A copy from pageable memory in every step would stall a GPU."""
+    pixels = torch.zeros(1, 3, 4, 4, dtype=torch.uint8, device="meta")
+    augment.normalize(pixels)
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            calls.append(str(operation))
+            return operation(*args, **(kwargs or {}))
+
+    with Record():
+        augment.normalize(pixels)
+    assert calls == ["aten._to_copy.default", "aten.sub_.Tensor", "aten.div_.Tensor"]
 
 
 @pytest.fixture

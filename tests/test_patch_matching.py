@@ -62,6 +62,16 @@ def test_nearest_rule_agrees_with_centres(box_a, grid_a, box_b, grid_b):
     assert list(zip(idx_a.tolist(), idx_b.tolist(), strict=True)) == pairs
 
 
+@pytest.mark.parametrize(("length", "offset"), [(56, 29), (112, 58), (168, 87), (224, 116)])
+def test_released_rule_multiplies_a_rounded_quotient(length, offset):
+    """As the authors' code: with 28 patches a side, `round(28 * offset / length)` would be one patch lower here."""
+    first, count = round(28 * (offset / length)), round(28 * ((length - offset) / length))
+    assert first == round(28 * offset / length) + 1
+    box_b = (offset, 0, length - offset, length)
+    idx_a, _ = match_patches((0, 0, length, length), False, (28, 1), box_b, False, (28, 1), "released")
+    assert idx_a[1:].tolist() == list(range(1 + first, 1 + min(first + count, 28)))
+
+
 def mirror(indices, grid):
     row, column = np.divmod(np.asarray(indices) - 1, grid[1])
     return np.where(np.asarray(indices) == 0, 0, 1 + row * grid[1] + grid[1] - 1 - column)
@@ -122,7 +132,7 @@ def test_views_without_overlap_match_cls_only(rule):
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="unknown matching rule 'neareset'"):
         match_patches((0, 0, 9, 9), False, (3, 3), (0, 0, 9, 9), False, (3, 3), "neareset")
-    with pytest.raises(ValueError, match="at least one pixel"):
+    with pytest.raises(ValueError, match="at least 1x1 pixels"):
         match_patches((0, 0, 0, 9), False, (3, 3), (0, 0, 9, 9), False, (3, 3))
 
 
