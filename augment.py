@@ -16,7 +16,7 @@ Differences from DINO's pipeline, which works on PIL images:
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+Range = tuple[float, float]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pixel values in [0, 1]
 
 # One random stream per purpose: drawing more numbers from one stream does not shift the others.
@@ -39,11 +40,7 @@ class View(NamedTuple):
 
 
 def random_box(
-    rng: np.random.Generator,
-    height: int,
-    width: int,
-    scale: Sequence[float],
-    ratio: Sequence[float] = (3 / 4, 4 / 3),
+    rng: np.random.Generator, height: int, width: int, scale: Range, ratio: Range = (3 / 4, 4 / 3)
 ) -> tuple[int, int, int, int]:
     """Draw a crop box as torchvision's RandomResizedCrop does.
 
@@ -115,7 +112,7 @@ def distort(rng: np.random.Generator, image: np.ndarray, blur_prob: float, solar
 
 
 def color_jitter(
-    image: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float, order: Sequence[int]
+    image: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float, order: Iterable[int]
 ) -> np.ndarray:
     """Jitter the colors of a uint8 image [height, width, 3] as torchvision's ColorJitter does.
 
@@ -180,8 +177,8 @@ class MultiCrop:
         self,
         global_size: int = 224,
         local_size: int = 96,
-        global_scale: Sequence[float] = (0.4, 1.0),
-        local_scale: Sequence[float] = (0.05, 0.4),
+        global_scale: Range = (0.4, 1.0),
+        local_scale: Range = (0.05, 0.4),
         local_number: int = 8,
         flip_prob: float = 0.5,
         geometry: str = "batch",
@@ -197,12 +194,12 @@ class MultiCrop:
         self.view_specs += [(local_size, local_scale, 0.5, 0.0)] * local_number
 
     def __call__(
-        self, images: Sequence[np.ndarray], indices: Sequence[int], epoch: int, step: int, rank: int = 0
+        self, images: Sequence[np.ndarray] | np.ndarray, indices: Sequence[int], epoch: int, step: int, rank: int = 0
     ) -> list[View]:
         """Return the views of a batch, the two global views first.
 
         Args:
-            images: B uint8 arrays [H, W, 3].
+            images: B images, uint8 [H, W, 3] each.
             indices: B sample indices, the key of what is drawn per image.
             epoch: epoch from 0, also part of that key.
             step, rank: key of what the batch shares; `step` counts through all epochs.
@@ -218,7 +215,7 @@ class MultiCrop:
                     f"geometry batch needs images of one size, found {len(sizes)}: resize them or use geometry image"
                 )
             geometry = [np.random.default_rng((_BATCH_GEOMETRY, self.seed, step, rank))]
-            images = np.stack(images)
+            images = np.asarray(images)
         else:
             geometry = [np.random.default_rng((_IMAGE_GEOMETRY, self.seed, epoch, i)) for i in indices]
         return [self._view(images, geometry, photometry, *spec) for spec in self.view_specs]

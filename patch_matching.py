@@ -6,12 +6,14 @@ code does.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+
+Ints = Sequence[int]
 
 
 class Matches(NamedTuple):
@@ -35,8 +37,8 @@ class Matches(NamedTuple):
 
     def to(self, device: torch.device) -> "Matches":
         """Move the index tensors to a device. The two counts stay on the CPU, where they determine tensor shapes."""
-        *indices, teacher_count, student_count = self
-        return Matches(*(x.to(device, non_blocking=True) for x in indices), teacher_count, student_count)
+        indices = {name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:-2]}
+        return self._replace(**indices)
 
     def is_cls(self) -> torch.Tensor:
         """Return booleans [M, Ns]: whether the match is CLS with CLS. Each pair of views of an image has one."""
@@ -44,13 +46,7 @@ class Matches(NamedTuple):
 
 
 def match_patches(
-    box_a: Sequence[int],
-    flip_a: bool,
-    grid_a: Sequence[int],
-    box_b: Sequence[int],
-    flip_b: bool,
-    grid_b: Sequence[int],
-    rule: str = "paper",
+    box_a: Ints, flip_a: bool, grid_a: Ints, box_b: Ints, flip_b: bool, grid_b: Ints, rule: str = "paper"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the matched tokens of two crops of one image.
 
@@ -137,8 +133,8 @@ def match_views(
     table = np.zeros((2, num_matches.max(), len(student_slots)), np.int64)  # teacher_idx, num_matched
     table[:, m, student_idx] = teacher_idx[by_student], pairs.num_matched[by_student]
     teacher_count = np.bincount(teacher_slots // teacher_total, minlength=num_images)
-    student_count = [np.bincount(student_image[num_matches > m], minlength=num_images) for m in range(table.shape[1])]
-    student_count = np.stack(student_count)  # [M, G]
+    more = (student_image[num_matches > m] for m in range(table.shape[1]))
+    student_count = np.stack([np.bincount(images, minlength=num_images) for images in more])  # [M, G]
 
     if num_images < batch_size:  # shared geometry: repeat the matches for every image
         image = np.arange(batch_size)[:, None]
@@ -259,7 +255,7 @@ def _match_nearest(start, length, patches):
     return inside.sum(-1), np.stack([center * patches_t // (2 * patches_s * length_t), index_s], 1)
 
 
-RULES: dict[str, Callable] = {"paper": _match_paper, "released": _match_released, "nearest": _match_nearest}
+RULES = {"paper": _match_paper, "released": _match_released, "nearest": _match_nearest}
 
 
 def _intersect(start, length):

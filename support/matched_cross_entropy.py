@@ -1,9 +1,12 @@
-"""The loss of losses.py computed fast: Σ w·H(t, s) over matched token pairs, with its gradients, group by group.
+"""Fast version of the loss in losses.py: Σ w·H(t, s) over matched token pairs, together with its gradients.
 
-Two facts make it cheap. The targets of a student token that is matched several times add up to one mixture: with
-w = Σ_t w_t and m = Σ_t (w_t / w)·t its part of the loss is w·(logsumexp(s) - m·s), and the gradient for its logits is
-w·(softmax(s) - m). And all pairs lie inside one image, so that nothing K wide has to outlive it: the targets of its
-teacher tokens, and one chunk of its student tokens after the other on the way from logits to gradients.
+Two facts make it cheap:
+
+- The targets of a student token with several matches add up to a single mixture. With w = Σ_t w_t and
+  m = Σ_t (w_t / w)·t, its part of the loss is w·(logsumexp(s) - m·s), and the gradient of its logits is
+  w·(softmax(s) - m).
+- All pairs lie inside one image. Tensors of K columns are needed for only one image at a time: the targets of its
+  teacher tokens, and one chunk of student tokens, whose logits are turned into gradients in place.
 """
 
 import itertools
@@ -16,66 +19,55 @@ import torch
 
 def matched_cross_entropy(
     student_out, teacher_out, matches, weight, center, student_temp, teacher_temp, chunk_memory=None
-):
+) -> torch.Tensor:
     """Return Σ w·H(teacher, student) over the matched token pairs of a batch.
 
-    Args:
-        student_out, teacher_out: with `bottleneck` [N, D], `prototypes` [K, D] and `scale` [K]; logits are
-            `bottleneck @ (scale * prototypes).T`. No gradient flows into the teacher's.
-        matches: patch_matching.Matches.
-        weight: [M, Ns] weight w of each match; 0 where there is none.
-        center: [1, K], or [1+P, K] for each position of a teacher token.
-        student_temp, teacher_temp: τ_s and τ_t.
-        chunk_memory: bytes for the K-wide rows of the student tokens that are worked on at a time; default 80 MiB on a
-            CPU, 512 MiB on a GPU. The targets of one image, or of several small ones, come on top, and under autocast
-            copies in its precision.
+    Matrix products run in the precision of the surrounding autocast, everything else in fp32. The gradients are
+    computed in the forward pass; the backward pass only scales them.
 
-    The matrix products run in the precision of the surrounding autocast, all else in fp32. The gradients are computed
-    together with the loss, so that a backward pass costs next to nothing.
+    Args:
+        student_out, teacher_out: `bottleneck` [N, D], `prototypes` [K, D] and `scale` [K] of the matched tokens; logits
+            are `bottleneck @ (scale * prototypes).T`. The teacher gets no gradient.
+        matches: patch_matching.Matches.
+        weight: [M, Ns], weight w of each match; 0 for padding.
+        center: [1, K], or [1+P, K] with one center per token position.
+        student_temp, teacher_temp: τ_s and τ_t.
+        chunk_memory: memory in bytes for the logits of student tokens and their buffers. Default: 80 MiB on a CPU,
+            512 MiB on a GPU. The targets of one image, or of several small ones, need memory in addition, and so do
+            copies in lower precision under autocast.
 
     Raises:
-        ValueError: the networks' tokens are not those of the matches.
+        ValueError: the number of tokens differs from that of the matches.
     """
-    for name, out, rows in (
-        ("student", student_out, matches.student_row),
-        ("teacher", teacher_out, matches.teacher_row),
-    ):
+    expected = {"student": (student_out, matches.student_row), "teacher": (teacher_out, matches.teacher_row)}
+    for name, (out, rows) in expected.items():
         if len(out.bottleneck) != len(rows):
-            raise ValueError(
-                f"{len(out.bottleneck)} tokens of the {name}, expected the {len(rows)} rows of the matches"
-            )
+            raise ValueError(f"found {len(out.bottleneck)} {name} tokens, expected the {len(rows)} of the matches")
     z, K = student_out.bottleneck, len(student_out.prototypes)
     compute_dtype = torch.promote_types(z.dtype, torch.float32)
     weight = weight.to(compute_dtype)
     token_weight = weight.sum(0)  # [Ns]
-    # Gradients are computed in units of the largest weight: smaller numbers would be lost in fp16.
+    # Gradients are computed in units of the largest weight, to keep small numbers representable in fp16.
     max_weight = token_weight.max().clamp(min=torch.finfo(compute_dtype).tiny)
-    # `chunk_memory` holds one chunk of logits and two strips. A chunk is cut into `num_strips` strips: on a CPU so that
-    # a strip fits its cache; on a GPU it stays whole, to launch few kernels.
+    # `chunk_memory` is shared by one chunk of logits and two strip-sized buffers. Each chunk is processed in strips: 8
+    # on a CPU so that a strip fits the cache, 1 on a GPU to launch fewer kernels.
     memory, num_strips = (80 << 20, 8) if z.device.type == "cpu" else (512 << 20, 1)
     rows_in_memory = (chunk_memory or memory) // (4 * K)
     max_rows = max(rows_in_memory * num_strips // (num_strips + 2), 16)
-    groups = _image_groups(matches, max_rows // 4)  # small images together, but not so many that the targets grow
-    work = _Work(
-        teacher_out,
-        center.to(compute_dtype),
-        matches,
-        (token_weight / max_weight)[:, None],
-        (weight / torch.where(token_weight > 0, token_weight, 1))[..., None],
-        groups,
-        chunk=min(max_rows, max((group.student.stop - group.student.start for group in groups), default=0)),
-        num_strips=num_strips,
-        student_temp=student_temp,
-        teacher_temp=teacher_temp,
-    )
+    groups = _image_groups(matches, max_rows // 4)  # bounded, because the targets grow with a group
+    chunk = min(max_rows, max((group.student.stop - group.student.start for group in groups), default=0))
+    relative_weight = (token_weight / max_weight)[:, None]
+    target_weight = (weight / torch.where(token_weight > 0, token_weight, 1))[..., None]
+    layout, temps = (matches, relative_weight, target_weight, groups, chunk, num_strips), (student_temp, teacher_temp)
+    work = _Work(teacher_out, center.to(compute_dtype), *layout, *temps)
     inputs = (z, student_out.prototypes, student_out.scale)
     if not torch.is_grad_enabled():
-        inputs = (x.detach() for x in inputs)  # or needs_input_grad would say that gradients are needed
+        inputs = tuple(x.detach() for x in inputs)  # otherwise needs_input_grad would be set
     return _CrossEntropy.apply(*inputs, work) * max_weight
 
 
 class _ImageGroup(NamedTuple):
-    """An image, or several whose K-wide rows are few: where its tokens lie among those of the batch."""
+    """One image or several consecutive small ones: the ranges of their tokens in the batch."""
 
     images: range
     teacher: slice
@@ -83,7 +75,7 @@ class _ImageGroup(NamedTuple):
 
 
 def _image_groups(matches, max_rows):
-    """Cut a batch into groups of successive images: as many as have at most `max_rows` tokens of a network, or one."""
+    """Split a batch into groups of consecutive images with at most `max_rows` tokens per network, or of one image."""
     teacher_end, student_end = (
         np.cumsum(count.numpy()).tolist() for count in (matches.teacher_count, matches.student_count[0])
     )
@@ -99,16 +91,16 @@ def _image_groups(matches, max_rows):
 
 @dataclass
 class _Work:
-    """What the loss is computed from, beside the student's tensors. Nt and Ns count the matched tokens of the batch."""
+    """Everything that the loss depends on except the student's tensors. Ns is the number of matched student tokens."""
 
     teacher_out: tuple  # TokenOutput
     center: torch.Tensor  # [1 or 1+P, K]
     matches: tuple  # Matches
-    token_weight: torch.Tensor  # [Ns, 1] summed weight of a student token's matches, in units of the largest
-    target_weight: torch.Tensor  # [M, Ns, 1] share of each match in that sum: the weight of its target in the mixture
+    token_weight: torch.Tensor  # [Ns, 1] sum of the weights of a student token, in units of the largest
+    target_weight: torch.Tensor  # [M, Ns, 1] weight of each match in the mixture; sums to 1
     groups: list  # of _ImageGroup
-    chunk: int  # student tokens whose logits are held at a time
-    num_strips: int  # of a chunk
+    chunk: int  # number of student tokens whose logits are held at a time
+    num_strips: int  # strips per chunk
     student_temp: float
     teacher_temp: float
 
@@ -118,19 +110,21 @@ class _Work:
         self._end_token = self._first_token + counts
 
     def with_more_matches(self, m, start, stop, images):
-        """Return the ranges of student tokens, between two of one group, that have more than m matches."""
+        """Return the ranges of student tokens in [start, stop) of a group that have more than m matches."""
         first, end = self._first_token[images.start : images.stop], self._end_token[m, images.start : images.stop]
         ranges = zip(np.maximum(first, start).tolist(), np.minimum(end, stop).tolist(), strict=True)
         return [(a, b) for a, b in ranges if a < b]
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Weighted sum of the student tokens' cross-entropies. Computes the gradients too; backward only scales them."""
+    """Weighted sum of the cross-entropies of student tokens. Forward computes the gradients, backward scales them."""
 
     @staticmethod
     def forward(ctx, student_z, student_prototypes, student_scale, work):
         device, K = student_z.device, len(student_prototypes)
-        compute_dtype = torch.promote_types(student_z.dtype, torch.float32)  # of all that is computed from logits
+        compute_dtype = torch.promote_types(
+            student_z.dtype, torch.float32
+        )  # of logits and everything derived from them
         autocast = torch.is_autocast_enabled(device.type)
         matmul_dtype = torch.get_autocast_dtype(device.type) if autocast else compute_dtype
         needs_z, needs_prototypes, needs_scale = ctx.needs_input_grad[:3]
@@ -145,7 +139,7 @@ class _CrossEntropy(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False):
             student_weights, teacher_weights = (x.to(matmul_dtype) for x in (student_prototypes, teacher.prototypes))
             sharpening = student_scale / work.student_temp
-            # The products want many rows at a time, all else few enough to stay in a cache: strips of a chunk.
+            # Matrix products are efficient with many rows (chunks), other operations with few that stay in the cache.
             max_teachers = max((group.teacher.stop - group.teacher.start for group in work.groups), default=0)
             targets_buffer = torch.empty(max_teachers, K, dtype=compute_dtype, device=device)
             logits_buffer = torch.empty(work.chunk, K, dtype=compute_dtype, device=device)
@@ -161,7 +155,7 @@ class _CrossEntropy(torch.autograd.Function):
                     logits = logits_buffer[: stop - start]
                     _logits(z.to(matmul_dtype), student_weights, sharpening, out=logits)
                     loss += weight[:, 0] @ _cross_entropy_(logits, targets, work, group, start, strips)
-                    difference = logits  # mixture - softmax, from here on
+                    difference = logits  # overwritten with mixture - softmax
                     if d_prototypes is not None:
                         weighted_z = (z * weight).to(matmul_dtype)
                         if matmul_dtype == compute_dtype:
@@ -191,7 +185,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _logits(z, prototypes, scale, out):
-    """Write the logits z @ (scale * prototypes).T into `out`; on a CPU in blocks of columns that stay in its cache."""
+    """Write the logits z @ (scale * prototypes).T to `out`; on a CPU in blocks of columns that fit the cache."""
     step = 2048 if z.device.type == "cpu" else len(prototypes)
     for start in range(0, len(prototypes), step):
         k = slice(start, start + step)
@@ -203,7 +197,7 @@ def _logits(z, prototypes, scale, out):
 
 
 def _sharpen_(logits, center, positions, temp, strips):
-    """Turn the teacher's logits [n, K] into its targets, softmax((logits - center) / temp), in place."""
+    """Replace the teacher's logits [n, K] by its targets, softmax((logits - center) / temp)."""
     for a, b in _pieces(0, len(logits), strips.shape[1]):
         centered, centers = strips[:, : b - a]
         if len(center) > 1:
@@ -215,12 +209,12 @@ def _sharpen_(logits, center, positions, temp, strips):
 
 
 def _cross_entropy_(logits, targets, work, group, first, strips):
-    """Return the cross-entropies [n] of student tokens with their mixtures of targets; logits become mixture - softmax.
+    """Return the cross-entropies [n] of student tokens and replace their logits by mixture - softmax.
 
     Args:
-        logits: [n, K], divided by τ_s, of the student tokens from number `first` on.
-        targets: of the teacher tokens of the group.
-        strips: [2, rows, K] to work in.
+        logits: [n, K], logits of the student tokens from index `first` on, divided by τ_s.
+        targets: targets of the teacher tokens of the group.
+        strips: buffers [2, rows, K].
     """
     losses = []
     for start, stop in _pieces(first, first + len(logits), strips.shape[1]):
@@ -243,7 +237,7 @@ def _cross_entropy_(logits, targets, work, group, first, strips):
 
 
 def _pieces(start, stop, max_length):
-    """Cut a range into as few pieces of at most `max_length` as there can be, about equally long."""
+    """Split a range into the smallest number of about equal pieces of at most `max_length`."""
     count = max(-(-(stop - start) // max_length), 1)
     edges = [start + i * (stop - start) // count for i in range(count + 1)]
     return itertools.pairwise(edges)

@@ -268,9 +268,9 @@ def test_gradients_under_autocast(dtype, tolerance):
 
 def test_tokens_that_are_not_those_of_the_matches_are_named():
     criterion, (student_out, teacher_out, matches) = batch_case(2, K=7, D=5, tokens=4)
-    with pytest.raises(ValueError, match="15 tokens of the student, expected the 16 rows of the matches"):
+    with pytest.raises(ValueError, match="found 15 student tokens, expected the 16 of the matches"):
         criterion(student_out._replace(bottleneck=student_out.bottleneck[1:]), teacher_out, matches, 0.04)
-    with pytest.raises(ValueError, match="9 tokens of the teacher, expected the 8 rows"):
+    with pytest.raises(ValueError, match="found 9 teacher tokens, expected the 8"):
         criterion(student_out, teacher_out._replace(bottleneck=torch.randn(9, 5)), matches, 0.04)
 
 

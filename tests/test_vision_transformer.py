@@ -59,8 +59,45 @@ def test_remainder_is_dropped():
     assert torch.equal(tokens, network(image[..., :144]))
     assert network.get_intermediate_layers(image)[0].shape == tokens.shape
     assert network.get_last_selfattention(image).shape == (1, 3, 127, 127)
-    with pytest.raises(ValueError, match="8x149 pixels is smaller than a patch of 16x16"):
+    with pytest.raises(ValueError, match="8x149 pixels, expected at least one patch of 16x16"):
         network(image[:, :, :8])
+
+
+def dinos_position_embedding(pos_embed, patch_size, height, width):
+    """Return DINO's position embedding for an image, computed by hand in float64, without PyTorch's interpolation."""
+    side = int((pos_embed.shape[1] - 1) ** 0.5)
+    rows, columns = height // patch_size, width // patch_size
+    if rows * columns == side * side and height == width:
+        return pos_embed[0].double().numpy()
+    grid = pos_embed[0, 1:].double().numpy().reshape(side, side, -1)
+
+    def weights(n):
+        """Return the bicubic weights [n, side], a = -0.75, borders repeated, for the scale (n + 0.1) / side."""
+        matrix = np.zeros((n, side))
+        for i in range(n):
+            x = (i + 0.5) * side / (n + 0.1) - 0.5
+            for tap in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
+                d, a = abs(x - tap), -0.75
+                w = (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * (d**3 - 5 * d**2 + 8 * d - 4)
+                matrix[i, min(max(tap, 0), side - 1)] += w
+        return matrix
+
+    resized = np.einsum("ri,cj,ijd->rcd", weights(rows), weights(columns), grid)
+    return np.concatenate([pos_embed[0, :1].double().numpy(), resized.reshape(rows * columns, -1)])
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (65, 65), (65, 70), (70, 64), (32, 128), (48, 80)])
+def test_position_embedding_is_interpolated_where_dino_does(height, width):
+    """For an image that is not square DINO interpolates, even if its grid or number of patches is the trained one."""
+    network = vit_micro(16, img_size=64)
+    torch.nn.init.normal_(network.pos_embed)
+    images = torch.randn(1, 3, height, width)
+    with torch.no_grad():
+        tokens = network._embed(images)[0]
+        patches = network.patch_embed.proj(images).flatten(2).mT[0]  # a convolution ignores the remainder too
+    expected = dinos_position_embedding(network.pos_embed.detach(), 16, height, width)
+    own = tokens - torch.cat([network.cls_token[0].detach(), patches])
+    np.testing.assert_allclose(own.numpy(), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +150,16 @@ def test_head_is_dinos():
     assert [type(layer).__name__ for layer in normed.mlp] == ["Linear", "BatchNorm1d", "GELU"] * 2 + ["Linear"]
 
 
+@pytest.mark.parametrize(("device", "use_bn", "calls"), [("cpu", False, 3), ("cpu", True, 1), ("meta", False, 1)])
+def test_head_takes_pieces_only_on_a_cpu(device, use_bn, calls):
+    """On a GPU pieces would only add kernel launches; batch norm needs all tokens at once."""
+    head = DINOHead(8, 20, use_bn=use_bn, hidden_dim=8, bottleneck_dim=4).to(device)
+    sizes = []
+    head.mlp.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    assert head(torch.zeros(5000, 8, device=device)).shape == (5000, 4)
+    assert (len(sizes), sum(sizes)) == (calls, 5000)
+
+
 def test_rows_pick_tokens_of_all_views():
     network = BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 20, hidden_dim=32)).eval()
     views = [torch.randn(4, 3, 32, 32), torch.randn(2, 3, 16, 16)]
@@ -141,9 +188,6 @@ def test_teacher_averages_every_position_over_the_views_or_cls_alone():
     assert set(teacher.state_dict()) == set(BackboneWithHead(backbone, head).state_dict())
 
 
-# --- loading
-
-
 def assert_same(backbone, network):
     for (name, own), (other, expected) in zip(backbone.state_dict().items(), network.state_dict().items(), strict=True):
         assert name == other
@@ -154,7 +198,7 @@ def test_dinos_names_of_architectures_are_taken(tmp_path):
     torch.save({"teacher": vit_micro(8).state_dict(), "args": {"arch": "vit_micro"}}, tmp_path / "checkpoint.pth")
     assert load_backbone(tmp_path / "checkpoint.pth", arch="deit_micro")[1]["arch"] == "vit_micro"
     assert load_backbone("none", arch="deit_micro", patch_size=8)[0].embed_dim == 96
-    with pytest.raises(UserError, match="no architecture resnet50: convolutional"):
+    with pytest.raises(UserError, match="no architecture resnet50 .convolutional"):
         load_backbone("none", arch="resnet50")
 
 
@@ -256,6 +300,6 @@ def test_architectures_without_patch_tokens_are_refused_by_name():
     assert vision_transformer.architecture("deit_small") == "vit_small"
     for name in ("resnet50", "xcit_small_12_p16"):
         with pytest.raises(
-            UserError, match=f"no architecture {name}: convolutional and XCiT networks have no patch tokens"
+            UserError, match=f"no architecture {name} .convolutional and XCiT networks have no patch tokens"
         ):
             vision_transformer.architecture(name)
