@@ -1,24 +1,28 @@
-"""Command lines: argument files, one-line errors, types of options."""
+"""Command lines: argument files, one-line errors and types of options."""
 
 import argparse
 import difflib
 import math
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).parent.parent
 
 
-def bool_flag(text):
-    """Parse true/false, on/off, 1/0, as DINO's options do."""
+def bool_flag(text) -> bool:
+    """Parse true/false, on/off or 1/0, as DINO's options do. An argparse type."""
     if text.lower() in ("true", "on", "1"):
         return True
     if text.lower() in ("false", "off", "0"):
         return False
-    raise argparse.ArgumentTypeError(f"{text!r} is not a switch, expected true or false")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a boolean, expected true or false")
 
 
-def number(kind, low=-math.inf, high=math.inf):
-    """Return an argparse type: an int or a float in [low, high]."""
+def number(kind, low=-math.inf, high=math.inf) -> Callable:
+    """Return an argparse type that accepts a finite int or float in [low, high]."""
 
     def parse(text):
         try:
@@ -35,7 +39,7 @@ def number(kind, low=-math.inf, high=math.inf):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Says the default of every option that has one, a list as it would be given."""
+    """Appends the default of every option that has one. Lists are shown as on the command line."""
 
     def _get_help_string(self, action):
         if isinstance(action.default, list) and action.default:
@@ -44,10 +48,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with argument files and one-line errors.
+    """argparse.ArgumentParser with argument files and one-line errors.
 
-    `@FILE` stands for the words in FILE, where `#` starts a comment. A file may include another one with `@OTHER`,
-    which is looked for beside the including file. What comes later on the command line wins.
+    `@FILE` is replaced by the words in FILE, where `#` starts a comment. FILE is relative to the current folder, or
+    else to this repository, so that `@recipes/NAME.args` works from any folder. In an argument file, `@OTHER` is
+    relative to that file. If an option occurs several times, the last one wins.
     """
 
     def __init__(self, **kwargs):
@@ -66,7 +71,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return namespace
 
     def _options(self, namespace):
-        """Return the names of all options that could have been given, those of the chosen sub-command among them."""
+        """Return the names of all options, including those of the chosen subcommand."""
         names = []
         for action in self._actions:
             names += action.option_strings
@@ -81,6 +86,8 @@ class ArgumentParser(argparse.ArgumentParser):
                 expanded.append(word)
                 continue
             path = folder / word[1:]
+            if not including and not path.exists() and (ROOT / word[1:]).exists():
+                path = ROOT / word[1:]
             if path.resolve() in including:
                 self.error(f"argument file {path} includes itself")
             try:
@@ -91,8 +98,8 @@ class ArgumentParser(argparse.ArgumentParser):
             expanded += self._expand(inner, path.parent, (*including, path.resolve()))
         return expanded
 
-    def check_crops(self, args):
-        """Refuse crop sizes that the patch does not divide, and crop scales that are no range above 0."""
+    def check_crops(self, args) -> None:
+        """Exit unless crop sizes are multiples of the patch size and crop scales are ranges of positive numbers."""
         for name in ("global_crops_size", "local_crops_size"):
             size, patch = getattr(args, name), args.patch_size
             if size % patch:
@@ -101,7 +108,7 @@ class ArgumentParser(argparse.ArgumentParser):
         for name in ("global_crops_scale", "local_crops_scale"):
             low, high = getattr(args, name)
             if not 0 < low <= high:
-                self.error(f"--{name} {low} {high}: expected two shares above 0, the smaller first")
+                self.error(f"--{name} {low} {high}: expected two positive fractions, the smaller first")
 
-    def error(self, message):
+    def error(self, message) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")

@@ -1,6 +1,7 @@
-"""The order of batches, and whole batches of views made in the data-loading processes."""
+"""The order of batches, and the workers that turn images into batches of views."""
 
 import signal
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 import utils
-from augment import normalize
+from augment import View, normalize
 from patch_matching import Matches, match_views
 from utils import UserError
 
@@ -16,40 +17,38 @@ from utils import UserError
 class Batch(NamedTuple):
     """The views of a batch of images and the matches of their tokens.
 
-    Few tensors, since each one that a data-loading process hands over holds a file descriptor.
+    It has few tensors, because each tensor that a worker sends holds a file descriptor.
     """
 
-    views: list  # [2B, 3, S, S] the global views and [LB, 3, s, s] the local ones, view after view; uint8 or normalised
+    views: list  # global views [2B, 3, S, S] and local views [L*B, 3, s, s], view-major; uint8 or normalized
     matches: Matches
-    bad_images: dict  # {sample: why it cannot be read}
+    bad_images: dict  # {sample index: error message}
 
 
-def check_batch(num_images, batch_size, accum_steps, world_size):
-    """Raise UserError where there are fewer images than one step takes: `batch_size` per rank and micro-batch."""
+def check_batch(num_images, batch_size, accum_steps, world_size) -> None:
+    """Raise UserError if a step needs more images than there are; `batch_size` is per rank and micro-batch."""
     if num_images < batch_size * accum_steps * world_size:
         accumulated, or_fewer = "", ""
         if accum_steps > 1:
-            accumulated, or_fewer = f", {accum_steps} times accumulated", " or --accum_steps"
-        raise UserError(
-            f"found {num_images} images, fewer than one batch of {batch_size} in each of {world_size} "
-            f"processes{accumulated}: give a smaller --batch_size_per_gpu{or_fewer}"
-        )
+            accumulated, or_fewer = f" and {accum_steps} micro-batches", " or --accum_steps"
+        step = f"one step of {batch_size} images in each of {world_size} processes{accumulated}"
+        raise UserError(f"found {num_images} images, fewer than {step}: use a smaller --batch_size_per_gpu{or_fewer}")
 
 
 class BatchSampler(Sampler):
-    """The keys (epoch, step, sample indices) of one rank's batches, through any number of epochs.
+    """Yields the keys (epoch, step, sample indices) of the batches of one rank, over any number of epochs.
 
-    The samples are shuffled by (seed, epoch). Step i of an epoch takes the i-th contiguous block of them, however many
-    ranks and micro-batches share it; a step has `accum_steps` keys. An incomplete last step is left out, or, without
-    `drop_last`, shared out as far as it goes: then the last batches may be short or empty.
+    The samples are shuffled by (seed, epoch). Step i of an epoch takes the i-th contiguous block of the shuffled
+    samples, however many ranks and micro-batches share it. Each step yields `accum_steps` keys. An incomplete last step
+    is dropped. Without `drop_last` its samples are distributed, and the last batches may be short or empty.
 
     Args:
-        num_samples: of the data set.
-        batch_size: of one key.
-        steps: range of the steps to give keys for, counted through all epochs.
+        num_samples: size of the data set.
+        batch_size: number of samples per key.
+        steps: range of the steps to yield, counted through all epochs.
 
     Attributes:
-        steps_per_epoch: number of steps.
+        steps_per_epoch: number of steps per epoch.
     """
 
     def __init__(self, num_samples, batch_size, steps, accum_steps=1, rank=0, world_size=1, seed=0, drop_last=True):
@@ -74,14 +73,15 @@ class BatchSampler(Sampler):
 
 
 class ViewBatches(Dataset):
-    """Whole batches by their key (epoch, step, sample indices): the work of the data-loading processes.
+    """Maps a key (epoch, step, sample indices) to a Batch. This is the work of the data-loading workers.
 
     Args:
-        dataset: gives (image uint8 [H, W, 3], label).
+        dataset: returns (uint8 image [H, W, 3], label).
         multi_crop: augment.MultiCrop.
-        rule: of `match_views`; None matches CLS alone.
-        rank: of this process.
-        skip_bad: put the next sample that can be read in the place of one that cannot.
+        patch_size: side of a patch in pixels.
+        rule: matching rule of `match_views`; None matches only CLS.
+        rank: rank of this process.
+        skip_bad: replace a sample that cannot be read by the next one that can.
     """
 
     MAX_BAD_IN_A_ROW = 100
@@ -91,7 +91,7 @@ class ViewBatches(Dataset):
         self.rank, self.skip_bad = rank, skip_bad
 
     def __getitem__(self, key):
-        """Return the Batch of a key; its pixels are uint8."""
+        """Return the Batch of a key, with uint8 pixels."""
         views, bad_images = self.make_views(key)
         grids = [(view.pixels.shape[-2] // self.patch_size, view.pixels.shape[-1] // self.patch_size) for view in views]
         boxes, flips = torch.stack([view.boxes for view in views]), torch.stack([view.flips for view in views])
@@ -99,8 +99,8 @@ class ViewBatches(Dataset):
         pixels = [torch.cat([view.pixels for view in same_size]) for same_size in (views[:2], views[2:]) if same_size]
         return Batch(pixels, matches, bad_images)
 
-    def make_views(self, key):
-        """Return (views of MultiCrop of a batch, {sample: why it cannot be read})."""
+    def make_views(self, key) -> tuple[list[View], dict]:
+        """Return (views of a batch, {index of an unreadable sample: error message})."""
         epoch, step, indices = key
         images, bad_images = [], {}
         for index in indices:
@@ -109,13 +109,13 @@ class ViewBatches(Dataset):
             bad_images |= unreadable
         return self.multi_crop(images, indices, epoch, step, self.rank), bad_images
 
-    def read_image(self, index):
-        """Return (image, bad_images): the image of a sample, and {sample: why it cannot be read} of those skipped.
+    def read_image(self, index) -> tuple[np.ndarray, dict]:
+        """Return (image, {index of a skipped sample: error message}).
 
-        With `skip_bad` the image is the first one at or after `index` that can be read.
+        With `skip_bad`, return the first readable image at or after `index`.
 
         Raises:
-            UserError: the image, or with `skip_bad` MAX_BAD_IN_A_ROW of them, cannot be read.
+            UserError: the image cannot be read, or, with `skip_bad`, neither can the following MAX_BAD_IN_A_ROW.
         """
         bad_images = {}
         for i in range(index, index + self.MAX_BAD_IN_A_ROW):
@@ -126,14 +126,14 @@ class ViewBatches(Dataset):
                 if not self.skip_bad:
                     raise
                 bad_images[sample] = str(error)
-        raise UserError(f"{self.MAX_BAD_IN_A_ROW} images in a row cannot be read; the last: {bad_images[sample]}")
+        raise UserError(f"{self.MAX_BAD_IN_A_ROW} consecutive images cannot be read; the last: {bad_images[sample]}")
 
 
-def batches_on_device(loader, device):
-    """Give the batches of a loader with their views normalised, and these and the matches on a device.
+def batches_on_device(loader, device) -> Iterator[Batch]:
+    """Yield the batches of a loader on a device, with normalized views.
 
     Raises:
-        UserError: the process that made a batch has died.
+        UserError: a worker died.
     """
     batches = iter(loader)
     while True:
@@ -143,8 +143,8 @@ def batches_on_device(loader, device):
             return
         except (ConnectionError, EOFError, FileNotFoundError) as error:
             if str(error).startswith("Caught ") or getattr(loader, "num_workers", 1) == 0:
-                raise  # by the data set
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise the next error in this one
+                raise  # an error of the data set
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise another error during this one
             raise UserError(f"{utils.DEAD_WORKER} ({type(error).__name__})") from error
         views = [normalize(pixels.to(device, non_blocking=True)) for pixels in views]
         yield Batch(views, matches.to(device), bad_images)

@@ -21,7 +21,7 @@ for _ in $(seq 600); do
   esac
   sleep 2
 done
-grep -h -E 'going on|stopped early|done:' "$folder"/submitit/*.out
-requeued=$(grep -h -c 'going on after step' "$folder/submitit/${job}_0_log.out")
+grep -h -E 'resuming after|stopped by|done:' "$folder"/submitit/*.out
+requeued=$(grep -h -c 'resuming after step' "$folder/submitit/${job}_0_log.out")
 echo "$state, requeued $requeued times"
 [ "$state" = COMPLETED ] && [ "$requeued" -gt 0 ]

@@ -1,5 +1,6 @@
 import pytest
 
+import main_lgssl
 from support.arguments import ArgumentParser
 
 
@@ -17,6 +18,18 @@ def test_argument_files_include_others_beside_them(tmp_path):
     args = parser().parse_args([f"@{tmp_path / 'run.args'}"])
     assert (args.lr, args.name) == (2, "two words")
     assert parser().parse_args([f"@{tmp_path / 'run.args'}", "--lr", "3"]).lr == 3
+
+
+def test_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
+    """As `@recipes/NAME.args`, unless the current folder has such a file."""
+    monkeypatch.chdir(tmp_path)
+    assert main_lgssl.parse_arguments(["@recipes/digits.args"]).dataset == "digits"
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "digits.args").write_text("--lr 3")
+    assert parser().parse_args(["@recipes/digits.args"]).lr == 3
+    (tmp_path / "run.args").write_text("@recipes/study.args")  # inside a file, paths are relative to that file
+    with pytest.raises(SystemExit):
+        main_lgssl.parse_arguments(["@run.args"])
 
 
 def test_bad_argument_files_are_one_line(tmp_path, capsys):

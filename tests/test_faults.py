@@ -128,7 +128,7 @@ def test_sigterm_to_torchrun_stops_all_ranks_after_the_same_step(tmp_path, start
     process.send_signal(signal.SIGTERM)
     process.wait(60)
     stopped = torch.load(folder / "checkpoint.pth", weights_only=True)["step"]
-    assert "stopped early, as asked" in (tmp_path / "output.txt").read_text()
+    assert "run the same command to resume from" in (tmp_path / "output.txt").read_text()
     assert 15 <= stopped < 87
     assert start(folder=folder, launcher=torchrun(), batch_size=4).wait(300) == 0
     assert fingerprint(folder) == fingerprint(two_processes)
@@ -150,7 +150,7 @@ def test_max_restarts_brings_a_run_with_a_killed_rank_back(tmp_path, start, two_
         before = len(steps(folder))
         wait_until(lambda before=before: len(steps(folder)) >= before + 4, process)
         os.kill(ranks(process)[rank], signal.SIGKILL)
-        wait_until(lambda: "going on after step" in (tmp_path / "output.txt").read_text(), process)
+        wait_until(lambda: "resuming after step" in (tmp_path / "output.txt").read_text(), process)
     assert process.wait(300) == 0
     assert fingerprint(folder) == fingerprint(two_processes)
 
@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_ends_with_a_line(tmp_path, s
     assert torch.load(checkpoint, weights_only=True)["step"] % 10 == 0
     assert not (folder / "checkpoint.pth.tmp").exists()
     assert start(folder=folder).wait(300) == 0
-    assert "going on after step" in (tmp_path / "output.txt").read_text()
+    assert "resuming after step" in (tmp_path / "output.txt").read_text()
     assert torch.load(checkpoint, weights_only=True)["step"] == 174
 
 

@@ -241,7 +241,7 @@ def test_lists_of_images(tmp_path, gradient):
     (tmp_path / "list.txt").write_text(f"val/a/3.png\n\n{tmp_path}/train/a/1.png\n")
     assert listed_images(tmp_path / "list.txt") == [tmp_path / "val/a/3.png", tmp_path / "train/a/1.png"]
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(UserError, match="cannot be used: empty"):
+    with pytest.raises(UserError, match="empty.txt is empty"):
         listed_images(tmp_path / "empty.txt")
 
 
@@ -254,7 +254,7 @@ def test_photographs_are_those_of_scikit_learn_and_scikit_image():
         assert {dataset[i][0].size for i in range(len(dataset))} == {(128, 128)}
 
 
-def test_cuttings_for_validation_do_not_overlap_the_others(tmp_path, monkeypatch):
+def test_crops_for_validation_do_not_overlap_the_others(tmp_path, monkeypatch):
     x = np.broadcast_to(np.arange(500), (320, 500))
     for name in "ab":
         Image.fromarray(np.stack([x // 2, x % 2, 0 * x], -1).astype(np.uint8)).save(tmp_path / f"{name}.png")

@@ -168,6 +168,38 @@ def test_weight_decay_spares_biases_and_1d_parameters_alone():
     assert "head.last_layer.weight_g" not in decayed | plain  # it is not trained
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_lars_is_dinos(decay):
+    """DINO's update, written out in float64: also with a weight of norm 0, and without weight decay."""
+    generator = torch.Generator().manual_seed(0)
+    network = torch.nn.Linear(5, 4)
+    network.zero = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = build_optimizer("lars", network)
+    own = dict(network.named_parameters())
+    naive = {name: p.detach().double().clone() for name, p in own.items()}
+    momentum = {name: torch.zeros_like(value) for name, value in naive.items()}
+    for step in range(4):
+        for group in optimizer.param_groups:
+            group.update(lr=0.5, weight_decay=decay if group["decay"] else 0.0)
+        for name, parameter in own.items():
+            parameter.grad = (
+                torch.randn(parameter.shape, generator=generator) if (step, name) != (1, "weight") else None
+            )
+            if parameter.grad is None:
+                continue
+            update = parameter.grad.double()
+            if parameter.ndim > 1:
+                update = update + decay * naive[name]
+                norm = naive[name].norm()
+                update = update * (0.001 * norm / update.norm() if norm > 0 else 1)
+            momentum[name] = 0.9 * momentum[name] + update
+            naive[name] = naive[name] - 0.5 * momentum[name]
+        optimizer.step()
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [decay, 0.0]
+        for name, parameter in own.items():
+            torch.testing.assert_close(parameter.detach().double(), naive[name], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
 def test_frozen_last_layer_and_ema(photo_folder, tmp_path, optimizer):
     options = ("--epochs", 2, "--optimizer", optimizer, "--warmup_epochs", 1, "--momentum_teacher", 0.5)
@@ -340,7 +372,7 @@ def test_compile_without_a_compiler_is_named(photo_folder, tmp_path, monkeypatch
         raise RuntimeError("no C++ compiler\nand so on")
 
     monkeypatch.setattr(torch, "compile", fail)
-    with pytest.raises(UserError, match="--compile needs a compiler .* found: no C"):
+    with pytest.raises(UserError, match="--compile needs a working C.. compiler, found: no C"):
         train(photo_folder, tmp_path, "--epochs", 1, "--compile")
 
 
@@ -450,7 +482,7 @@ def test_a_signal_ends_the_step_and_saves(photo_folder, tmp_path, monkeypatch, u
         earlier = signal.getsignal(getattr(signal, name))
         assert train(photo_folder, tmp_path, *SIX_STEPS, "--log_every", 1)["step"] == 4
         assert signal.getsignal(getattr(signal, name)) == earlier
-    assert "stopped early, as asked" in capsys.readouterr().out
+    assert "run the same command to resume from" in capsys.readouterr().out
     assert [entry["step"] for entry in read(tmp_path / "steps.jsonl")] == [0, 1, 2, 3]
     assert train(photo_folder, tmp_path, *SIX_STEPS, "--log_every", 1)["step"] == 6
     assert_same_state(*(torch.load(f / "checkpoint.pth", weights_only=True) for f in (tmp_path, undisturbed)))
@@ -801,8 +833,26 @@ def test_defaults_that_follow_from_others():
     assert parse_arguments(["--use_fp16", "true", "--precision", "bf16"]).precision == "bf16"
 
 
+def test_recipe_of_dino_has_dinos_defaults():
+    """Those of main_dino.py, of which only the precision depends on the machine here."""
+    args = vars(parse_arguments(["@recipes/dino.args"]))
+    expected = {
+        "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True, "momentum_teacher": 0.996,
+        "use_bn_in_head": False, "warmup_teacher_temp": 0.04, "teacher_temp": 0.04, "warmup_teacher_temp_epochs": 0,
+        "weight_decay": 0.04, "weight_decay_end": 0.4, "clip_grad": 3.0, "batch_size_per_gpu": 64, "epochs": 100,
+        "freeze_last_layer": 1, "lr": 0.0005, "warmup_epochs": 10, "min_lr": 1e-6, "optimizer": "adamw",
+        "drop_path_rate": 0.1, "global_crops_scale": [0.4, 1.0], "local_crops_number": 8,
+        "local_crops_scale": [0.05, 0.4], "output_dir": ".", "saveckp_freq": 20, "seed": 0, "dist_url": "env://",
+    }  # fmt: skip
+    assert {name: args[name] for name in expected} == expected
+    # What main_dino.py does without an option
+    fixed = {"loss": "cls", "geometry": "image", "image_size": 0, "global_crops_size": 224, "local_crops_size": 96,
+             "flip_prob": 0.5, "head_hidden_dim": 2048, "accum_steps": 1}  # fmt: skip
+    assert {name: args[name] for name in fixed} == fixed
+
+
 def test_a_dino_command_line_works():
-    words = (
+    words = "@recipes/dino.args " + (
         "--arch deit_small --patch_size 16 --out_dim 65536 --norm_last_layer false --momentum_teacher 0.996 "
         "--use_bn_in_head false --warmup_teacher_temp 0.04 --teacher_temp 0.04 --warmup_teacher_temp_epochs 0 "
         "--use_fp16 true --weight_decay 0.04 --weight_decay_end 0.4 --clip_grad 0 --batch_size_per_gpu 64 --epochs 100 "
@@ -821,10 +871,10 @@ def test_a_dino_command_line_works():
         ("--global_crops_size 220", "--global_crops_size 220 is not a multiple of --patch_size 16; the nearest is 224"),
         ("--image_size 0", "--image_size 0 needs --geometry image"),
         ("--accum_steps 2 --use_bn_in_head true", "--accum_steps needs --use_bn_in_head false"),
-        ("--local_crops_scale 0.4 0.1", "--local_crops_scale 0.4 0.1: expected two shares above 0, the smaller first"),
+        ("--local_crops_scale 0.4 0.1", "--local_crops_scale 0.4 0.1: expected two positive fractions, the smaller"),
         ("--lossy mean", "unknown option --lossy; did you mean --loss?"),
         ("--epochs 0", "found '0', expected a whole number of at least 1"),
-        ("--use_fp16 maybe", "'maybe' is not a switch, expected true or false"),
+        ("--use_fp16 maybe", "'maybe' is not a boolean, expected true or false"),
     ],
 )  # fmt: skip
 def test_bad_options_are_one_line(words, message, capsys):
@@ -843,7 +893,7 @@ def test_bad_input_is_named_before_training(photo_folder, tmp_path):
         return str(error.value)
 
     assert "no folder" in message("--data_path", tmp_path / "nowhere")
-    assert "found 12 images, fewer than one batch of 13 in each of 1 processes" in message(
+    assert "found 12 images, fewer than one step of 13 images in each of 1 processes" in message(
         "--data_path", photo_folder, "--batch_size_per_gpu", 13
     )
     (tmp_path / "file").write_text("")

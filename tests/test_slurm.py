@@ -83,7 +83,7 @@ def test_a_preempted_job_is_requeued_and_ends_as_an_undisturbed_one(slurm, tmp_p
     slurm("scontrol", "update", f"jobid={job}", "StartTime=now")  # a requeued job is held for two minutes
     wait_until(lambda: state(slurm, job) not in ("PENDING", "RUNNING", "COMPLETING"), folder)
     assert state(slurm, job) == "COMPLETED", messages(folder)
-    assert f"going on after step {stopped} of 174" in (tmp_path / f"submitit/{job}_0_log.out").read_text()
+    assert f"resuming after step {stopped} of 174" in (tmp_path / f"submitit/{job}_0_log.out").read_text()
     assert fingerprint(folder) == fingerprint(two_processes)
 
 

@@ -324,7 +324,7 @@ def test_files_are_written(tmp_path, capsys, words):
             "--local_crops_size 30",
             "--local_crops_size 30 is not a multiple of --patch_size 8; the nearest is 32",
         ),
-        ("--global_crops_scale 0.5 0.4", "--global_crops_scale 0.5 0.4: expected two shares above 0"),
+        ("--global_crops_scale 0.5 0.4", "--global_crops_scale 0.5 0.4: expected two positive fractions"),
     ],
 )
 def test_views_that_cannot_be_are_refused(tmp_path, capsys, weights, words, message):
