@@ -1,4 +1,4 @@
-"""Small helpers with no home elsewhere: processes, schedules, arguments, logging."""
+"""Small helpers used everywhere: errors, processes, schedules, gradients, files."""
 
 import contextlib
 import errno
@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +20,24 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 VERSION = "0.9.0"
-DEAD_WORKER = "a data-loading process died, most likely for want of memory: give fewer --num_workers"
+DEAD_WORKER = "a data-loading worker died, probably because memory ran out: use fewer --num_workers"
 
 
 class UserError(Exception):
-    """Something that the user can put right. Its text is one line: what is wrong, what was found, what is expected."""
+    """An error that the user can fix. Its message is one line: what is wrong, what was found, what is expected."""
 
 
 @contextlib.contextmanager
-def one_line_errors():
-    """Turn a UserError, also one that a data-loading worker raised, into one line on stderr and exit code 2.
+def one_line_errors() -> Iterator[None]:
+    """Print a UserError as one line on stderr and exit with code 2.
 
-    So does it with a full disk, the death of a data-loading process or of another rank, and a GPU without memory.
+    The same happens if the disk is full, a GPU runs out of memory, or a data-loading worker or another rank dies.
     """
     try:
         yield
     except Exception as error:
         kill_workers()
-        # A worker's error arrives with the worker's traceback in its text; the message is the last line.
+        # The error of a data-loading worker contains a traceback; the message is its last line.
         message = _explain(error)
         if isinstance(error, UserError):
             message = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
@@ -44,113 +45,111 @@ def one_line_errors():
             raise
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
         if dist.is_initialized():
-            # Another rank may be inside a collective, and a tidy shutdown would wait for it.
+            # A regular exit would wait for ranks that are inside a collective.
             os._exit(2)
         sys.exit(2)
 
 
-def kill_workers():
-    """Kill this process's data-loading processes.
+def kill_workers() -> None:
+    """Kill the data-loading workers of this process.
 
-    Those of a training do not listen to SIGTERM, by which Python would end them when it exits, and wait for their end.
+    Training workers ignore SIGTERM, so Python's exit-time join would hang.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise that they have died
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report dead workers
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
 
 
-def first_line(error):
-    """Return the first line of an error's message, or its kind where it has none."""
+def first_line(error) -> str:
+    """Return the first line of an error message, or the name of the error's class if the message is empty."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def printable(name):
-    """Return a file's name with replacement characters for bytes that are no text."""
+def printable(name) -> str:
+    """Return a file name with replacement characters for bytes that are not UTF-8."""
     return os.fsencode(name).decode(errors="replace")
 
 
 def _explain(error):
-    """Return what an error means for the user, in one line; None where it has to be looked into."""
+    """Return a one-line explanation of an error for the user, or None for an unexpected error."""
     text = first_line(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        return (
-            f"cannot write {error.filename or 'a file'}: {error.strerror}; make room, and start the same command again"
-        )
+        name = error.filename or "a file"
+        return f"cannot write {name}: {error.strerror}; free some space and run the command again"
     if isinstance(error, torch.OutOfMemoryError):
-        return (
-            "the GPU's memory ran out: a smaller --batch_size_per_gpu with more --accum_steps, or --grad_checkpointing"
-        )
-    # PyTorch raises this in a signal handler, whatever the process does: what it interrupts may raise its own error.
+        return "GPU out of memory: use a smaller --batch_size_per_gpu and more --accum_steps, or --grad_checkpointing"
+    # PyTorch raises the death of a worker in a signal handler; the interrupted code may raise another error after it.
     earlier = error
     while earlier is not None:
         if first_line(earlier).startswith("DataLoader worker (pid"):
             return f"{DEAD_WORKER} ({first_line(earlier)})"
         earlier = earlier.__context__
     if dist.is_initialized() and (isinstance(error, dist.DistError) or re.search("gloo|[Cc]onnection", text)):
-        return f"rank {dist.get_rank()} waited for another process, which died or hangs: see its message ({text})"
+        return f"rank {dist.get_rank()} waited for another process that died or hangs: see its message ({text})"
     return None
 
 
-def init_distributed(dist_url="env://", timeout=None):
-    """Join the process group that torchrun describes in the environment, or run alone.
+def init_distributed(dist_url="env://", timeout=None) -> tuple[int, int, torch.device]:
+    """Join the process group that torchrun describes in the environment. Without one, run as a single process.
 
     Args:
-        timeout: how long a process waits for another, a timedelta; None is PyTorch's.
+        dist_url: URL to set up the process group.
+        timeout: timedelta to wait for another process; None uses PyTorch's default.
 
     Returns:
-        (rank, world_size, device): the device is this process's GPU, or the CPU where there is none.
+        (rank, world_size, device): the device is the GPU of this process, or the CPU if there is no GPU.
+
+    Raises:
+        UserError: there are more processes than GPUs, or the processes did not meet.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local_rank} on this machine has no GPU, found {torch.cuda.device_count()}: start no more"
-            )
+            found = f"found {torch.cuda.device_count()} GPUs on this machine and at least {local_rank + 1} processes"
+            raise UserError(f"{found}: start one process per GPU")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        meeting = {"init_method": dist_url}
+        rendezvous = {"init_method": dist_url}
         try:
             if dist_url == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                # Restarted processes meet at the store of torchrun's agent again, and must not find what the earlier
-                # ones left there: with torch 2.14 the meeting with "env://" mostly fails.
-                place, waiting = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), {}
-                if timeout is not None:
-                    waiting = {"timeout": timeout}
-                store = dist.TCPStore(*place, is_master=False, **waiting)
-                meeting = {"store": dist.PrefixStore(f"try{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)}
-            dist.init_process_group(backend, **meeting, timeout=timeout, rank=rank, world_size=world_size)
+                # Processes restarted by torchrun use the store of its agent again and must not find old keys there.
+                # With torch 2.14, "env://" mostly fails after a restart.
+                address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                store = dist.TCPStore(*address, is_master=False, **({"timeout": timeout} if timeout else {}))
+                rendezvous = {"store": dist.PrefixStore(f"try{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)}
+            dist.init_process_group(backend, **rendezvous, timeout=timeout, rank=rank, world_size=world_size)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"rank {rank} did not meet the {world_size - 1} others: {first_line(error)}") from error
+            raise UserError(f"rank {rank} could not join {world_size} processes: {first_line(error)}") from error
     return rank, world_size, device
 
 
-def all_reduce_mean(tensor):
-    """Replace the tensor by its mean over all processes, and return it."""
+def all_reduce_mean(tensor) -> torch.Tensor:
+    """Replace a tensor by its mean over all processes and return it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor
 
 
-def all_gather(tensor):
-    """Return the tensors [world_size, ...] of all processes, which are of one shape."""
+def all_gather(tensor) -> torch.Tensor:
+    """Return the tensors of all processes, which have the same shape, as [world_size, ...]."""
     if not dist.is_initialized():
         return tensor[None]
-    everyones = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyones, tensor)
-    return torch.stack(everyones)
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, tensor)
+    return torch.stack(gathered)
 
 
-def cosine_schedule(step, total_steps, base, final, warmup_steps=0):
-    """Return the value at a step: linear from 0 to `base` during the warm-up, then half a cosine down to `final`.
+def cosine_schedule(step, total_steps, base, final, warmup_steps=0) -> float:
+    """Return the value of DINO's schedule: linear from 0 to `base` during warm-up, then a half cosine to `final`.
 
-    As DINO's. A warm-up longer than the run is cut at the run's end.
+    A warm-up that is longer than the run ends with the run.
     """
     if step < warmup_steps:
         return base * step / max(warmup_steps - 1, 1)
@@ -158,16 +157,16 @@ def cosine_schedule(step, total_steps, base, final, warmup_steps=0):
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
 
 
-def seed_networks(seed, step, rank, micro_step):
-    """Make stochastic depth, the one random part of the networks, a function of (seed, step, rank, micro-step)."""
+def seed_networks(seed, step, rank, micro_step) -> None:
+    """Seed stochastic depth, the only random part of the networks, by (seed, step, rank, micro-step)."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank, micro_step)).generate_state(1, np.uint64)[0]))
 
 
-def clip_each_gradient(parameters, max_norm):
-    """Scale the gradient of each parameter by itself down to `max_norm`, as DINO does; 0 leaves them.
+def clip_each_gradient(parameters, max_norm) -> torch.Tensor:
+    """Clip the gradient norm of each parameter separately, as DINO does. 0 does not clip.
 
     Returns:
-        the norms before, [number of gradients]
+        [number of gradients], the norms before clipping
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
@@ -176,12 +175,12 @@ def clip_each_gradient(parameters, max_norm):
     return norms
 
 
-def warn(text):
-    """Print a warning of one line, above the progress bar where there is one."""
+def warn(text) -> None:
+    """Print a one-line warning, above the progress bar if there is one."""
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
-def make_folder(folder, option):
+def make_folder(folder, option) -> None:
     """Create a folder if it is missing, and check that files can be created in it.
 
     Args:
@@ -199,7 +198,7 @@ def make_folder(folder, option):
 
 
 @contextlib.contextmanager
-def atomic_write(path, backup=None):
+def atomic_write(path, backup=None) -> Iterator[Path]:
     """Write a file atomically: `path` is always the complete old file or the complete new one.
 
     Yields the path of a temporary file, which is renamed to `path` on success and removed on failure.
@@ -241,13 +240,13 @@ def atomic_write(path, backup=None):
             temporary.unlink()
 
 
-def write_text(text, path):
+def write_text(text, path) -> None:
     """Write a small UTF-8 text file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def append_line(entry, path):
-    """Add a line of JSON to a file."""
+def append_line(entry, path) -> None:
+    """Append a JSON line to a file."""
     with path.open("a") as file:
         file.write(json.dumps(entry) + "\n")

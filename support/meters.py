@@ -1,4 +1,4 @@
-"""What is measured in a step, and what is added up between reports."""
+"""Metrics of a training step, and their accumulation between reports."""
 
 import math
 import sys
@@ -10,54 +10,60 @@ import torch.nn.functional as F
 import utils
 from utils import UserError
 
-SAMPLE = 8  # images whose outputs over all K prototypes are looked at
+SAMPLE = 8  # number of images per batch whose outputs over all K prototypes are measured
 
 
 class Meters:
-    """What a process adds up between two reports, and from the reports of an epoch.
+    """Sums over the steps since the last report, and over the reports of an epoch, of one process.
 
-    It is saved with a checkpoint, so that a run that goes on reports what an undisturbed one would.
+    Checkpoints hold the meters, so that a resumed run reports what an uninterrupted one would. Adding does not wait for
+    the device.
 
     Args:
-        device: where the losses are. Adding up does not wait for it.
-        precision: "fp16" may leave out steps.
-        max_matched: largest number of matched patches in the histogram; larger ones are added to its last bin.
-        max_bad_images: how many images that cannot be read are borne.
+        device: device of the losses.
+        precision: "fp16" may skip steps.
+        max_matched: last bin of the histogram of matched patches; larger numbers are counted in it.
+        max_bad_images: number of unreadable images to tolerate.
     """
 
-    # The scaler of fp16 starts at 2^16 and halves its scale in each step that it leaves out: 30 bring it to 2^-14.
+    # The fp16 scaler starts at 2^16 and halves its scale at each skipped step: after 30 the scale is 2^-14.
     MAX_SKIPPED = 30
 
     def __init__(self, device, precision, max_matched, max_bad_images=0):
         self.fp16, self.max_bad_images = precision == "fp16", max_bad_images
         self.loss = torch.zeros((), device=device)  # sum since the last report
-        self.matched = torch.zeros((), device=device)  # patches of a pair of views, sum since the last report
+        self.matched = torch.zeros((), device=device)  # matched patches per pair of views, sum since the last report
         self.steps = 0
-        self.skipped = torch.zeros(2, device=device)  # steps since the last report; in a row
-        # The first step with a loss that is not finite, with such a gradient, and of which parameter
+        self.skipped = torch.zeros(2, device=device)  # skipped steps: since the last report, consecutive
+        # First step with a non-finite loss, first step with a non-finite gradient, index of its parameter
         self.bad = torch.full((3,), math.inf, device=device)
-        self.epoch = {}  # name: (sum over steps of the epoch, their number)
-        # [n]: pairs of views with n matched patches in this epoch
+        self.epoch = {}  # name: (sum over the steps of the epoch, number of steps)
+        # matched_counts[n]: number of pairs of views with n matched patches in this epoch
         self.matched_counts = torch.zeros(1 + max_matched, dtype=torch.float64, device=device)
-        self.bad_images = {}  # {sample: why it cannot be read}, of all processes
-        self.new_bad_images = {}  # of this one, since the last report
+        self.bad_images = {}  # {sample index: error message} of all processes
+        self.new_bad_images = {}  # of this process, since the last report
 
-    def add(self, loss, matches, bad_images, accum_steps=1):
-        """Add a micro-batch, one of `accum_steps` of a step: its share of the step's loss, its Matches, its bad images.
+    def add(self, loss, matches, bad_images, accum_steps=1) -> None:
+        """Add a micro-batch.
 
         Args:
-            bad_images: {sample: why it cannot be read}.
+            loss: its share of the loss of the step.
+            matches: its patch_matching.Matches.
+            bad_images: {sample index: error message}.
+            accum_steps: number of micro-batches per step.
         """
         self.loss += loss
         self.new_bad_images |= bad_images
         is_cls = matches.is_cls()
-        matched = (matches.num_matched - 1) * is_cls  # [M, Ns] patches, once for each pair of views
+        matched = (
+            matches.num_matched - 1
+        ) * is_cls  # [M, Ns] number of matched patches, at one entry per pair of views
         self.matched += matched.sum() / is_cls.sum() / accum_steps
         counts = is_cls.flatten().to(self.matched_counts.dtype)
         self.matched_counts.scatter_add_(0, matched.flatten().clamp(max=len(self.matched_counts) - 1), counts)
 
-    def end_step(self, step, norms):
-        """Look for what is not finite: the loss, or one of the gradients with these norms."""
+    def end_step(self, step, norms) -> None:
+        """Record whether the loss or a gradient is not finite; `norms` are the gradient norms of the parameters."""
         is_bad = ~norms.isfinite()
         any_bad = is_bad.any()
         self.skipped = torch.stack([self.skipped[0] + any_bad, (self.skipped[1] + 1) * any_bad])
@@ -67,34 +73,34 @@ class Meters:
         self.bad = torch.cat([torch.minimum(self.bad[:2], first), parameter[None]])
         self.steps += 1
 
-    def stop_at_bad_step(self, network):
-        """Exit on all processes where one of them has seen a loss or a gradient that is not finite.
+    def stop_at_bad_step(self, network) -> None:
+        """Exit on all processes if one of them had a loss or gradient that is not finite. A collective call.
 
         Args:
-            network: whose gradients have the norms.
+            network: network of the parameters whose gradient norms were recorded.
         """
-        everyones = utils.all_gather(torch.cat([self.bad, self.skipped[1:]])).tolist()
-        step, kind, rank = min((bad[kind], kind, rank) for rank, bad in enumerate(everyones) for kind in (0, 1))
+        records = utils.all_gather(torch.cat([self.bad, self.skipped[1:]])).tolist()
+        step, kind, rank = min((bad[kind], kind, rank) for rank, bad in enumerate(records) for kind in (0, 1))
         if step < math.inf:
             what = "the loss"
             if kind == 1:
                 trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-                what = f"the gradient of {trained[int(everyones[rank][2])]}"
-            ranks = [rank for rank, bad in enumerate(everyones) if bad[kind] == step]
+                what = f"the gradient of {trained[int(records[rank][2])]}"
+            ranks = [rank for rank, bad in enumerate(records) if bad[kind] == step]
             where = f" on rank {', '.join(map(str, ranks))}" if dist.is_initialized() else ""
             sys.exit(f"error: {what} is not finite at step {step:.0f}{where}; the weights were not saved")
-        in_a_row = max(row[3] for row in everyones)
-        if self.fp16 and in_a_row >= self.MAX_SKIPPED:
+        consecutive = max(record[3] for record in records)
+        if self.fp16 and consecutive >= self.MAX_SKIPPED:
             sys.exit(
-                f"error: fp16 left out the last {in_a_row:.0f} steps, whose gradients were not finite at any scale; "
-                "the weights were not saved: take a lower --lr, or --precision bf16"
+                f"error: fp16 skipped the last {consecutive:.0f} steps: gradients were not finite at any scale; "
+                "the weights were not saved: use a lower --lr or --precision bf16"
             )
 
-    def end_interval(self, values):
-        """Return the means since the last report, over all processes; None for what is not finite.
+    def end_interval(self, values) -> dict[str, float | None]:
+        """Return the means since the last report over all processes, with None for a mean that is not finite.
 
         Args:
-            values: further 0-d tensors, of the last step alone.
+            values: 0-d tensors of the last step, to be averaged over the processes.
         """
         count = self.loss.new_tensor(self.steps)
         values = {"loss": self.loss / count, "matched_patches": self.matched / count, **values}
@@ -115,46 +121,45 @@ class Meters:
         self.steps = 0
         return means
 
-    def share_bad_images(self):
-        """Tell all processes of the images that cannot be read.
+    def share_bad_images(self) -> None:
+        """Exchange the unreadable images of all processes. A collective call.
 
         Raises:
-            UserError: they are too many.
+            UserError: there are too many.
         """
-        everyones = [self.new_bad_images]
+        gathered = [self.new_bad_images]
         if dist.is_initialized():
-            everyones = [None] * dist.get_world_size()
-            dist.all_gather_object(everyones, self.new_bad_images)
-        for i, why in sorted(item for bad in everyones for item in bad.items()):
+            gathered = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, self.new_bad_images)
+        for i, message in sorted(item for bad in gathered for item in bad.items()):
             if i not in self.bad_images and (not dist.is_initialized() or dist.get_rank() == 0):
-                utils.warn(f"{why}; the next image takes its place")
-            self.bad_images[i] = why
+                utils.warn(f"{message}; the next image is used instead")
+            self.bad_images[i] = message
         self.new_bad_images = {}
         if len(self.bad_images) > self.max_bad_images:
-            raise UserError(
-                f"{len(self.bad_images)} images cannot be read, more than the {self.max_bad_images} that "
-                f"--max_bad_images allows; the first: {next(iter(self.bad_images.values()))}"
-            )
+            allowed = f"more than the {self.max_bad_images} that --max_bad_images allows"
+            first = next(iter(self.bad_images.values()))
+            raise UserError(f"{len(self.bad_images)} images cannot be read, {allowed}; the first: {first}")
 
-    def end_epoch(self):
-        """Return (means, matched_counts) of an epoch, and begin the next one.
+    def end_epoch(self) -> tuple[dict[str, float], torch.Tensor]:
+        """Return (means, matched_counts) of an epoch and start the next one.
 
-        The means are over its reports, each counted by its steps; the counts are this process's, on the CPU.
+        The means are over the steps of the epoch's reports. The counts are those of this process, on the CPU.
         """
         means = {name: total / steps for name, (total, steps) in self.epoch.items()}
         counts, self.matched_counts = self.matched_counts.cpu(), torch.zeros_like(self.matched_counts)
         self.epoch = {}
         return means, counts
 
-    def state_dict(self):
-        """Return the state of all processes; for all of them to call."""
+    def state_dict(self) -> dict:
+        """Return the state of all processes. A collective call."""
         own = [self.loss, *self.skipped, self.matched, self.loss.new_tensor(self.steps)]
         own = torch.cat([torch.stack([x.double() for x in own]), self.matched_counts])
         interval = utils.all_gather(own).cpu()
         return {"interval": interval, "epoch": dict(self.epoch), "bad_images": dict(self.bad_images)}
 
-    def load_state_dict(self, state, rank):
-        """Take on the state that a process had."""
+    def load_state_dict(self, state, rank) -> None:
+        """Restore the state of the process with this rank."""
         own = state["interval"][rank].to(self.loss.device)
         self.loss, self.skipped = own[0].to(self.loss.dtype), own[1:3].to(self.skipped.dtype)
         self.matched, self.steps = own[3].to(self.matched.dtype), int(own[4])
@@ -163,24 +168,26 @@ class Meters:
 
 
 @torch.no_grad()
-def measure(student_out, teacher_out, matches, criterion, teacher_temp):
-    """Return what tells a healthy training from a collapsed one, of one batch, as a dictionary of 0-d tensors.
+def measure(student_out, teacher_out, matches, criterion, teacher_temp) -> dict[str, torch.Tensor]:
+    """Return metrics that distinguish healthy training from collapse, of one batch.
 
     Args:
         student_out, teacher_out, matches: as for `criterion`.
-        criterion: losses.LocalGlobalLoss, before it moves the center.
+        criterion: losses.LocalGlobalLoss, before its center is updated.
         teacher_temp: τ_t.
 
-    Returns, of the CLS tokens of the first SAMPLE images:
-        teacher_entropy: mean entropy of the teacher's outputs, in nats.
-        entropy_share: the same as a share of ln K.
-        output_information: mutual information between image and teacher output, in nats; 0 if all outputs are equal.
-        kl: KL divergence of the student's output from the teacher's, mean over pairs of views, in nats.
-    and of the whole batch:
-        center_norm: L2 norm of the center of CLS.
-        cls_cosine: mean cosine between the teacher's CLS features of different images.
+    Returns:
+        0-d tensors. Of the CLS tokens of the first SAMPLE images:
+            teacher_entropy: mean entropy of the teacher's outputs, in nats.
+            entropy_share: teacher_entropy / ln K.
+            output_information: mutual information between image and teacher output, in nats; 0 if all outputs are
+                equal.
+            kl: KL divergence of the student's output from the teacher's, averaged over pairs of views, in nats.
+        Of the whole batch:
+            center_norm: L2 norm of the center of CLS.
+            cls_cosine: mean cosine between the teacher's CLS features of different images.
     """
-    # The first tokens of all are those of the first images.
+    # Tokens are sorted by image: those of the first images come first.
     sample = slice(int(matches.student_count[0, :SAMPLE].sum()))
     is_cls = matches.is_cls()[:, sample]
     pairs = torch.stack([matches.teacher_idx[:, sample][is_cls], is_cls.nonzero()[:, 1]])
@@ -190,7 +197,7 @@ def measure(student_out, teacher_out, matches, criterion, teacher_temp):
         return out.bottleneck[rows].float() @ out.prototypes.float().T * out.scale
 
     images = len(matches.teacher_count)
-    features = F.normalize(teacher_out.cls_features[:images].float())  # of the first global view
+    features = F.normalize(teacher_out.cls_features[:images].float())  # first global view
     with torch.autocast(features.device.type, enabled=False):
         log_t = F.log_softmax((logits(teacher_out, teacher_rows) - criterion.center[0]) / teacher_temp, dim=1)
         log_s = F.log_softmax(logits(student_out, student_rows) / criterion.student_temp, dim=1)

@@ -1,4 +1,4 @@
-"""Looking at a training while it goes on: online k-NN, pictures for TensorBoard, and what the run was started with."""
+"""Observing a training run: online k-NN, pictures for TensorBoard, and the environment of the run."""
 
 import copy
 import datetime
@@ -30,27 +30,28 @@ from support.preemption import ignore_signals
 from utils import VERSION, UserError, warn
 
 NEIGHBOURS = 10
-MAX_REFERENCES, MAX_QUERIES = 5000, 1000  # images, so that the k-NN takes a bounded time
+MAX_REFERENCES, MAX_QUERIES = 5000, 1000  # maximum number of images, to bound the time of the online k-NN
 
 
-def is_due(epoch, every, epochs):
-    """Return whether something is done after an epoch, from 0: each `every` epochs and after the last; 0 is never."""
+def is_due(epoch, every, epochs) -> bool:
+    """Return True after every `every`-th epoch and after the last one. Epochs count from 0; `every` 0 is never."""
     return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == epochs)
 
 
-def open_online_knn(every, train, name, data_path, classes, crop_size, batch_size, num_workers):
-    """Return (OnlineKNN or None, why it is None).
+def open_online_knn(every, *args) -> tuple:
+    """Return (OnlineKNN, None), or (None, reason) if there is none.
 
     Args:
-        every: epochs between two measurements; 0 is never, None where it is possible.
+        every: epochs between evaluations; 0 disables them, None enables them if possible.
+        args: arguments of OnlineKNN.
 
     Raises:
-        UserError: it was asked for, and is not possible.
+        UserError: evaluations were requested, but are not possible.
     """
     if every == 0:
         return None, "--knn_every 0"
     try:
-        return OnlineKNN(train, name, data_path, classes, crop_size, batch_size, num_workers), None
+        return OnlineKNN(*args), None
     except UserError as error:
         if every:
             raise UserError(f"--knn_every {every}: {error}") from error
@@ -58,20 +59,21 @@ def open_online_knn(every, train, name, data_path, classes, crop_size, batch_siz
 
 
 class OnlineKNN:
-    """The k-NN accuracy of a network in training, as `eval_knn.py` measures it, K = 10, on a bounded number of images.
+    """k-NN accuracy of a network during training, as in `eval_knn.py` with K = 10, on a limited number of images.
 
-    The queries are validation images. Where the data set has none, a part of the training images is held out of the
-    references; these the network has been trained on, without their labels. At most MAX_REFERENCES training images and
-    MAX_QUERIES validation images are used, always the same ones. One that cannot be read is taken for black, with a
-    warning: looking on does not end a training.
+    Queries are validation images. If the data set has none, queries are training images that are held out of the
+    references; the network is trained on them, without their labels. At most MAX_REFERENCES training and MAX_QUERIES
+    validation images are used, always the same. Unreadable images are replaced by black ones, with a warning: the
+    evaluation must not end the training.
 
     Args:
-        train: labelled data set of the training.
-        name, data_path, classes: of `build_dataset`, to find the validation images.
+        train: labeled training data set.
+        name, data_path, classes: arguments of `build_dataset`, to open the validation images.
         crop_size: side of the images in pixels.
+        batch_size, num_workers: images per batch and data-loading workers.
 
     Raises:
-        UserError: images have no labels, or those of training and validation do not belong together.
+        UserError: images have no labels, or training and validation images have different classes.
     """
 
     def __init__(self, train, name, data_path, classes, crop_size, batch_size, num_workers):
@@ -86,12 +88,10 @@ class OnlineKNN:
         else:
             val = build_dataset(name, data_path, "val", train.transform, classes)
             check_splits({"train": train, "val": val}, data_path)
-            chosen = {
-                split: (images, rng.permutation(len(images))[:max_images])
-                for split, images, max_images in (("train", train, MAX_REFERENCES), ("val", val, MAX_QUERIES))
-            }
+            limits = {"train": (train, MAX_REFERENCES), "val": (val, MAX_QUERIES)}
+            chosen = {split: (x, rng.permutation(len(x))[:limit]) for split, (x, limit) in limits.items()}
         if not len(chosen["train"][1]):
-            raise UserError(f"found {len(train)} images, too few for the online k-NN")
+            raise UserError(f"found {len(train)} images, too few for online k-NN")
         self.labels = {split: torch.tensor(images.labels)[indices] for split, (images, indices) in chosen.items()}
         self.splits = {
             split: BlackForBad(Subset(images, indices.tolist()), crop_size)
@@ -100,10 +100,11 @@ class OnlineKNN:
         self.batch_size, self.num_workers = batch_size, num_workers
 
     def __call__(self, backbone, device):
-        """Return the top-1 accuracy in per cent on rank 0, elsewhere None; for all processes to call.
+        """Return the top-1 accuracy in percent on rank 0 and None on other ranks. A collective call.
 
         Args:
-            backbone: normalised images [B, 3, S, S] -> tokens [B, 1+P, D].
+            backbone: normalized images [B, 3, S, S] -> tokens [B, 1+P, D].
+            device: device of the backbone.
         """
         network = normalized_cls(backbone)
         batches = {"batch_size": self.batch_size, "num_workers": self.num_workers, "worker_init_fn": ignore_signals}
@@ -118,7 +119,7 @@ class OnlineKNN:
 
 
 class BlackForBad(Dataset):
-    """A data set that gives a black image, and a warning, in the place of one that cannot be read."""
+    """A data set that replaces unreadable images by black ones, with a warning."""
 
     def __init__(self, dataset, crop_size):
         self.dataset, self.crop_size = dataset, crop_size
@@ -130,25 +131,25 @@ class BlackForBad(Dataset):
         try:
             return self.dataset[index]
         except UserError as error:
-            warn(f"{error}; the online k-NN takes a black one")
+            warn(f"{error}; online k-NN uses a black image")
             return torch.zeros(3, self.crop_size, self.crop_size), -1
 
 
 @torch.no_grad()
-def training_pictures(backbone, view_batches, key):
+def training_pictures(backbone, view_batches, key) -> dict[str, np.ndarray]:
     """Return pictures of one image, {name: uint8 [H, W, 3]}.
 
     Args:
         backbone: VisionTransformer.
         view_batches: loader.ViewBatches.
-        key: of a batch of one image, (epoch, step, [sample index]).
+        key: key of a batch with one image, (epoch, step, [sample index]).
 
     Returns:
-        views: the first global view above each of the others, matched patches in one colour.
-        attention: of CLS in the last block, head by head, and their mean.
-        features: the first three principal components of the patch features as colours.
+        views: the first global view above each other view, with matched patches in the same color.
+        attention: attention of CLS in the last block, per head, and the mean over heads.
+        features: the first three principal components of the patch features as colors.
     """
-    from support import figures  # and matplotlib, which the other processes do without
+    from support import figures  # imports matplotlib, which only this process needs
     from support.figures import to_picture
 
     (image, _), (views, _) = view_batches.read_image(key[2][0]), view_batches.make_views(key)
@@ -158,7 +159,7 @@ def training_pictures(backbone, view_batches, key):
     pixels = [to_picture(view.pixels[0]) for view in views]
     above, below = [], []
     for view, picture, grid in zip(views[1:], pixels[1:], grids[1:], strict=True):
-        idx_a = idx_b = torch.zeros(1, dtype=torch.int64)  # CLS alone
+        idx_a = idx_b = torch.zeros(1, dtype=torch.int64)  # only CLS
         if rule is not None:
             box_a, flip_a, box_b, flip_b = views[0].boxes[0], views[0].flips[0], view.boxes[0], view.flips[0]
             idx_a, idx_b = match_patches(box_a, flip_a, grids[0], box_b, flip_b, grid, rule)
@@ -179,23 +180,23 @@ def training_pictures(backbone, view_batches, key):
 PACKAGES = "torch torchvision timm numpy pillow opencv-python-headless safetensors scikit-learn matplotlib tensorboard"
 
 
-def environment():
-    """Return what a run is started with: time, command line, version, git commit, packages, machine."""
+def environment() -> dict:
+    """Return the environment of a run: time, command line, version, git commit, packages and machine."""
     root = Path(__file__).parent.parent
 
     def git(*words):
         try:
             return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        except (OSError, subprocess.CalledProcessError):  # git is missing, or this is not a repository
             return None
 
     packages = {}
     for name in PACKAGES.split():
         try:
             packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # another package may offer the same modules
+        except importlib.metadata.PackageNotFoundError:  # another distribution may provide the same modules
             packages[name] = None
-    own = git("rev-parse", "--show-toplevel") == str(root.resolve())  # not a repository around this folder
+    own = git("rev-parse", "--show-toplevel") == str(root.resolve())  # False inside another repository
     changes = git("status", "--porcelain", "--untracked-files=no") if own else None
     return {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

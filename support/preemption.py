@@ -1,4 +1,4 @@
-"""Ending a run early and in order: signals, and the agreement of all processes on the last step."""
+"""Stopping a run early: signals, and the agreement of all processes on the last step."""
 
 import os
 import signal
@@ -9,28 +9,28 @@ import torch
 import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped early, the same command goes on
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped early, the same command resumes
 
 
 class StopRequest:
-    """Turns SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 into the wish to stop after the current step.
+    """Turns SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 into a request to stop after the current step.
 
-    A context manager; it restores the handlers. A second SIGINT ends the process at once; under torchrun if it comes a
-    second after the first, since what the terminal sends to all processes, torchrun sends to them once more.
+    A context manager that restores the signal handlers. A second SIGINT kills the process. Under torchrun it does so
+    only a second after the first, because torchrun forwards the SIGINT that the terminal sent to all processes.
 
     Attributes:
-        signal: the first one that this process received, or None.
-        agreed: the signal for which all processes stop now, or None. Of several it is SIGTERM.
+        signal: first signal that this process received, or None.
+        agreed: signal for which all processes stop now, or None. SIGTERM wins over other signals.
     """
 
     def __init__(self):
         self.signal = self.agreed = None
-        self._interrupted = None  # when the first SIGINT came
+        self._interrupted = None  # time of the first SIGINT
         self._group = self._pending = self._flag = None
 
     def __enter__(self):
         self._earlier = {}
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             self._earlier = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -48,20 +48,19 @@ class StopRequest:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGINT)
         if self.signal is None and os.environ.get("RANK", "0") == "0":
-            # Not print, which may be what the signal interrupts
+            # The signal may have interrupted print: use os.write.
             os.write(2, f"{signal.Signals(number).name}: stopping after this step; Ctrl-C ends at once\n".encode())
         self.signal = self.signal or signal.Signals(number)
 
-    def join(self, timeout):
-        """Make the side channel between the processes of the default group; for all of them to call."""
+    def join(self, timeout) -> None:
+        """Create the process group on which all processes agree. A collective call."""
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=timeout)
 
-    def check(self):
-        """Set `agreed`, the same on all processes, each of which calls this after every step.
+    def check(self) -> None:
+        """Update `agreed`, which is the same on all processes. Each process must call this after every step.
 
-        With several processes that is one step late: what they send to each other in one step, beside the work, they
-        read in the next.
+        With several processes, a signal takes effect one step later: the exchange overlaps with the next step.
         """
         if self._group is None:
             self.agreed = self.signal
@@ -75,7 +74,7 @@ class StopRequest:
             self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
 
-def ignore_signals(_=None):
-    """Leave the signals to the main process; for data-loading workers, which terminals and SLURM signal too."""
+def ignore_signals(_=None) -> None:
+    """Ignore the signals in a data-loading worker: terminals and SLURM send them to workers too."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

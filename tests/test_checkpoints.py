@@ -70,7 +70,7 @@ def test_a_changed_bit_is_found(tmp_path):
     whole = (tmp_path / "c.pth").read_bytes()
     place = whole.index(bytes(64)) + 400
     (tmp_path / "c.pth").write_bytes(whole[:place] + b"\1" + whole[place + 1 :])
-    with pytest.raises(UserError, match="its part .*/data/0 is damaged"):
+    with pytest.raises(UserError, match="its record .*/data/0 is damaged"):
         checkpoints.load_file(tmp_path / "c.pth")
 
 

@@ -162,7 +162,7 @@ def test_no_rank_waits_for_one_that_hangs(tmp_path, start):
     hanging = ranks(process)[1]
     os.kill(hanging, signal.SIGSTOP)
     began = time.monotonic()
-    message = "rank 0 waited for another process, which died or hangs"
+    message = "rank 0 waited for another process that died or hangs"
     wait_until(lambda: message in (tmp_path / "output.txt").read_text(), process, 40)
     assert time.monotonic() - began < 30
     with contextlib.suppress(ProcessLookupError):
@@ -218,7 +218,7 @@ def test_a_dead_data_loading_process_is_reported_as_that(tmp_path, start):
     os.kill(int(worker), signal.SIGKILL)
     assert process.wait(60) == 2
     last = (tmp_path / "output.txt").read_text().strip().splitlines()[-1]
-    assert last.startswith("main_lgssl.py: error: a data-loading process died, most likely for want of memory")
+    assert last.startswith("main_lgssl.py: error: a data-loading worker died, probably because memory ran out")
 
 
 def test_mutated_files_are_read_or_refused(run_script):

@@ -91,5 +91,5 @@ def test_fp16_gives_up_after_many_steps_without_a_finite_gradient():
             meters.stop_at_bad_step(["a", "b"])
         if step == 9:
             assert meters.end_interval({})["skipped_share"] == pytest.approx(0.9)
-    with pytest.raises(SystemExit, match="fp16 left out the last 34 steps, .* a lower --lr, or --precision bf16"):
+    with pytest.raises(SystemExit, match="fp16 skipped the last 34 steps: .* a lower --lr or --precision bf16"):
         meters.stop_at_bad_step(["a", "b"])

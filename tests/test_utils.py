@@ -35,5 +35,5 @@ def test_a_dead_worker_is_named_also_where_its_signal_interrupts_a_save(capsys):
         save()
     assert error.value.code == 2
     message = capsys.readouterr().err
-    assert "error: a data-loading process died, most likely for want of memory: give fewer --num_workers" in message
+    assert "error: a data-loading worker died, probably because memory ran out: use fewer --num_workers" in message
     assert message.endswith("(DataLoader worker (pid 12) is killed by signal: Killed.)\n")
