@@ -52,8 +52,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--matching", choices=RULES, default="paper", help="rule that matches patches, see patch_matching.py")
     add("--geometry", choices=("batch", "image"), help="draw crops and flips per batch (section 4.1.2) or per image, "
         "as DINO does. Default: batch; with --loss cls: image")
-    add("--center", choices=("position", "shared"), default="position", help="keep one center per token position or "
-        "share one")
+    add("--center", choices=("position", "shared"), default="position", help="per token position, or one shared by all")
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", type=architecture, default="vit_small", help="one of " + ", ".join(ARCHITECTURES))
@@ -75,8 +74,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--batch_size_per_gpu", type=natural, default=40, help="images per process and micro-batch")
     add("--accum_steps", type=natural, default=1, help="micro-batches per step; N equal one batch N times as large")
     add("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="optimizer, with DINO's settings")
-    add("--lr", type=amount, default=5e-4, help="peak learning rate for a total batch of 256; scaled linearly with the "
-        "total batch")
+    add("--lr", type=amount, default=5e-4, help="peak learning rate at a total batch of 256; scaled with the batch")
     add("--min_lr", type=amount, default=1e-6, help="final learning rate, not scaled")
     add("--warmup_epochs", type=count, default=10, help="epochs of linear warm-up of the learning rate")
     add("--weight_decay", type=amount, default=0.04, help="initial weight decay")
@@ -97,18 +95,15 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--global_crops_scale", default=[0.4, 1.0], **area)
     add("--local_crops_scale", default=[0.05, 0.4], **area)
     add("--local_crops_number", type=count, default=8, help="number of local views")
-    add("--flip_prob", type=fraction, default=0.5, help="probability of a horizontal flip; use 0 if mirroring changes "
-        "the class")
+    add("--flip_prob", type=fraction, default=0.5, help="flip probability; use 0 if mirroring changes the class")
 
     add = parser.add_argument_group("data and output").add_argument
     add("--dataset", choices=DATASETS, default="folder", help="data set, see support/images.py")
     add("--data_path", help="folder of images, or of CIFAR-10")
     add("--classes", help="file with the class folders to use, one per line")
     add("--download", action="store_true", help="download CIFAR-10 if it is missing")
-    add("--on_bad_image", choices=("error", "skip"), default="error", help="stop at an image that cannot be read, or "
-        "use the next image instead")
-    add("--max_bad_images", type=fraction, default=0.01, help="maximum fraction of images to skip with --on_bad_image "
-        "skip")
+    add("--on_bad_image", choices=("error", "skip"), default="error", help="stop at an unreadable image, or skip it")
+    add("--max_bad_images", type=fraction, default=0.01, help="maximum fraction of images that may be skipped")
     add("--output_dir", default=".", help="folder for checkpoints and logs")
     add("--saveckp_freq", type=count, default=20, help="keep a checkpoint every N epochs (0: only the last one)")
     add("--save_every_steps", type=count, default=0, help="also save every N steps (0: only after each epoch)")

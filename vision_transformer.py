@@ -130,7 +130,7 @@ class DINOHead(nn.Module):
         out_dim: K, number of prototypes.
         use_bn: use batch norm after the hidden layers.
         norm_last_layer: fix the norm of each prototype to 1 instead of learning it.
-        nlayers, hidden_dim, bottleneck_dim: number of layers and widths of the MLP.
+        hidden_dim, bottleneck_dim: widths of the MLP.
     """
 
     def __init__(
@@ -139,20 +139,16 @@ class DINOHead(nn.Module):
         out_dim: int,
         use_bn: bool = False,
         norm_last_layer: bool = True,
-        nlayers: int = 3,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
     ):
         super().__init__()
         self.use_bn = use_bn
-        dims = [in_dim] + [hidden_dim] * (nlayers - 1) + [bottleneck_dim]
         layers: list[nn.Module] = []
-        for i in range(nlayers):
-            layers.append(nn.Linear(dims[i], dims[i + 1]))
-            if i < nlayers - 1:
-                layers += [nn.BatchNorm1d(dims[i + 1])] if use_bn else []
-                layers.append(nn.GELU())
-        self.mlp = nn.Sequential(*layers)
+        for width in (in_dim, hidden_dim):
+            layers.append(nn.Linear(width, hidden_dim))
+            layers += [nn.BatchNorm1d(hidden_dim), nn.GELU()] if use_bn else [nn.GELU()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)

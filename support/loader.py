@@ -28,11 +28,9 @@ class Batch(NamedTuple):
 def check_batch(num_images, batch_size, accum_steps, world_size) -> None:
     """Raise UserError if a step needs more images than there are; `batch_size` is per rank and micro-batch."""
     if num_images < batch_size * accum_steps * world_size:
-        accumulated, or_fewer = "", ""
-        if accum_steps > 1:
-            accumulated, or_fewer = f" and {accum_steps} micro-batches", " or --accum_steps"
-        step = f"one step of {batch_size} images in each of {world_size} processes{accumulated}"
-        raise UserError(f"found {num_images} images, fewer than {step}: use a smaller --batch_size_per_gpu{or_fewer}")
+        step = f"one step of {batch_size} images x {accum_steps} micro-batches x {world_size} processes"
+        hint = "use a smaller --batch_size_per_gpu or --accum_steps"
+        raise UserError(f"found {num_images} images, fewer than {step}: {hint}")
 
 
 class BatchSampler(Sampler):

@@ -150,13 +150,12 @@ def training_pictures(backbone, view_batches, key) -> dict[str, np.ndarray]:
         features: the first three principal components of the patch features as colors.
     """
     from support import figures  # imports matplotlib, which only this process needs
-    from support.figures import to_picture
 
     (image, _), (views, _) = view_batches.read_image(key[2][0]), view_batches.make_views(key)
     rule, patch_size = view_batches.rule, view_batches.patch_size
     size = views[0].pixels.shape[-1]
     grids = [(view.pixels.shape[-1] // patch_size,) * 2 for view in views]
-    pixels = [to_picture(view.pixels[0]) for view in views]
+    pixels = [figures.to_picture(view.pixels[0]) for view in views]
     above, below = [], []
     for view, picture, grid in zip(views[1:], pixels[1:], grids[1:], strict=True):
         idx_a = idx_b = torch.zeros(1, dtype=torch.int64)  # only CLS
@@ -190,12 +189,7 @@ def environment() -> dict:
         except (OSError, subprocess.CalledProcessError):  # git is missing, or this is not a repository
             return None
 
-    packages = {}
-    for name in PACKAGES.split():
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # another distribution may provide the same modules
-            packages[name] = None
+    installed = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
     own = git("rev-parse", "--show-toplevel") == str(root.resolve())  # False inside another repository
     changes = git("status", "--porcelain", "--untracked-files=no") if own else None
     return {
@@ -205,7 +199,7 @@ def environment() -> dict:
         "git_commit": git("rev-parse", "HEAD") if own else None,
         "git_changed": bool(changes) if changes is not None else None,
         "python": platform.python_version(),
-        "packages": packages,
+        "packages": {name: installed.get(name) for name in PACKAGES.split()},
         "system": platform.platform(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_cores": os.cpu_count(),

@@ -893,7 +893,7 @@ def test_bad_input_is_named_before_training(photo_folder, tmp_path):
         return str(error.value)
 
     assert "no folder" in message("--data_path", tmp_path / "nowhere")
-    assert "found 12 images, fewer than one step of 13 images in each of 1 processes" in message(
+    assert "found 12 images, fewer than one step of 13 images x 1 micro-batches x 1 processes" in message(
         "--data_path", photo_folder, "--batch_size_per_gpu", 13
     )
     (tmp_path / "file").write_text("")
