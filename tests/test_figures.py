@@ -5,7 +5,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import ConnectionPatch, Rectangle
 
 from patch_matching import match_patches
-from support.figures import LINE_COLOURS, OVERLAP, STUDENT, TEACHER, WRONG, draw_curves, draw_matches, save
+from support.figures import LINE_COLOURS, OVERLAP, STUDENT, TEACHER, WRONG, draw_curves, draw_matches, patch_distance, save
 from utils import UserError
 
 BOXES, FLIPS = ((10, 20, 300, 300), (100, 250, 192, 192)), (False, True)
@@ -19,8 +19,8 @@ def draw(photographs, boxes=BOXES, found_a=None):
     ]
     idx_a, idx_b = match_patches(boxes[0], FLIPS[0], (14, 14), boxes[1], FLIPS[1], (6, 6))
     idx_a, idx_b = idx_a[1:], idx_b[1:]
-    found_a = None if found_a is None else found_a(idx_a)
-    return draw_matches(np.array(photographs[0]), crops, boxes, FLIPS, 16, idx_a, idx_b, found_a), (idx_a, idx_b)
+    found = () if found_a is None else (found_a(idx_a), patch_distance(found_a(idx_a), idx_a, 14))
+    return draw_matches(np.array(photographs[0]), crops, boxes, FLIPS, 16, idx_a, idx_b, *found), (idx_a, idx_b)
 
 
 def tokens_at(points, columns):

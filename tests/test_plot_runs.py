@@ -189,7 +189,7 @@ def test_bad_input_is_refused_in_one_line(write_run, tmp_path, capsys):
     for words, message in [
         ([tmp_path / "absent"], "no folder .*absent: expected"),
         ([empty], "empty holds neither log.txt nor steps.jsonl"),
-        ([fresh], "fresh has not come to the end of an epoch"),
+        ([fresh], "fresh has no finished epoch yet"),
         ([broken], "cannot read .*args.json"),
         ([good, "--output", tmp_path / "runs.xyz"], "cannot write .*'.xyz', expected .png or .pdf"),
         ([good, "--output", f"{good}/log.txt/runs.png"], "cannot write to the folder of --output .*: File exists"),
