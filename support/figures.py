@@ -124,54 +124,53 @@ def tile(rows, side=160, gap=4) -> np.ndarray:
     return np.concatenate(lines)
 
 
-def draw_attention(images, attentions, masks, names, patch_size, threshold) -> Figure:
+def draw_attention(images, attentions, masks, patch_size, threshold) -> Figure:
     """Draw the attention of the CLS token, head by head, as DINO's figures do.
 
     Args:
-        images: uint8 [H, W, 3] each.
-        attentions: [heads, rows, columns] each, from CLS to the patches; the last entry is the mean over heads.
+        images: {name: uint8 [H, W, 3]}.
+        attentions: [heads, rows, columns] per image, from CLS to the patches; the last map is the mean over heads.
         masks: booleans of the same shape, the patches that hold most of the attention.
-        names: one per image.
         threshold: share of the attention that a mask holds, for the label.
 
     Returns:
         the attention maps, each scaled to its maximum, above the image with the patches outside the mask dimmed
     """
     lines = []
-    for image, attention, mask, name in zip(images, attentions, masks, names, strict=True):
+    for (name, image), attention, mask in zip(images.items(), attentions, masks, strict=True):
         panels = [(shown(name), image, f"{threshold:.0%} of the\nattention")]
         titles = [*(f"head {head}" for head in range(1, len(attention))), "mean"]
         for title, values, kept in zip(titles, attention, mask, strict=True):
             dimmed = np.where(enlarge(kept, patch_size)[..., None], image, 255 - (255 - image) // 5)
             panels.append((title, heat_map(values, patch_size), dimmed))
         lines += [panels[start : start + 7] for start in range(0, len(panels), 7)]
-    return _draw_panels(lines, "Attention of CLS in the last block", gap=0.22)
+    return _draw_panels(lines, "Attention of CLS in the last block", 0.22, "CC")
 
 
-def draw_features(images, colours, names, patch_size, explained) -> Figure:
+def draw_features(images, colours, patch_size, explained) -> Figure:
     """Draw images above their patch features as colours, up to four images in a row.
 
     Args:
-        images: uint8 [H, W, 3] each.
-        colours: uint8 [rows, columns, 3] each, the first three principal components.
-        names: one per image.
+        images: {name: uint8 [H, W, 3]}.
+        colours: uint8 [rows, columns, 3] per image, the first three principal components.
         explained: share of the variance per component, [3].
     """
     panels = [
         (shown(name), image, enlarge(colour, patch_size))
-        for image, colour, name in zip(images, colours, names, strict=True)
+        for (name, image), colour in zip(images.items(), colours, strict=True)
     ]
     shares = ", ".join(f"{share:.0%}" for share in explained)
     title = f"Patch features: first three principal components as red, green, blue ({shares} of the variance)"
-    return _draw_panels([panels[start : start + 4] for start in range(0, len(panels), 4)], title, gap=0.2)
+    return _draw_panels([panels[start : start + 4] for start in range(0, len(panels), 4)], title, 0.2, "SN")
 
 
-def _draw_panels(lines, title, gap):
+def _draw_panels(lines, title, gap, anchors):
     """Draw lines of panels: a title, an image, and below it another image or a text.
 
     Args:
         lines: lists of panels (title, uint8 [H, W, 3], uint8 [H, W, 3] or text).
         gap: height of a panel's title in inches.
+        anchors: matplotlib's anchors of the upper and the lower images in their cells.
     """
     columns = max(map(len, lines))
     ratios = [max(above.shape[0] / above.shape[1] for _, above, _ in line) for line in lines]
@@ -184,8 +183,8 @@ def _draw_panels(lines, title, gap):
         for (name, above, below), upper, lower in zip(line, uppers, lowers, strict=False):
             upper.imshow(above)
             upper.set_title(name, fontsize=8)
-            upper.set_anchor("S")
-            lower.set_anchor("N")
+            upper.set_anchor(anchors[0])
+            lower.set_anchor(anchors[1])
             if isinstance(below, str):
                 lower.text(0.5, 0.5, below, fontsize=8, ha="center", va="center", transform=lower.transAxes)
             else:
@@ -312,49 +311,47 @@ def _square(axis, row, column, patch_size, **style):
     return axis.add_patch(Rectangle(corner, patch_size, patch_size, **style))
 
 
-def draw_image_neighbours(query, images, similarities, names) -> Figure:
+def draw_image_neighbours(images, similarities, names) -> Figure:
     """Draw a query and its nearest images, the nearest first, up to six panels in a row.
 
     Args:
-        query: uint8 [H, W, 3].
-        images: uint8 [H, W, 3] each, of any size.
-        similarities: cosine between the CLS features of each image and of the query.
-        names: one per image.
+        images: uint8 [H, W, 3] each, of any size; the first is the query.
+        similarities: cosine between the CLS features of the query and of each other image.
+        names: one per other image.
     """
     titles = ["query", *(f"{shown(name)}\n{s:.2f}" for name, s in zip(names, similarities, strict=True))]
     columns = min(len(titles), 6)
     rows = -(-len(titles) // columns)
     figure = _figure(rows * (WIDTH / columns + 0.4) + 0.3, "Nearest images by cosine of the CLS features")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, image, title in zip(axes, [query, *images], titles, strict=False):
+    for axis, image, title in zip(axes, images, titles, strict=False):
         axis.imshow(image)
-        _bare(axis, title, TEACHER if axis is axes[0] else None)
+        _bare(axis, title, TEACHER if title == "query" else None)
     for axis in axes[len(titles) :]:
         axis.axis("off")
     return figure
 
 
-def draw_patch_neighbours(images, similarities, patch, nearest, names, patch_size) -> Figure:
+def draw_patch_neighbours(images, similarities, patch, nearest, patch_size) -> Figure:
     """Draw one patch and the patches most similar to it.
 
     Args:
-        images: uint8 [H, W, 3] each, the first contains the query patch.
-        similarities: [rows, columns] each, cosine between each patch and the query.
+        images: {name: uint8 [H, W, 3]}, the first contains the query patch.
+        similarities: [rows, columns] per image, cosine between each patch and the query.
         patch: (row, column) of the query.
         nearest: k triples (image, row, column).
-        names: one per image.
 
     Returns:
         the images with the query and its neighbours in frames, above the cosines of all patches
     """
-    ratio = max(image.shape[0] / image.shape[1] for image in images)
+    ratio = max(image.shape[0] / image.shape[1] for image in images.values())
     height = 2 * WIDTH / max(len(images), 2) * ratio + 0.9
     title = f"A patch (red frame) and its {len(nearest)} nearest (blue frames)"
     figure = _figure(height, title, w_pad=0.02, h_pad=0.03, hspace=0.0, wspace=0.0)
     axes = figure.subplots(2, len(images), squeeze=False)
     scale = {"cmap": "cividis", "vmin": min(similarity.min() for similarity in similarities), "vmax": 1}
-    for upper, lower, image, similarity, name in zip(*axes, images, similarities, names, strict=True):
-        upper.imshow(image)
+    for upper, lower, name, similarity in zip(*axes, images, similarities, strict=True):
+        upper.imshow(images[name])
         _bare(upper, shown(name))
         heat = lower.imshow(enlarge(similarity, patch_size), **scale)
         _bare(lower)

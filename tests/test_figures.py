@@ -5,7 +5,17 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import ConnectionPatch, Rectangle
 
 from patch_matching import match_patches
-from support.figures import LINE_COLOURS, OVERLAP, STUDENT, TEACHER, WRONG, draw_curves, draw_matches, patch_distance, save
+from support.figures import (
+    LINE_COLOURS,
+    OVERLAP,
+    STUDENT,
+    TEACHER,
+    WRONG,
+    draw_curves,
+    draw_matches,
+    patch_distance,
+    save,
+)
 from utils import UserError
 
 BOXES, FLIPS = ((10, 20, 300, 300), (100, 250, 192, 192)), (False, True)
@@ -75,6 +85,11 @@ def test_boxes_and_intersection_stand_on_the_image(photographs):
     assert OVERLAP.lower() == "#009e73"
     assert (overlap.get_y(), overlap.get_x()) == (rows.min(), columns.min())
     assert (overlap.get_height(), overlap.get_width()) == (np.ptp(rows) + 1, np.ptp(columns) + 1)
+
+
+def test_distance_counts_patches_in_rows_and_columns():
+    found = torch.tensor([8, 9, 14, 10, 6, 7])  # in a grid of 4 rows and 6 columns
+    assert patch_distance(found, torch.tensor([8, 8, 8, 8, 7, 6]), 6).tolist() == [0, 1, 1, 2, 5, 5]
 
 
 @pytest.mark.parametrize("found_a", [None, lambda idx: idx])
