@@ -29,12 +29,8 @@ from utils import UserError
 MAX_PATCHES = 8000  # per image; the memory of attention grows with the square
 
 # Views of `matches` if neither an option nor the pretraining defines them, in the order of MultiCrop's parameters.
-CROPS = {
-    "global_crops_size": 224,
-    "local_crops_size": 96,
-    "global_crops_scale": (0.4, 1.0),
-    "local_crops_scale": (0.05, 0.4),
-}
+CROPS = {"global_crops_size": 224, "local_crops_size": 96}
+CROPS |= {"global_crops_scale": (0.4, 1.0), "local_crops_scale": (0.05, 0.4)}
 
 
 def whole_patches(image, side, patch_size) -> np.ndarray:
@@ -109,15 +105,13 @@ def show_matches(args, backbone, made_with, img_size) -> tuple:
     """Draw the matches of two views by geometry and, given a network, by features."""
     patch_size = patch_side(backbone) if backbone else args.patch_size or 16
     given = {name: value for name in CROPS if (value := getattr(args, name)) is not None}
-    crop_settings = {name: given.get(name, made_with.get(name, default)) for name, default in CROPS.items()}
-    args.check_crops(Namespace(patch_size=patch_size, **crop_settings))
-    sizes = crop_settings["global_crops_size"], crop_settings["local_crops_size"]
+    settings = {name: given.get(name, made_with.get(name, default)) for name, default in CROPS.items()}
+    args.check_crops(Namespace(patch_size=patch_size, **settings))
+    sizes = settings["global_crops_size"], settings["local_crops_size"]
     grid_a, grid_b = ((size // patch_size,) * 2 for size in sizes)
     image = open_image(find_image(args.image), patch_size)
     flip_prob = made_with.get("flip_prob", 0.5)
-    multi_crop = MultiCrop(
-        *crop_settings.values(), local_number=1, flip_prob=flip_prob, geometry="image", seed=args.seed
-    )
+    multi_crop = MultiCrop(*settings.values(), local_number=1, flip_prob=flip_prob, geometry="image", seed=args.seed)
 
     num_matched, distances = 0, []
     for pair in range(args.pairs):
@@ -140,10 +134,8 @@ def show_matches(args, backbone, made_with, img_size) -> tuple:
     text = f"{num_matched} matched patches in {'one pair' if args.pairs == 1 else f'{args.pairs} pairs'} of views"
     if backbone and num_matched:
         distance = np.concatenate(distances)
-        text += (
-            f"; nearest features: {(distance == 0).mean():.1%} on the same patch (chance {1 / np.prod(grid_a):.1%}), "
-        )
-        text += f"{(distance <= 1).mean():.1%} within one patch"
+        text += f"; nearest features: {(distance == 0).mean():.1%} on the same patch "
+        text += f"(chance {1 / np.prod(grid_a):.1%}), {(distance <= 1).mean():.1%} within one patch"
     return figure, text
 
 
@@ -317,10 +309,8 @@ def parse_arguments(argv=None) -> Namespace:
 
     text = "the matches of two views, by geometry and, given weights, by learned features"
     sub, add = command(show_matches, "matches", text, "boxes and flips, and of ", weights_required=False)
-    sub.description += (
-        " Without --pretrained_weights no network is built and the views are plain crops and flips. With"
-        " --pretrained_weights the views have the training's colour distortion."
-    )
+    sub.description += " Without --pretrained_weights no network is built and the views are plain crops and flips."
+    sub.description += " With --pretrained_weights the views have the training's colour distortion."
     text = "file, or name of a photograph that scikit-learn or scikit-image ships"
     sub.add_argument_group("images").add_argument("image", nargs="?", default="china", metavar="IMAGE", help=text)
     add("--matching", choices=RULES, default="paper", help="how geometry matches patches, see patch_matching.py")

@@ -155,10 +155,8 @@ def draw_features(images, colours, patch_size, explained) -> Figure:
         colours: uint8 [rows, columns, 3] per image, the first three principal components.
         explained: share of the variance per component, [3].
     """
-    panels = [
-        (shown(name), image, enlarge(colour, patch_size))
-        for (name, image), colour in zip(images.items(), colours, strict=True)
-    ]
+    pairs = zip(images.items(), colours, strict=True)
+    panels = [(shown(name), image, enlarge(colour, patch_size)) for (name, image), colour in pairs]
     shares = ", ".join(f"{share:.0%}" for share in explained)
     title = f"Patch features: first three principal components as red, green, blue ({shares} of the variance)"
     return _draw_panels([panels[start : start + 4] for start in range(0, len(panels), 4)], title, 0.2, "SN")
@@ -254,10 +252,9 @@ def draw_matches(image, crops, boxes, flips, patch_size, idx_a, idx_b, found_a=N
 def _draw_boxes(axis, image, boxes):
     """Draw an image with the boxes of its two crops and their intersection."""
     axis.imshow(image)
-    for (top, left, height, width), whose, colour in zip(
-        boxes, ("teacher", "student"), (TEACHER, STUDENT), strict=True
-    ):
-        style = {"fill": False, "edgecolor": colour, "linewidth": 2, "label": f"{whose}’s view"}
+    looks = (("teacher’s view", TEACHER), ("student’s view", STUDENT))
+    for (top, left, height, width), (label, colour) in zip(boxes, looks, strict=True):
+        style = {"fill": False, "edgecolor": colour, "linewidth": 2, "label": label}
         axis.add_patch(Rectangle((left, top), width, height, **style))
     both = Bbox.intersection(*(Bbox.from_bounds(left, top, width, height) for top, left, height, width in boxes))
     if both is not None and both.width and both.height:
@@ -404,10 +401,8 @@ def draw_curves(curves) -> Figure:
     figure = Figure(figsize=(3.35, 0.45 + 1.2 * len(names) + 0.13 * lines), dpi=300, layout="constrained")
     axes = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
     # Line styles tell the curves apart in print without colours.
-    looks = [
-        {"color": colour, "linestyle": style, "linewidth": 1.1}
-        for _, colour, style in zip(curves, cycle(LINE_COLOURS), cycle(LINE_STYLES))
-    ]
+    styles = zip(curves, cycle(LINE_COLOURS), cycle(LINE_STYLES))
+    looks = [{"color": colour, "linestyle": style, "linewidth": 1.1} for _, colour, style in styles]
     for axis, name in zip(axes, names, strict=True):
         for look, curve in zip(looks, curves.values(), strict=True):
             epochs, mean, deviation, _ = curve[name]
@@ -420,9 +415,8 @@ def draw_curves(curves) -> Figure:
         values = np.concatenate([curve[name][1] for curve in curves.values()])
         if name == "loss" and 0 < 5 * values.min() < values.max():  # sum and mean losses in one panel
             axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_locator(NullLocator())
+            ticks = {"major_locator": LogLocator(subs=(1, 2, 5)), "minor_locator": NullLocator()}
+            axis.yaxis.set(major_formatter="{x:g}", **ticks)
             unit += ", log scale"
         axis.set_title(title, fontsize=8, pad=3)
         axis.set_ylabel(unit, fontsize=7)

@@ -161,7 +161,7 @@ def test_report_has_every_row_and_the_differences(tmp_path):
     text = reproduce.report(tmp_path)
     row = "| Ours (ViT-Tiny/16, mean) | 78.10 / 79.10 (+1.00) [1] | 82.51 / 80.00 (-2.51) [2] | "
     assert row + "82.41 / 82.51 (+0.10) [2] |" in text
-    note = "[1] linear: 128 images a step instead of 512, --n_last_blocks 1 instead of its default, "
+    note = "[1] linear: 128 images per step instead of 512, --n_last_blocks 1 instead of its default, "
     assert note + "--cache_features True instead of False." in text
     assert "[2] knn: a total batch of 40 instead of 160, --seed 7 instead of 0." in text
     paper_only = "| Ours (ViT-Tiny/16, sum) | 78.58 / not run | 78.86 / not run | 78.52 / not run |"
@@ -191,7 +191,7 @@ def test_list_says_what_is_done(tmp_path, capsys):
     line = "  dino              cifar10_vit_tiny16_dino       pretraining 25%, linear done, knn -"
     assert lines.count(line) == 2  # in tables 1 and 6
     assert sum("vit" in line for line in lines if line.startswith("  ")) == 41
-    assert "digits: the miniature study, five seeds of each row" in lines
+    assert "digits: the miniature study, five seeds per row" in lines
 
 
 def test_a_pretraining_is_done_with_its_settings_alone(tmp_path):
