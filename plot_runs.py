@@ -9,6 +9,7 @@ do not show which run is better. The last values are printed per setting, as mea
 
 import json
 import math
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,7 +187,7 @@ def span(numbers) -> str:
     return " to ".join(dict.fromkeys((texts[0], texts[-1]))) if texts else "-"
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv=None) -> Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="OUT", help="--output_dir of a run of main_lgssl.py")
     parser.add_argument("--output", default="runs.png", help="file to write, PNG or PDF")
