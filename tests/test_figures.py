@@ -22,7 +22,7 @@ BOXES, FLIPS = ((10, 20, 300, 300), (100, 250, 192, 192)), (False, True)
 
 
 def draw(photographs, boxes=BOXES, found_a=None):
-    """Return (figure of crops of 224 and 96 pixels, their matched patches without CLS)."""
+    """Return (figure of crops of 224 and 96 pixels, (idx_a, idx_b) of their matches without CLS)."""
     crops = [
         np.array(photographs[0].crop((left, top, left + width, top + height)).resize((size, size)))
         for (top, left, height, width), size in zip(boxes, (224, 96), strict=True)
@@ -61,8 +61,8 @@ def test_crops_say_whose_they_are(photographs):
 
 
 def test_pairs_by_features_are_coloured_by_their_distance(photographs):
-    figure, (idx_a, _) = draw(photographs, found_a=lambda idx: idx - torch.arange(len(idx)) % 3)  # 0, 1, 2 to the left
-    assert ((idx_a - 1) % 14 >= 2).all()  # so that these are in the same row
+    figure, (idx_a, _) = draw(photographs, found_a=lambda idx: idx - torch.arange(len(idx)) % 3)  # 0 to 2 to the left
+    assert ((idx_a - 1) % 14 >= 2).all()  # so that all shifted patches stay in their row
     lines = figure.artists[len(idx_a) :]
     assert [to_hex(line.get_edgecolor()).upper() for line in lines] == [
         (STUDENT, OVERLAP, WRONG)[i % 3] for i in range(len(idx_a))
@@ -101,7 +101,7 @@ def test_crops_may_have_nothing_in_common(photographs, found_a):
 
 
 def curve(level, seeds=3, points=20):
-    """Return a curve as `draw_curves` takes it, level with a deviation of 1."""
+    """Return a constant curve for `draw_curves`, with a deviation of 1."""
     x = np.arange(1.0, points + 1)
     return np.stack([x, np.full(points, level), np.full(points, 1.0 if seeds > 1 else np.nan), np.full(points, seeds)])
 

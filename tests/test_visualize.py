@@ -23,7 +23,7 @@ MICRO = "--pretrained_weights none --arch vit_micro --patch_size 8".split()
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Keep the figures that a command draws instead of writing them: a list."""
+    """Collect the figures that a command draws in a list instead of writing them."""
     kept = []
     monkeypatch.setattr(figures, "save", lambda figure, path: kept.append(figure))
     return kept
@@ -45,7 +45,7 @@ def test_mask_is_the_fewest_patches_with_the_share():
         assert share >= 0.6 > share - one[mask].min() / one.sum()
 
 
-def test_features_alone_find_the_same_patches_in_the_same_crop(photographs):
+def test_features_find_the_same_patches_in_the_same_crop(photographs):
     torch.manual_seed(0)
     image = np.array(photographs[0].resize((48, 32)))
     features = visualize.features.patch_features(vit_micro(8, img_size=32).eval(), image)
@@ -256,7 +256,7 @@ def test_map_has_a_point_for_each_image(drawn, photo_folder, capsys):
     assert axis.get_title() == "t-SNE of the CLS features of 12 images of 2 classes"
     colours = {tuple(points.get_facecolor()[0]) for points in axis.collections}
     assert len(colours) == 2
-    # The two photographs look so different that even an untrained network keeps their cuttings apart.
+    # Even an untrained network separates crops of two such different photographs.
     a, b = (points.get_offsets().data for points in axis.collections)
     nearest = [np.argsort(np.linalg.norm(np.concatenate([a, b]) - p, axis=1))[1] for p in np.concatenate([a, b])]
     assert sum((i < 6) == (n < 6) for i, n in enumerate(nearest)) >= 10
