@@ -1,4 +1,4 @@
-"""Look into a network: what it attends to, its patch features, the matches that they find, neighbours, a map.
+"""Visualize a network: CLS attention, patch features, matched patches, nearest neighbours, a map of a data set.
 
     python visualize.py attention  IMAGE ...          --pretrained_weights OUT/checkpoint.pth
     python visualize.py features   IMAGE ...          --pretrained_weights OUT/checkpoint.pth
@@ -6,8 +6,8 @@
     python visualize.py neighbours QUERY FOLDER       --pretrained_weights OUT/checkpoint.pth
     python visualize.py map        --data_path FOLDER --pretrained_weights OUT/checkpoint.pth
 
-Reads checkpoints of this repository and of DINO, and timm's `.safetensors`. Writes PNG or PDF, by the name of --output.
-Without weights, `matches` draws what geometry alone says.
+Reads checkpoints of this repository and of DINO, and timm's `.safetensors`. Writes PNG or PDF, depending on the suffix
+of --output. Without weights, `matches` draws the matches by geometry only.
 """
 
 from argparse import Namespace
@@ -21,36 +21,20 @@ from torch.utils.data import Subset
 import utils
 from augment import MultiCrop, crop_and_resize, resize
 from patch_matching import RULES, match_patches
-from support import evaluation, figures
+from support import evaluation, features, figures
 from support.arguments import ArgumentParser, number
-from support.features import (
-    cls_attention,
-    eval_transform,
-    extract_features,
-    normalized_cls,
-    patch_features,
-    principal_colours,
-)
-from support.figures import to_picture
 from support.images import PHOTOGRAPHS, ImageList, build_dataset, listed_images, photograph, read_image
 from utils import UserError
 
-MAX_PATCHES = 8000  # of an image: its attention takes the square of it
+MAX_PATCHES = 8000  # per image; the memory of attention grows with the square
 
-# The views of `matches`, where neither an option nor the pretraining says otherwise.
-CROPS = {
-    "global_crops_size": 224,
-    "local_crops_size": 96,
-    "global_crops_scale": (0.4, 1.0),
-    "local_crops_scale": (0.05, 0.4),
-}
+# Views of `matches` if neither an option nor the pretraining defines them, in the order of MultiCrop's parameters.
+CROPS = {"global_crops_size": 224, "local_crops_size": 96}
+CROPS |= {"global_crops_scale": (0.4, 1.0), "local_crops_scale": (0.05, 0.4)}
 
 
-# --- features
-
-
-def whole_patches(image, side, patch_size):
-    """Resize an image so that its shorter side has about `side` pixels, and both a whole number of patches.
+def whole_patches(image, side, patch_size) -> np.ndarray:
+    """Resize an image to a shorter side of about `side` pixels, with both sides a whole number of patches.
 
     Args:
         image: uint8 [H, W, 3].
@@ -63,8 +47,8 @@ def whole_patches(image, side, patch_size):
     return resize(image[None], (height, width), "bicubic")[0]
 
 
-def most_of(attention, share):
-    """Return a mask of the fewest patches that hold a share of the attention, as DINO draws it.
+def most_of(attention, share) -> np.ndarray:
+    """Return a mask of the fewest patches that hold a share of the attention, as DINO's visualization does.
 
     Args:
         attention: [..., rows, columns].
@@ -76,82 +60,60 @@ def most_of(attention, share):
     flat = attention.reshape(*attention.shape[:-2], -1)
     order = np.argsort(flat, -1, kind="stable")
     held = np.cumsum(np.take_along_axis(flat, order, -1), -1, dtype=np.float64)
-    kept = held / held[..., -1:] > 1 - share
-    mask = np.empty_like(kept)
-    np.put_along_axis(mask, order, kept, -1)
+    mask = np.empty(flat.shape, bool)
+    np.put_along_axis(mask, order, held / held[..., -1:] > 1 - share, -1)
     return mask.reshape(attention.shape)
 
 
-def nearest_tokens(features_a, features_b, idx_b):
-    """Return the patches of a whose features are nearest, by cosine, to those of some patches of b.
+def nearest_tokens(features_a, features_b, idx_b) -> torch.Tensor:
+    """Return, for some patches of b, the patch of a with the nearest features by cosine.
 
     Args:
         features_a, features_b: [rows, columns, D].
-        idx_b: LongTensor [n] of token numbers, patches counting from 1.
+        idx_b: LongTensor [n] of tokens; patch 1 is the first.
 
     Returns:
-        LongTensor [n] of token numbers of a
+        LongTensor [n] of tokens of a
     """
     a, b = (F.normalize(f.flatten(0, 1), dim=1) for f in (features_a, features_b))
     return (b[idx_b - 1] @ a.T).argmax(1) + 1
 
 
-def agreement(idx_a, found_a, columns):
-    """Return which of the found patches are those of the table, and which are those or touch them: two booleans [n]."""
-    (row, column), (found_row, found_column) = (((i - 1) // columns, (i - 1) % columns) for i in (idx_a, found_a))
-    far = torch.maximum((row - found_row).abs(), (column - found_column).abs())
-    return far == 0, far <= 1
-
-
-# --- the sub-commands: each returns (figure, text to print)
-
-
-def attention(args, backbone, made_with, img_size):
-    images = open_images(args.images, args.max_images, args.image_size or 2 * img_size, backbone)
-    attentions = []
-    for image in images.values():
-        heads = cls_attention(backbone, image)
-        attentions.append(np.concatenate([heads, heads.mean(0, keepdims=True)]))
+def show_attention(args, backbone, made_with, img_size) -> tuple:
+    """Draw the attention of the CLS token. Like each command, return (figure, text to print)."""
+    images = open_images(args.images, args, backbone, img_size)
+    heads = [features.cls_attention(backbone, image) for image in images.values()]
+    attentions = [np.concatenate([maps, maps.mean(0, keepdims=True)]) for maps in heads]
     masks = [most_of(maps, args.threshold) for maps in attentions]
-    patch_size = backbone.patch_embed.patch_size[0]
-    figure = figures.draw_attention(list(images.values()), attentions, masks, list(images), patch_size, args.threshold)
-    return figure, f"attention of {len(attentions[0]) - 1} heads on {', '.join(images)}"
+    figure = figures.draw_attention(images, attentions, masks, patch_side(backbone), args.threshold)
+    return figure, f"attention of {len(heads[0])} heads on {', '.join(images)}"
 
 
-def features(args, backbone, made_with, img_size):
-    images = open_images(args.images, args.max_images, args.image_size or 2 * img_size, backbone)
-    tokens = [patch_features(backbone, image) for image in images.values()]
+def show_features(args, backbone, made_with, img_size) -> tuple:
+    """Draw the principal components of the patch features as colours."""
+    images = open_images(args.images, args, backbone, img_size)
+    tokens = [features.patch_features(backbone, image) for image in images.values()]
     count = sum(f.shape[0] * f.shape[1] for f in tokens)
     if count < 4:
-        raise UserError(f"found {count} patches, expected at least 4: give a larger --image_size, or more images")
-    colours, explained = principal_colours(tokens)
-    patch_size = backbone.patch_embed.patch_size[0]
-    figure = figures.draw_features(list(images.values()), colours, list(images), patch_size, explained)
+        raise UserError(f"found {count} patches, expected at least 4: give a larger --image_size or more images")
+    colours, explained = features.principal_colours(tokens)
+    figure = figures.draw_features(images, colours, patch_side(backbone), explained)
     return figure, f"patch features of {', '.join(images)}"
 
 
-def matches(args, backbone, made_with, img_size):
-    patch_size = backbone.patch_embed.patch_size[0] if backbone else args.patch_size or 16
-    crop_settings = {
-        name: made_with.get(name, default) if getattr(args, name) is None else getattr(args, name)
-        for name, default in CROPS.items()
-    }
-    args.check_crops(Namespace(patch_size=patch_size, **crop_settings))
-    sizes = crop_settings["global_crops_size"], crop_settings["local_crops_size"]
+def show_matches(args, backbone, made_with, img_size) -> tuple:
+    """Draw the matches of two views by geometry and, given a network, by features."""
+    patch_size = patch_side(backbone) if backbone else args.patch_size or 16
+    given = {name: value for name in CROPS if (value := getattr(args, name)) is not None}
+    settings = {name: given.get(name, made_with.get(name, default)) for name, default in CROPS.items()}
+    args.check_crops(Namespace(patch_size=patch_size, **settings))
+    sizes = settings["global_crops_size"], settings["local_crops_size"]
     grid_a, grid_b = ((size // patch_size,) * 2 for size in sizes)
     image = open_image(find_image(args.image), patch_size)
-    multi_crop = MultiCrop(
-        global_size=sizes[0],
-        local_size=sizes[1],
-        global_scale=crop_settings["global_crops_scale"],
-        local_scale=crop_settings["local_crops_scale"],
-        local_number=1,
-        flip_prob=made_with.get("flip_prob", 0.5),
-        geometry="image",
-        seed=args.seed,
-    )
+    flip_prob = made_with.get("flip_prob", 0.5)
+    multi_crop = MultiCrop(*settings.values(), local_number=1, flip_prob=flip_prob, geometry="image", seed=args.seed)
 
-    num_matched, num_same, num_near = 0, 0, 0
+    num_matched, distances = 0, []
     for pair in range(args.pairs):
         teacher_view, _, student_view = multi_crop([image], [0], epoch=pair, step=0)
         views = (teacher_view, student_view)
@@ -160,59 +122,55 @@ def matches(args, backbone, made_with, img_size):
         idx_a, idx_b = idx_a[1:], idx_b[1:]  # without CLS
         num_matched += len(idx_a)
         if backbone:
-            crops = [to_picture(view.pixels[0]) for view in views]
-            features_a, features_b = (patch_features(backbone, crop) for crop in crops)
-            found_a = nearest_tokens(features_a, features_b, idx_b)
-            same, near = agreement(idx_a, found_a, grid_a[1])
-            num_same, num_near = num_same + int(same.sum()), num_near + int(near.sum())
+            crops = [figures.to_picture(view.pixels[0]) for view in views]
+            found_a = nearest_tokens(*(features.patch_features(backbone, crop) for crop in crops), idx_b)
+            distances.append(figures.patch_distance(found_a, idx_a, grid_a[1]))
+            found = found_a, distances[-1]
         else:
             crops = [plain_crop(image, box, flip, size) for box, flip, size in zip(boxes, flips, sizes, strict=True)]
-            found_a = None
+            found = ()
         if pair == 0:
-            figure = figures.draw_matches(image, crops, boxes, flips, patch_size, idx_a, idx_b, found_a)
+            figure = figures.draw_matches(image, crops, boxes, flips, patch_size, idx_a, idx_b, *found)
     text = f"{num_matched} matched patches in {'one pair' if args.pairs == 1 else f'{args.pairs} pairs'} of views"
     if backbone and num_matched:
-        text += (
-            f"; of these the features find {num_same / num_matched:.1%}, and {num_near / num_matched:.1%} within a "
-            f"patch (by chance {1 / np.prod(grid_a):.1%})"
-        )
+        distance = np.concatenate(distances)
+        text += f"; nearest features: {(distance == 0).mean():.1%} on the same patch "
+        text += f"(chance {1 / np.prod(grid_a):.1%}), {(distance <= 1).mean():.1%} within one patch"
     return figure, text
 
 
-def plain_crop(image, box, flip, size):
-    """Return a view without distortion: uint8 [H, W, 3] -> [size, size, 3]."""
+def plain_crop(image, box, flip, size) -> np.ndarray:
+    """Return a view without colour distortion: uint8 [H, W, 3] -> [size, size, 3]."""
     crop = crop_and_resize(image[None], box, size)[0]
     return crop[:, ::-1] if flip else crop
 
 
-def neighbours(args, backbone, made_with, img_size):
+def show_neighbours(args, backbone, made_with, img_size) -> tuple:
+    """Draw the images nearest to a query, or with --patch the nearest patches."""
     query = find_image(args.query)
     if args.patch:
-        return patch_neighbours(args, query, backbone, img_size)
+        return show_patch_neighbours(args, query, backbone, img_size)
     paths = [path for path in find_images(args.images) if path.resolve() != query.resolve()]
     if not paths:
-        raise UserError(f"{query} has no image to be compared with: give a folder, or more images")
-    open_image(query, backbone.patch_embed.patch_size[0])
-    cls = cls_features(backbone, ImageList([query, *paths], eval_transform(img_size)), args.num_workers)
+        raise UserError(f"found no image to compare {query} with: give a folder or more images")
+    open_image(query, patch_side(backbone))
+    cls = cls_features(backbone, ImageList([query, *paths], features.eval_transform(img_size)), args.num_workers)
     similarity, nearest = (cls[1:] @ cls[0]).topk(min(args.k, len(paths)))
-    similarity, shown = similarity.tolist(), [paths[i] for i in nearest.tolist()]
-    pictures = [np.array(read_image(path)) for path in (query, *shown)]
-    names = [f"{path.parent.name}/{path.name}" for path in shown]
-    figure = figures.draw_image_neighbours(pictures[0], pictures[1:], similarity, names)
-    lines = [f"{s:.3f}  {utils.printable(path)}" for s, path in zip(similarity, shown, strict=True)]
-    return figure, "\n".join(lines)
+    similarity, chosen = similarity.tolist(), [paths[i] for i in nearest.tolist()]
+    pictures = [np.array(read_image(path)) for path in (query, *chosen)]
+    names = [f"{path.parent.name}/{path.name}" for path in chosen]
+    lines = [f"{s:.3f}  {utils.printable(path)}" for s, path in zip(similarity, chosen, strict=True)]
+    return figures.draw_image_neighbours(pictures, similarity, names), "\n".join(lines)
 
 
-def patch_neighbours(args, query, backbone, img_size):
-    """Draw the patches nearest to the one at a point of the query, in it and in the other images."""
-    patch_size = backbone.patch_embed.patch_size[0]
-    side = args.image_size or 2 * img_size
-    images = open_images([query, *args.images], args.max_images, side, backbone)
+def show_patch_neighbours(args, query, backbone, img_size) -> tuple:
+    """Draw the patches nearest to the patch at a point of the query, in the query and in the other images."""
+    images = open_images([query, *args.images], args, backbone, img_size)
     width, height = read_image(query).size
     x, y = args.patch
     if not (x < width and y < height):
-        raise UserError(f"--patch {x} {y} is outside of {query}, which has {width}x{height} pixels")
-    tokens = [F.normalize(patch_features(backbone, image), dim=-1) for image in images.values()]
+        raise UserError(f"--patch {x} {y} lies outside {query}, which has {width}x{height} pixels")
+    tokens = [F.normalize(features.patch_features(backbone, image), dim=-1) for image in images.values()]
     rows, columns = tokens[0].shape[:2]
     patch = y * rows // height, x * columns // width
     similarities = [(t @ tokens[0][patch]).numpy() for t in tokens]
@@ -221,19 +179,20 @@ def patch_neighbours(args, query, backbone, img_size):
     places.remove((0, *patch))
     places.sort(key=lambda place: -similarities[place[0]][place[1:]])
     nearest, names = places[: args.k], list(images)
-    figure = figures.draw_patch_neighbours(list(images.values()), similarities, patch, nearest, names, patch_size)
+    figure = figures.draw_patch_neighbours(images, similarities, patch, nearest, patch_side(backbone))
     lines = [f"{similarities[i][row, col]:.3f}  row {row}, column {col} of {names[i]}" for i, row, col in nearest]
     return figure, "\n".join(lines)
 
 
-def map_of_images(args, backbone, made_with, img_size):
+def show_map(args, backbone, made_with, img_size) -> tuple:
+    """Draw a map of a labelled data set, by t-SNE."""
     from sklearn.manifold import TSNE  # takes a second
 
-    transform = eval_transform(img_size)
+    transform = features.eval_transform(img_size)
     dataset = build_dataset(args.dataset, args.data_path, args.split, transform, args.classes, args.download)
     labels, classes = np.array(dataset.labels), dataset.classes
     if labels.min() < 0 or len(set(labels.tolist())) < 2:
-        problem = "images outside of them" if labels.min() < 0 else "one"
+        problem = "images outside of class subfolders" if labels.min() < 0 else "one"
         raise UserError(f"{args.data_path} has no labels: expected at least two class subfolders, found {problem}")
     if len(labels) < 4:
         raise UserError(f"{args.data_path} has {len(labels)} images, expected at least 4")
@@ -247,60 +206,64 @@ def map_of_images(args, backbone, made_with, img_size):
     return figures.draw_map(points, labels, classes, title), title
 
 
-# --- what they share
-
-
-def cls_features(backbone, dataset, num_workers):
-    """Return the normalised CLS features [n, D] of all images of a data set."""
+def cls_features(backbone, dataset, num_workers) -> torch.Tensor:
+    """Return the L2-normalised CLS features [n, D] of a data set."""
     device = backbone.cls_token.device
-    return extract_features(normalized_cls(backbone), dataset, device, num_workers=num_workers)
+    return features.extract_features(features.normalized_cls(backbone), dataset, device, num_workers=num_workers)
 
 
-def open_images(names, max_images, side, backbone):
-    """Read images, resized by `whole_patches`: {name: uint8 [H, W, 3]}.
+def patch_side(backbone) -> int:
+    """Return the side of a network's patches in pixels."""
+    return backbone.patch_embed.patch_size[0]
+
+
+def open_images(names, args, backbone, img_size) -> dict:
+    """Read images, resized by `whole_patches` to --image_size or twice `img_size`.
 
     Args:
-        names: files, folders, and some of PHOTOGRAPHS.
-        max_images: how many, the first ones.
-        side: of the shorter side in pixels.
+        names: see `find_images`. Images beyond --max_images are skipped with a warning.
+
+    Returns:
+        {name: uint8 [H, W, 3]}
+
+    Raises:
+        UserError: an image cannot be read, is smaller than a patch, or has more than MAX_PATCHES patches.
     """
+    side, patch_size = args.image_size or 2 * img_size, patch_side(backbone)
     evaluation.check_image_side(side, backbone)
-    patch_size = backbone.patch_embed.patch_size[0]
     paths = find_images(names)
-    if len(paths) > max_images:
-        utils.warn(f"{len(paths)} images were given, the first {max_images} are drawn: see --max_images")
+    if len(paths) > args.max_images:
+        utils.warn(f"found {len(paths)} images, drawing the first {args.max_images}: see --max_images")
     images = {}
-    for path in paths[:max_images]:
+    for path in paths[: args.max_images]:
         name = utils.printable(path.stem)
         name = name if name not in images else f"{name} ({len(images) + 1})"
         images[name] = whole_patches(open_image(path, patch_size), side, patch_size)
         rows, columns = (length // patch_size for length in images[name].shape[:2])
         if rows * columns > MAX_PATCHES:
-            raise UserError(
-                f"{name} has {rows}x{columns} patches, more than {MAX_PATCHES}, at --image_size {side}: "
-                "give a smaller one"
-            )
+            found = f"{name} has {rows}x{columns} patches, more than {MAX_PATCHES}, at --image_size {side}"
+            raise UserError(f"{found}: give a smaller --image_size")
     return images
 
 
-def find_images(names):
-    """Return the paths of images: of files, of all that are in folders, and of PHOTOGRAPHS by their names."""
+def find_images(names) -> list:
+    """Return the paths of images, given files, folders (all their images), and names of PHOTOGRAPHS."""
     paths = [photograph(name) if name in PHOTOGRAPHS and not Path(name).exists() else Path(name) for name in names]
     return [image for path in paths for image in (listed_images(path) if path.is_dir() else [path])]
 
 
-def find_image(name):
-    """Return the path of a single image, see `find_images`."""
+def find_image(name) -> Path:
+    """Return the path of one image, see `find_images`. A folder raises UserError."""
     if Path(name).is_dir():
         raise UserError(f"{name} is a folder, expected an image")
     return find_images([name])[0]
 
 
-def open_image(path, patch_size):
+def open_image(path, patch_size) -> np.ndarray:
     """Read an image as uint8 [H, W, 3].
 
     Raises:
-        UserError: it cannot be read, or is smaller than a patch.
+        UserError: the image cannot be read, or is smaller than a patch.
     """
     image = np.array(read_image(path))
     height, width = image.shape[:2]
@@ -309,94 +272,82 @@ def open_image(path, patch_size):
     return image
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv=None) -> Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="COMMAND --help lists its options.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     natural = number(int, 1)
 
-    def command(name, draw, text, weights_required=True):
+    def command(draw, name, text, seeded="", weights_required=True):
+        """Add a command and return it and its group "method"."""
         sub = commands.add_parser(name, help=text, description=f"Draw {text}.")
-        sub.set_defaults(draw=draw)
+        sub.set_defaults(draw=draw, check_crops=sub.check_crops)
         evaluation.add_model_arguments(sub, required=weights_required)
-        sub.add_argument_group("output").add_argument(
-            "--output", nargs="+", default=[f"{name}.png"], metavar="FILE", help="files to write, PNG or PDF"
-        )
-        return sub.add_argument_group("method").add_argument, sub
+        add = sub.add_argument_group("output").add_argument
+        add("--output", nargs="+", default=[f"{name}.png"], metavar="FILE", help="files to write, PNG or PDF")
+        add = sub.add_argument_group("method").add_argument
+        text = f"seed of {seeded}the network with --pretrained_weights none"
+        add("--seed", type=number(int, 0, 2**32 - 1), default=0, help=text)
+        return sub, add
 
     def images(sub, query=False):
         add = sub.add_argument_group("images").add_argument
         if query:
-            add("query", metavar="QUERY", help="image to start from")
-        text = "files, folders, or photographs that scikit-learn and scikit-image ship"
-        default = [] if query else ["china", "flower"]
-        add("images", nargs="*", default=default, metavar="IMAGE", help=text)
-        add("--image_size", type=natural, help="shorter side in pixels that they get; default: twice the pretraining's")
-        add("--max_images", type=natural, default=8, help="how many to draw, the first ones")
+            add("query", metavar="QUERY", help="query image")
+        text = "files, folders, or names of photographs that scikit-learn and scikit-image ship"
+        add("images", nargs="*", default=[] if query else ["china", "flower"], metavar="IMAGE", help=text)
+        text = "shorter side of the resized images in pixels; default: twice the pretraining's global crops, or 448"
+        add("--image_size", type=natural, help=text)
+        add("--max_images", type=natural, default=8, help="number of images to draw, the first ones")
 
-    def seed(add, text):
-        add("--seed", type=number(int, 0, 2**32 - 1), default=0, help=text)
-
-    add_method, sub = command("attention", attention, "what the CLS token attends to, head by head")
+    sub, add = command(show_attention, "attention", "the attention of the CLS token, head by head")
+    text = "share of a head's attention that the bright patches hold"
+    add("--threshold", type=number(float, 0, 1), default=0.6, help=text)
     images(sub)
-    share = "share of a head's attention that the patches shown bright hold"
-    add_method("--threshold", type=number(float, 0, 1), default=0.6, help=share)
-    seed(add_method, "of the network with --pretrained_weights none")
 
-    add_method, sub = command("features", features, "the principal components of the patch features as colours")
+    sub, _ = command(show_features, "features", "the principal components of the patch features as colours")
     images(sub)
-    seed(add_method, "of the network with --pretrained_weights none")
 
-    text = "the matches of two views, by geometry and, with weights, by learned features"
-    add_method, sub = command("matches", matches, text, weights_required=False)
-    sub.set_defaults(check_crops=sub.check_crops)
-    sub.description += (
-        " Without --pretrained_weights no network is built, and the views are plain crops and flips; with them, they"
-        " have the training's colour distortion."
-    )
-    text = "a file, or a photograph that scikit-learn or scikit-image ships"
+    text = "the matches of two views, by geometry and, given weights, by learned features"
+    sub, add = command(show_matches, "matches", text, "boxes and flips, and of ", weights_required=False)
+    sub.description += " Without --pretrained_weights no network is built and the views are plain crops and flips."
+    sub.description += " With --pretrained_weights the views have the training's colour distortion."
+    text = "file, or name of a photograph that scikit-learn or scikit-image ships"
     sub.add_argument_group("images").add_argument("image", nargs="?", default="china", metavar="IMAGE", help=text)
-    add_method("--matching", choices=RULES, default="paper", help="how geometry matches patches, see patch_matching.py")
+    add("--matching", choices=RULES, default="paper", help="how geometry matches patches, see patch_matching.py")
     for name, whose in (("global", "teacher"), ("local", "student")):
         size, (low, high) = CROPS[f"{name}_crops_size"], CROPS[f"{name}_crops_scale"]
         text = f"side of the {whose}'s crop in pixels; default: the pretraining's, or {size}"
-        add_method(f"--{name}_crops_size", type=natural, help=text)
-        text = f"share of the image's area that it has; default: the pretraining's, or {low} {high}"
-        add_method(f"--{name}_crops_scale", type=number(float, 1e-6, 1), nargs=2, metavar=("LOW", "HIGH"), help=text)
-    add_method("--pairs", type=natural, default=1, help="of views, to count matches in; the first is drawn")
-    seed(add_method, "of boxes and flips, and of the network with --pretrained_weights none")
+        add(f"--{name}_crops_size", type=natural, help=text)
+        text = f"range of the {whose}'s crop area as a share of the image; default: the pretraining's, or {low} {high}"
+        add(f"--{name}_crops_scale", type=number(float, 1e-6, 1), nargs=2, metavar=("LOW", "HIGH"), help=text)
+    add("--pairs", type=natural, default=1, help="number of pairs of views whose matches are counted; draws the first")
 
-    add_method, sub = command("neighbours", neighbours, "the nearest images, or the nearest patches")
+    sub, add_nearest = command(show_neighbours, "neighbours", "the nearest images, or the nearest patches")
     images(sub, query=True)
-    add_method("--k", type=natural, default=5, help="number of neighbours")
-    place = "a point of the query, in its pixels: draw the patches nearest to the one there"
-    add_method("--patch", type=number(int, 0), nargs=2, metavar=("X", "Y"), help=place)
-    seed(add_method, "of the network with --pretrained_weights none")
-    add_method("--num_workers", type=number(int, 0), default=2, help="data-loading processes")
+    add_nearest("--k", type=natural, default=5, help="number of neighbours")
+    text = "point of the query in its pixels: draw the patches nearest to the patch at this point"
+    add_nearest("--patch", type=number(int, 0), nargs=2, metavar=("X", "Y"), help=text)
 
-    add_method, sub = command("map", map_of_images, "a map of labelled images, by t-SNE of their CLS features")
+    text = "a map of labelled images, by t-SNE of their CLS features"
+    sub, add_map = command(show_map, "map", text, "t-SNE, of the sampling of images, and of ")
     add = evaluation.add_data_arguments(sub)
-    add("--split", choices=("train", "val"), default="val", help="which part of the data set")
-    add_method("--max_images", type=natural, default=2000, help="how many to draw, at random")
-    add_method("--perplexity", type=number(float, 1), default=30.0, help="t-SNE's, about how many neighbours count")
-    seed(add_method, "of t-SNE, of the choice of images, and of the network with --pretrained_weights none")
-    add_method("--num_workers", type=number(int, 0), default=2, help="data-loading processes")
+    add("--split", choices=("train", "val"), default="val", help="part of the data set to draw")
+    add_map("--max_images", type=natural, default=2000, help="number of images to draw, sampled at random")
+    text = "perplexity of t-SNE, roughly the number of neighbours that count"
+    add_map("--perplexity", type=number(float, 1), default=30.0, help=text)
+    for add in (add_nearest, add_map):
+        add("--num_workers", type=number(int, 0), default=2, help="data-loading processes")
     return parser.parse_args(argv)
 
 
-def main(argv=None):
+def main(argv=None) -> None:
     args = parse_arguments(argv)
     for path in args.output:
         figures.check_output(path)
     backbone, made_with, img_size = None, {}, None
     if args.pretrained_weights is not None:
-        backbone, made_with, img_size = evaluation.open_model(
-            args.pretrained_weights,
-            args.arch,
-            args.patch_size,
-            args.checkpoint_key,
-            args.seed,
-            getattr(args, "crop_size", None),
-        )
+        model = (args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, args.seed)
+        backbone, made_with, img_size = evaluation.open_model(*model, getattr(args, "crop_size", None))
         backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     figure, text = args.draw(args, backbone, made_with, img_size)
     for path in args.output:

@@ -1,8 +1,8 @@
-"""Time of weighted k-NN classification, against DINO's procedure: 100 chunks, votes through one-hot vectors.
+"""Time weighted k-NN classification against DINO's implementation: 100 chunks, votes as one-hot vectors.
 
 python -m benchmarks.bench_knn
 
-Features are random; by default as many as ImageNet-100 has. Both sides give the same accuracy.
+Features are random, by default as many as ImageNet-100 has images. Both implementations give the same accuracy.
 """
 
 import time
@@ -15,15 +15,15 @@ from eval_knn import knn_accuracy
 from support.arguments import ArgumentParser, number
 
 
-def main():
+def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     natural = number(int, 1)
-    parser.add_argument("--train", type=natural, default=126_689, help="training features")
-    parser.add_argument("--test", type=natural, default=5000, help="test features")
-    parser.add_argument("--dim", type=natural, default=384, help="length of a feature")
+    parser.add_argument("--train", type=natural, default=126_689, help="number of training features")
+    parser.add_argument("--test", type=natural, default=5000, help="number of test features")
+    parser.add_argument("--dim", type=natural, default=384, help="dimension of a feature")
     parser.add_argument("--classes", type=number(int, 5), default=100, help="number of classes")
     parser.add_argument("--k", type=natural, default=20, help="number of neighbours")
-    parser.add_argument("--rounds", type=natural, default=3, help="the best of which counts")
+    parser.add_argument("--rounds", type=natural, default=3, help="number of measurements, the fastest counts")
     args = parser.parse_args()
     if args.k > args.train:
         parser.error(f"--k {args.k} is more than the {args.train} training features")
@@ -49,8 +49,8 @@ def main():
     )
 
 
-def one_hot_knn(train_features, train_labels, test_features, test_labels, k, temperature=0.07):
-    """Return (top1, top5) as `knn_accuracy`."""
+def one_hot_knn(train_features, train_labels, test_features, test_labels, k, temperature=0.07) -> tuple:
+    """Return (top1, top5) in per cent, like `knn_accuracy`."""
     classes, correct1, correct5 = int(train_labels.max()) + 1, 0.0, 0.0
     size = max(len(test_features) // 100, 1)
     for features, labels in zip(test_features.split(size), test_labels.split(size), strict=True):

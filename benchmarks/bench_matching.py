@@ -1,21 +1,19 @@
-"""Time of patch matching: all pairs of views of a batch that shares its crops, and of images with crops of their own.
+"""Time patch matching of all pairs of views, with crops shared by the batch and with crops drawn per image.
 
 python -m benchmarks.bench_matching
 """
 
-import time
-
 import numpy as np
 
 from augment import random_box
-from benchmarks.machine import machine, print_table
+from benchmarks.machine import machine, print_table, seconds_of
 from patch_matching import RULES, _matched_pairs, match_patches, match_views
 from support.arguments import ArgumentParser, number
 
 
-def main():
+def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=number(int, 1), default=64, help="of a batch")
+    parser.add_argument("--images", type=number(int, 1), default=64, help="number of images in a batch")
     parser.add_argument("--local_crops_number", type=number(int, 0), default=8, help="number of local views")
     args = parser.parse_args()
     print(machine())
@@ -36,18 +34,18 @@ def main():
     header = ("crops", "rule", f"all {pairs} pairs, µs", "pair by pair, µs", "faster")
     print_table((*header, f"table of {args.images} images, µs", "its size, MB", "copying it, µs"), rows)
     pixels = args.images * 3 * (2 * 224**2 + args.local_crops_number * 96**2) / 1e6
-    print(f"\nAll of this is done in the data-loading processes. The pixels of such a batch are {pixels:.1f} MB.")
+    print(f"\nThe data-loading processes do all of this. The pixels of such a batch take {pixels:.1f} MB.")
 
 
-def draw_geometry(images, local_crops_number):
-    """Return boxes [V, images, 4] and flips [V, images] of the paper's crops of 256×256 pixels."""
+def draw_geometry(images, local_crops_number) -> tuple:
+    """Return boxes [V, images, 4] and flips [V, images] of the paper's crops of images of 256×256 pixels."""
     rng = np.random.default_rng(0)
     scales = [(0.4, 1.0)] * 2 + [(0.05, 0.4)] * local_crops_number
     boxes = [[random_box(rng, 256, 256, scale) for _ in range(images)] for scale in scales]
     return np.array(boxes), rng.random((len(scales), images)) < 0.5
 
 
-def one_by_one(boxes, flips, grids, rule):
+def one_by_one(boxes, flips, grids, rule) -> None:
     """Match with one call of match_patches per image and pair of views."""
     for image in range(boxes.shape[1]):
         sides = [(boxes[v, image], flips[v, image], grid) for v, grid in enumerate(grids)]
@@ -57,13 +55,9 @@ def one_by_one(boxes, flips, grids, rule):
                     match_patches(*sides[i], *sides[j], rule)
 
 
-def median_us(call, repeats=200):
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return np.median(seconds) * 1e6
+def median_us(call, repeats=200) -> float:
+    """Return the median time of a call in microseconds."""
+    return np.median(seconds_of(call, repeats)) * 1e6
 
 
 if __name__ == "__main__":

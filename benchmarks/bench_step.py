@@ -1,11 +1,12 @@
-"""Time and peak memory of a training step, against the naive Algorithm 1 of the paper and against `--loss cls`.
+"""Measure time and peak memory of a training step against a naive Algorithm 1 and against `--loss cls`.
 
-    python -m benchmarks.bench_step                                                  the README's figures
+    python -m benchmarks.bench_step                                                  the README's numbers
     python -m benchmarks.bench_step --arch vit_small --batch_size 40 --patch_size 8 --out_dim 4096 65536
 
-Each side runs in fresh processes on the same views, with the same networks, optimizer and EMA, in fp32. One step in
-ten reports, as in a training, and then measures its health as well; the naive side does not do that. A naive side
-that would not fit into memory is not run; what it needs is computed instead.
+Each side runs in fresh processes on the same views, with the same networks, optimizer and EMA, in fp32. The time is
+weighted as if one step in ten reports, as in a training. A reporting step also computes the metrics of
+`meters.measure`, except on the naive side. A naive side that would not fit into memory is not run; its memory is
+computed instead.
 """
 
 import argparse
@@ -25,9 +26,9 @@ import torch.nn.functional as F
 
 import main_lgssl
 from augment import normalize
-from benchmarks.machine import machine, memory_size, print_table
+from benchmarks.machine import machine, memory_size, print_table, seconds_of
 from losses import LocalGlobalLoss, plain_loss
-from patch_matching import match_patches
+from patch_matching import Matches, match_patches
 from support.arguments import ArgumentParser, number
 from support.loader import Batch
 from vision_transformer import ARCHITECTURES, TokenOutput
@@ -46,21 +47,21 @@ README = [  # (arch, patch size, batch size, K, sides)
     ("vit_base", 16, 4, 10000, ("lgssl", "cls")),
 ]
 BOTTLENECK, VIEWS, GLOBAL, LOCAL = 256, 10, 224, 96
-LOG_EVERY = 10  # as a training
+LOG_EVERY = 10  # default of main_lgssl.py
 
 
-def main():
+def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     natural = number(int, 1)
-    add = parser.add_argument_group("cases, all combinations of these; used with --arch").add_argument
-    add("--arch", nargs="+", choices=ARCHITECTURES, help="networks; default: the cases of the README")
+    add = parser.add_argument_group("cases: all combinations, only with --arch").add_argument
+    add("--arch", nargs="+", choices=ARCHITECTURES, help="networks; default: the README's cases")
     add("--patch_size", nargs="+", type=natural, default=[16], help="sides of a patch in pixels")
-    add("--batch_size", nargs="+", type=natural, default=[10], help="images of a step")
+    add("--batch_size", nargs="+", type=natural, default=[10], help="images per step")
     add("--out_dim", nargs="+", type=natural, default=[4096, 10000, 65536], help="K, numbers of prototypes")
-    add("--sides", nargs="+", choices=SIDES, default=["lgssl", "naive", "cls"], help="what is compared")
+    add("--sides", nargs="+", choices=SIDES, default=["lgssl", "naive", "cls"], help="implementations to compare")
     add = parser.add_argument_group("measurement").add_argument
-    add("--steps", type=number(int, 2), default=3, help="timed after one that is not; the last one reports")
-    add("--rounds", type=natural, default=2, help="through all sides, the best of which counts")
+    add("--steps", type=number(int, 2), default=3, help="timed steps after one warm-up step; the last one reports")
+    add("--rounds", type=natural, default=2, help="measurements per side, the fastest counts")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -89,8 +90,8 @@ def main():
     print_results(cases, results)
 
 
-def run_side(side, case, steps):
-    """Measure one side in a fresh process, or say what the naive one would need."""
+def run_side(side, case, steps) -> dict:
+    """Measure one side in a fresh process, or return the bytes that a naive side too large for the memory needs."""
     options = {**case, "steps": steps, "side": side}
     if side == "naive":
         need = naive_bytes(**case)
@@ -107,24 +108,24 @@ class Done(Exception):
     """All steps were timed."""
 
 
-def measure(arch, patch_size, batch_size, K, steps, side):
-    """Run the first steps of a training on views that are made before it.
+def measure(arch, patch_size, batch_size, K, steps, side) -> dict:
+    """Run the first steps of a training on views that are made in advance.
 
     Returns:
-        the seconds of a step, and in bytes the memory before the steps and at their peak
+        {"seconds": per step, "before" and "peak": memory in bytes before the steps and at their peak}
     """
     rng = np.random.default_rng(0)
     images = [(rng.integers(0, 256, (256, 256, 3), np.uint8), 0) for _ in range(batch_size)]
     times, result = [], {}
 
     def open_images(args):
-        return images * (steps + 2), None, "not timed"  # more than are taken
+        return images * (steps + 2), None, "not timed"  # more images than the steps take
 
     def build_optimizer(name, network):
         optimizer = original_optimizer(name, network)
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # its state has its memory from here on
+        optimizer.step()  # allocates the optimizer's state
         return optimizer
 
     def batches_on_device(loader, device):
@@ -132,7 +133,7 @@ def measure(arch, patch_size, batch_size, K, steps, side):
         items = [loader.dataset[key] for key in keys]
         geometries = [correspondences(loader.dataset.make_views(key)[0], patch_size) for key in keys]
         result["before"] = memory(device)["now"]
-        for i in (0, *range(steps)):  # the first one warms up
+        for i in (0, *range(steps)):  # the first step is the warm-up
             times.append(synchronized_time(device))
             views = [normalize(pixels.to(device, non_blocking=True)) for pixels in items[i].views]
             matches = items[i].matches
@@ -161,8 +162,8 @@ def measure(arch, patch_size, batch_size, K, steps, side):
     return {"seconds": seconds, **result}
 
 
-def memory(device):
-    """Return the bytes in use now and at the peak: of the GPU, or of this process on a CPU (Linux)."""
+def memory(device) -> dict:
+    """Return the bytes in use {"now", "peak"}, of the GPU, or of this process on a CPU (Linux only)."""
     if device.type == "cuda":
         return {"now": torch.cuda.memory_allocated(), "peak": torch.cuda.max_memory_allocated()}
     with open("/proc/self/statm") as file:
@@ -170,41 +171,38 @@ def memory(device):
     return {"now": now, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def synchronized_time(device):
-    """Return the time in seconds at which the device has done its work."""
+def synchronized_time(device) -> float:
+    """Wait for the device, and return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-# --- the naive side
-
-
-def correspondences(views, patch_size):
-    """Return (i, j, tokens of teacher view i, tokens of student view j) for all pairs, of crops that a batch shares."""
+def correspondences(views, patch_size) -> list:
+    """Return (i, j, tokens of teacher view i, tokens of student view j) for all pairs. The batch shares its crops."""
     grids = [(view.pixels.shape[-1] // patch_size,) * 2 for view in views]
     sides = [(view.boxes[0].tolist(), bool(view.flips[0]), grid) for view, grid in zip(views, grids, strict=True)]
     return [(i, j, *match_patches(*sides[i], *sides[j])) for i in range(2) for j in range(len(views)) if i != j]
 
 
-def every_token(matches, views, patch_size):
-    """Let the networks send all tokens of a batch through the head, matched or not."""
+def every_token(matches, views, patch_size) -> Matches:
+    """Return matches whose rows are all tokens of a batch, so that the heads process unmatched tokens too."""
     counts = [len(pixels) * (1 + (pixels.shape[-1] // patch_size) ** 2) for pixels in views]
     return matches._replace(teacher_row=torch.arange(counts[0]), student_row=torch.arange(sum(counts)))
 
 
 class NaiveLoss(LocalGlobalLoss):
-    """Algorithm 1 as it stands, with the center [1+P, K]: all tokens, a log-softmax for each pair of views.
+    """Algorithm 1 of the paper without optimizations: all tokens, a log-softmax per pair of views, a center [1+P, K].
 
     Attributes:
-        pairs: `correspondences` of the batch.
+        pairs: result of `correspondences` for the batch.
     """
 
     pairs = None
 
-    def forward(self, student_out, teacher_out, matches, teacher_temp):
+    def forward(self, student_out, teacher_out, matches, teacher_temp) -> torch.Tensor:
         images, num_views = len(matches.teacher_count), 1 + max(j for _, j, *_ in self.pairs)
-        tokens = len(teacher_out.bottleneck) // 2  # of all images in a global view
+        tokens = len(teacher_out.bottleneck) // 2  # per global view, over all images
         local_tokens = (len(student_out.bottleneck) - 2 * tokens) // max(num_views - 2, 1)
 
         def logits_of_views(out, sizes):
@@ -222,15 +220,16 @@ class NaiveLoss(LocalGlobalLoss):
         return loss
 
     @torch.no_grad()
-    def update_center(self):
+    def update_center(self) -> None:
         self.center.lerp_(self.mean_logits, 1 - self.center_momentum)
 
 
-def naive_bytes(arch, patch_size, batch_size, K):
-    """Return what the naive side needs at least, beside the backbone's activations.
+def naive_bytes(arch, patch_size, batch_size, K) -> float:
+    """Return a lower bound of the naive side's memory in bytes, without the backbone's activations.
 
-    Those are the logits of all tokens, the gradients of the student's, and the targets and log-probabilities of each
-    pair of views; of a view's tokens 55 % (global) and 80 % (local) are taken to be matched.
+    Counts the networks with gradients and optimizer, the logits of all tokens, the gradients of the student's logits,
+    and the targets and log-probabilities per pair of views. Assumes that 55 % of the tokens of a global view and 80 %
+    of a local view are matched.
     """
     tokens = [1 + (size // patch_size) ** 2 for size in (GLOBAL, LOCAL)]
     teacher, student = 2 * tokens[0], 2 * tokens[0] + (VIEWS - 2) * tokens[1]
@@ -240,17 +239,17 @@ def naive_bytes(arch, patch_size, batch_size, K):
     return 4 * (batch_size * K * (teacher + 2 * student + 2 * matched) + networks)
 
 
-# --- the loss alone
+def measure_loss(K, patch_size, tables, device) -> dict:
+    """Time the loss with its gradients, and only its matrix products.
 
-
-def measure_loss(K, patch_size, tables, device):
-    """Return the seconds of the loss with its gradients, of its matrix products alone, and their number of operations.
-
-    The products alone are timed as one call each per image, with the result's memory at hand: what this machine makes
-    of these shapes at its best.
+    The products are timed as one call per image with preallocated results, which is the best that this machine reaches
+    with these shapes.
 
     Args:
         tables: Matches of batches that share their geometry.
+
+    Returns:
+        {"loss_seconds", "product_seconds", "flop": floating-point operations of the products}, means over the tables
     """
     criterion = LocalGlobalLoss(K, (GLOBAL // patch_size) ** 2).to(device).eval()
     weights = F.normalize(torch.randn(K, BOTTLENECK, device=device), dim=-1).requires_grad_()
@@ -258,11 +257,12 @@ def measure_loss(K, patch_size, tables, device):
     seconds = products = flop = 0
     for matches in tables:
         batch_size = len(matches.teacher_count)
-        counts = len(matches.teacher_row) // batch_size, len(matches.student_row) // batch_size  # of one image
+        counts = len(matches.teacher_row) // batch_size, len(matches.student_row) // batch_size  # per image
         z_t, z_s = (F.normalize(torch.randn(n * batch_size, BOTTLENECK, device=device), dim=-1) for n in counts)
         outs = [TokenOutput(z, weights, scale, None) for z in (z_s.requires_grad_(), z_t)]
         on_device = matches.to(device)
-        seconds += timed(lambda outs=outs, matches=on_device: criterion(*outs, matches, 0.04).backward(), device)
+        times = seconds_of(lambda outs=outs, matches=on_device: criterion(*outs, matches, 0.04).backward(), 3, device)
+        seconds += min(times[1:])
         z_t, z_s = z_t[: counts[0]], z_s.detach()[: counts[1]]
         wide_t, wide_s = (torch.rand(n, K, device=device) for n in counts)
         result, accumulated = torch.empty_like(z_s), torch.zeros_like(weights)
@@ -273,32 +273,19 @@ def measure_loss(K, patch_size, tables, device):
             lambda: accumulated.addmm_(wide_s.T, z_s),
         )
         with torch.no_grad():
-            products += batch_size * sum(timed(call, device) for call in calls)
+            products += batch_size * sum(min(seconds_of(call, 3, device)[1:]) for call in calls)
         flop += 2 * batch_size * K * BOTTLENECK * (counts[0] + 3 * counts[1])
     n = len(tables)
     return {"loss_seconds": seconds / n, "product_seconds": products / n, "flop": flop / n}
 
 
-def timed(call, device, repeats=2):
-    """Return the least seconds of a call."""
-    seconds = []
-    for _ in range(1 + repeats):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
-
-
-# --- the tables
-
-
-def above_bare(result):
+def above_bare(result) -> int:
+    """Return the peak memory in bytes beyond networks, gradients and optimizer."""
     return result["peak"] - result["before"]
 
 
-def print_results(cases, results):
+def print_results(cases, results) -> None:
+    """Print the table of all cases, the efficiency of the loss, and the growth of memory with K."""
     rows = []
     for arch, patch, batch, K, sides in cases:
         of_case = {side: results[arch, patch, batch, K, side] for side in sides}
@@ -319,13 +306,15 @@ def print_results(cases, results):
             rows.append(row)
     header = ("network", "K", "side", "s/step", "peak GB", "above bare GB", "loss s")
     print_table((*header, "naive takes, time", "memory", "time of cls"), rows)
-    print("\n'above bare': beyond the process with networks, gradients and optimizer; 'memory' compares these.\n")
+    print(
+        "\n'above bare': peak memory beyond networks, gradients and optimizer. 'memory': the ratio of 'above bare'.\n"
+    )
     for (arch, patch, batch, K, side), result in results.items():
         if "flop" in result and side == "lgssl":
             rate, best = result["flop"] / result["loss_seconds"] / 1e9, result["flop"] / result["product_seconds"] / 1e9
             print(
                 f"{arch}/{patch}, batch {batch}, K {K}: loss with gradients {rate:.0f} GFLOP/s, "
-                f"its matrix products alone {best:.0f}: {rate / best:.0%}"
+                f"only its matrix products {best:.0f}: {rate / best:.0%}"
             )
     for arch, patch, batch in dict.fromkeys(case[:3] for case in cases):
         peaks = {
@@ -335,7 +324,7 @@ def print_results(cases, results):
         }
         if len(peaks) > 1:
             low, high = min(peaks), max(peaks)
-            # student, teacher, gradient and two moments of the prototypes; center and its update
+            # prototypes of student and teacher, their gradient and two moments; center and its update
             accounted = (high - low) * 4 * (5 * BOTTLENECK + 2 * (1 + (GLOBAL // patch) ** 2))
             growth = peaks[high] - peaks[low] - accounted
             print(

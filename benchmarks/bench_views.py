@@ -1,14 +1,15 @@
-"""Images per second that one core turns into 2 + 8 views, against a multi-crop of torchvision and PIL as DINO's.
+"""Time a multi-crop of 2 + 8 views on one core against DINO's with torchvision and PIL, in images per second.
 
     python -m benchmarks.bench_views
 
-From decoded photographs of 500×375 pixels to uint8 views; decoding of JPEG files and normalisation apart.
+From decoded photographs of 500×375 pixels to uint8 views. JPEG decoding and normalisation are timed separately.
 """
 
 import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,15 +18,15 @@ from sklearn.datasets import load_sample_image
 from torchvision import transforms
 
 from augment import MEAN, STD, MultiCrop, normalize
-from benchmarks.machine import machine, print_table
+from benchmarks.machine import machine, print_table, seconds_of
 from support.arguments import ArgumentParser, number
 from support.images import ResizedArray, read_image
 
 
-def main():
+def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch_size", type=number(int, 1), default=40, help="images that are cut at a time")
-    parser.add_argument("--rounds", type=number(int, 1), default=5, help="the median of which counts")
+    parser.add_argument("--batch_size", type=number(int, 1), default=40, help="images per batch")
+    parser.add_argument("--rounds", type=number(int, 1), default=5, help="number of measurements, the median counts")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{machine()}; one core, batch {args.batch_size}")
@@ -58,23 +59,21 @@ def main():
     views = [view.pixels for view in multi_crops["batch"](list(map(resize, images)), indices, 0, 0)]
     by_image = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     pil = [Image.fromarray(view[0].permute(1, 2, 0).numpy()) for view in views]
-    own = least_seconds(lambda: [normalize(view) for view in views]) / args.batch_size
-    plain = least_seconds(lambda: [by_image(view) for view in pil])
-    print(
-        f"normalisation, not counted: {own * 1e3:.2f} ms an image here, done on the device; {plain * 1e3:.2f} as DINO\n"
-    )
+    own = min(seconds_of(lambda: [normalize(view) for view in views], 10)) / args.batch_size * 1e3
+    plain = min(seconds_of(lambda: [by_image(view) for view in pil], 10)) * 1e3
+    print(f"normalisation, not counted: {own:.2f} ms per image here, on the device; {plain:.2f} ms as in DINO\n")
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for size in ((500, 375), (2000, 1500)):
             path = Path(folder) / f"{size[0]}.jpg"
             photographs[0].resize(size, Image.Resampling.LANCZOS).save(path, quality=90)
-            whole, reduced = (least_seconds(lambda: resize(read_image(path, *side))) for side in ((), (512,)))
+            whole, reduced = (min(seconds_of(lambda: resize(read_image(path, *side)), 10)) for side in ((), (512,)))
             rows.append((f"{size[0]}×{size[1]}", f"{whole * 1e3:.1f}", f"{reduced * 1e3:.1f}"))
     print_table(("JPEG to 256×256", "ms, all pixels", "ms, at reduced size"), rows)
 
 
-def plain_multi_crop():
+def plain_multi_crop() -> Callable:
     """Return a function from a PIL image to 2 + 8 views [3, S, S], with DINO's parameters."""
     jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
     flip_and_colour = [transforms.RandomHorizontalFlip(), jitter, transforms.RandomGrayscale(p=0.2)]
@@ -90,15 +89,6 @@ def plain_multi_crop():
 
     views = [view(224, (0.4, 1.0), 1.0, 0.0), view(224, (0.4, 1.0), 0.1, 0.2)] + [view(96, (0.05, 0.4), 0.5, 0.0)] * 8
     return lambda image: [view(image) for view in views]
-
-
-def least_seconds(call, repeats=10):
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What watching a run costs: TensorBoard, its pictures and the online k-NN, beside the steps of a run.
+"""Time the monitoring of a run, TensorBoard, its pictures and the online k-NN, relative to training steps.
 
 python -m benchmarks.bench_watching
 """
@@ -22,7 +22,7 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "digits.args"
 
 
 class Silent:
-    """A SummaryWriter that takes everything and writes nothing."""
+    """A SummaryWriter that ignores everything."""
 
     def __init__(self, *_, **__):
         pass
@@ -31,11 +31,15 @@ class Silent:
         return lambda *_, **__: None
 
 
-def main():
+def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", default=RECIPE, help="argument file of the run; its k-NN needs labels")
-    parser.add_argument("--epochs", type=number(int, 1), default=1, help="of a run")
-    parser.add_argument("--rounds", type=number(int, 1), default=5, help="runs with TensorBoard and without, in turn")
+    parser.add_argument(
+        "--recipe", default=RECIPE, help="argument file of the run; its images need labels for the k-NN"
+    )
+    parser.add_argument("--epochs", type=number(int, 1), default=1, help="epochs per run")
+    parser.add_argument(
+        "--rounds", type=number(int, 1), default=5, help="number of runs with TensorBoard and of runs without it"
+    )
     parser.add_argument("--log_every", type=number(int, 1), default=10, help="steps between two reports")
     args = parser.parse_args()
     print(machine())
@@ -47,16 +51,21 @@ def main():
             steps[board].append(seconds_per_step(options, board == "on", parts))
     on, off = (1000 * np.median(steps[board]) for board in ("on", "off"))
     rows = [("step with TensorBoard", f"{on:.1f} ms"), ("step without", f"{off:.1f} ms"), ("ratio", f"{on / off:.3f}")]
-    rows += [(name, f"{1000 * np.median(seconds):.1f} ms each time") for name, seconds in parts.items()]
-    # The ratio of whole steps is as noisy as the machine; this is what TensorBoard and the log can cost at most.
+    rows += [(name, f"{1000 * np.median(seconds):.1f} ms per call") for name, seconds in parts.items()]
+    # The ratio of whole steps is noisy. This share is an upper bound of the cost of TensorBoard and the log.
     share = 1000 * np.median(parts["report"]) / (args.log_every * off)
     rows.append((f"one report in {args.log_every} steps", f"{share:.2%} of their time"))
     print_table(("what", "median"), rows)
 
 
-def seconds_per_step(options, board, parts):
-    """Run a training and return the seconds of a step, reports included, the last one of each epoch not."""
-    requests = []  # times at which the training asks for a batch
+def seconds_per_step(options, board, parts) -> float:
+    """Run a training and return the mean seconds per step, with reports, without the last step of each epoch.
+
+    Args:
+        board: whether TensorBoard is on.
+        parts: {"report", "pictures", "online k-NN": list}, to which the seconds of each call are added.
+    """
+    requests = []  # times at which the training requests a batch
 
     def timed(function, seconds):
         @functools.wraps(function)
@@ -101,7 +110,7 @@ def seconds_per_step(options, board, parts):
             parts["pictures"] += [a + b for a, b in zip(drawing, writing, strict=True)]
         lines = (Path(folder) / "run/log.txt").read_text().splitlines()
     steps_per_epoch = (1 + len(requests)) // len(lines)
-    seconds = np.diff(requests)  # of the steps from the second on
+    seconds = np.diff(requests)  # per step, from the second step on
     ends_epoch = np.arange(2, 2 + len(seconds)) % steps_per_epoch == 0
     return np.mean(seconds[~ends_epoch])
 

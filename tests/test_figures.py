@@ -5,22 +5,32 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import ConnectionPatch, Rectangle
 
 from patch_matching import match_patches
-from support.figures import LINE_COLOURS, OVERLAP, STUDENT, TEACHER, WRONG, draw_curves, draw_matches, save
+from support.figures import (
+    LINE_COLOURS,
+    OVERLAP,
+    STUDENT,
+    TEACHER,
+    WRONG,
+    draw_curves,
+    draw_matches,
+    patch_distance,
+    save,
+)
 from utils import UserError
 
 BOXES, FLIPS = ((10, 20, 300, 300), (100, 250, 192, 192)), (False, True)
 
 
 def draw(photographs, boxes=BOXES, found_a=None):
-    """Return (figure of crops of 224 and 96 pixels, their matched patches without CLS)."""
+    """Return (figure of crops of 224 and 96 pixels, (idx_a, idx_b) of their matches without CLS)."""
     crops = [
         np.array(photographs[0].crop((left, top, left + width, top + height)).resize((size, size)))
         for (top, left, height, width), size in zip(boxes, (224, 96), strict=True)
     ]
     idx_a, idx_b = match_patches(boxes[0], FLIPS[0], (14, 14), boxes[1], FLIPS[1], (6, 6))
     idx_a, idx_b = idx_a[1:], idx_b[1:]
-    found_a = None if found_a is None else found_a(idx_a)
-    return draw_matches(np.array(photographs[0]), crops, boxes, FLIPS, 16, idx_a, idx_b, found_a), (idx_a, idx_b)
+    found = () if found_a is None else (found_a(idx_a), patch_distance(found_a(idx_a), idx_a, 14))
+    return draw_matches(np.array(photographs[0]), crops, boxes, FLIPS, 16, idx_a, idx_b, *found), (idx_a, idx_b)
 
 
 def tokens_at(points, columns):
@@ -51,8 +61,8 @@ def test_crops_say_whose_they_are(photographs):
 
 
 def test_pairs_by_features_are_coloured_by_their_distance(photographs):
-    figure, (idx_a, _) = draw(photographs, found_a=lambda idx: idx - torch.arange(len(idx)) % 3)  # 0, 1, 2 to the left
-    assert ((idx_a - 1) % 14 >= 2).all()  # so that these are in the same row
+    figure, (idx_a, _) = draw(photographs, found_a=lambda idx: idx - torch.arange(len(idx)) % 3)  # 0 to 2 to the left
+    assert ((idx_a - 1) % 14 >= 2).all()  # so that all shifted patches stay in their row
     lines = figure.artists[len(idx_a) :]
     assert [to_hex(line.get_edgecolor()).upper() for line in lines] == [
         (STUDENT, OVERLAP, WRONG)[i % 3] for i in range(len(idx_a))
@@ -77,6 +87,11 @@ def test_boxes_and_intersection_stand_on_the_image(photographs):
     assert (overlap.get_height(), overlap.get_width()) == (np.ptp(rows) + 1, np.ptp(columns) + 1)
 
 
+def test_distance_counts_patches_in_rows_and_columns():
+    found = torch.tensor([8, 9, 14, 10, 6, 7])  # in a grid of 4 rows and 6 columns
+    assert patch_distance(found, torch.tensor([8, 8, 8, 8, 7, 6]), 6).tolist() == [0, 1, 1, 2, 5, 5]
+
+
 @pytest.mark.parametrize("found_a", [None, lambda idx: idx])
 def test_crops_may_have_nothing_in_common(photographs, found_a):
     figure, (idx_a, _) = draw(photographs, boxes=((0, 0, 100, 100), (200, 300, 96, 96)), found_a=found_a)
@@ -86,7 +101,7 @@ def test_crops_may_have_nothing_in_common(photographs, found_a):
 
 
 def curve(level, seeds=3, points=20):
-    """Return a curve as `draw_curves` takes it, level with a deviation of 1."""
+    """Return a constant curve for `draw_curves`, with a deviation of 1."""
     x = np.arange(1.0, points + 1)
     return np.stack([x, np.full(points, level), np.full(points, 1.0 if seeds > 1 else np.nan), np.full(points, seeds)])
 

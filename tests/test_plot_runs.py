@@ -8,13 +8,13 @@ import utils
 from support import figures
 from utils import UserError
 
-STEPS = 10  # of an epoch, with reports after 4, 8 and 10: in two parts, the second has two reports
+STEPS = 10  # per epoch, with reports after 4, 8 and 10: of two intervals the second has two reports
 REPORTS = (3, 7, 9)
 
 
 @pytest.fixture
 def write_run(tmp_path):
-    """Write the logs of a run as main_lgssl.py does, of random numbers, and return (folder, its losses)."""
+    """Write logs of random numbers like main_lgssl.py does, and return (folder, losses [epochs, 3])."""
 
     def write(name, epochs=3, knn_every=0, arguments=None, **changes):
         folder = tmp_path / name
@@ -44,7 +44,7 @@ def write_run(tmp_path):
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
-    """Run the command, but for the writing, and return {title of a panel: its axes} and the texts of the legend."""
+    """Run the command without writing files, and return {title of a panel: axes} and the texts of the legend."""
 
     def run(*folders):
         written = []
@@ -57,12 +57,12 @@ def drawn(tmp_path, monkeypatch):
 
 
 def halves(losses):
-    """Return the means over the steps of each half of each epoch, [2 epochs]."""
+    """Return the mean over the steps of each half of each epoch, [2 * epochs]."""
     return np.stack([losses[:, 0], (4 * losses[:, 1] + 2 * losses[:, 2]) / 6], axis=1).ravel()
 
 
 def band(collection, x):
-    """Return the lower and upper edge of a band at these x."""
+    """Return the lower and the upper edge of a band at given x."""
     vertices = collection.get_paths()[0].vertices
     edges = [[y for vx, y in vertices if np.isclose(vx, at)] for at in x]
     return np.array([min(ys) for ys in edges]), np.array([max(ys) for ys in edges])
@@ -101,7 +101,7 @@ def test_knn_is_drawn_where_it_was_measured(write_run, drawn, capsys):
     assert f"{values[:, 1].mean():.1f} ± {values[:, 1].std(ddof=1):.1f}" in capsys.readouterr().out
 
 
-def test_seeds_that_end_early_count_as_far_as_they_go(write_run, drawn, capsys):
+def test_short_runs_count_up_to_their_last_epoch(write_run, drawn, capsys):
     runs = [write_run(f"r{seed}", epochs=seed + 1, seed=seed) for seed in range(3)]
     axes, legend = drawn(*(folder for folder, _ in runs))
     assert legend == ["loss mean (1 to 3 seeds)"]
@@ -112,11 +112,11 @@ def test_seeds_that_end_early_count_as_far_as_they_go(write_run, drawn, capsys):
     np.testing.assert_allclose(line.get_ydata(), np.nanmean(values, 0))
     low, _ = band(axes["Loss"].collections[0], [0.5, 1, 1.5, 2])
     np.testing.assert_allclose(low, np.nanmean(values[:, :4], 0) - np.nanstd(values[:, :4], 0, ddof=1))
-    assert axes["Loss"].collections[0].get_paths()[0].vertices[:, 0].max() == 2  # no band of one seed
+    assert axes["Loss"].collections[0].get_paths()[0].vertices[:, 0].max() == 2  # a single seed has no band
     assert " 1 to 3 " in capsys.readouterr().out
 
 
-def test_lines_that_were_cut_short_are_left_out(write_run):
+def test_truncated_lines_are_skipped(write_run):
     folder, losses = write_run("r")
     path = folder / "steps.jsonl"
     lines = path.read_text().splitlines()
@@ -132,7 +132,7 @@ def test_lines_that_were_cut_short_are_left_out(write_run):
     found = plot_runs.read_run(folder).points["loss"]
     np.testing.assert_allclose(found[:, 0], [0.8, 1.8, 2, 2.4, 2.8, 3])
     np.testing.assert_allclose(found[:, 1], np.delete(losses.ravel(), [0, 2, 3]))
-    # The log of epochs ends in the middle of a line, too: the last whole one says how long an epoch is.
+    # log.txt is truncated too. Its last complete line gives the length of an epoch.
     log = folder / "log.txt"
     log.write_text("\n".join(log.read_text().splitlines()[:2]) + '\n{"train_loss": 4.1, "epo')
     np.testing.assert_allclose(plot_runs.read_run(folder).points["loss"], found)
@@ -144,7 +144,7 @@ def test_a_long_run_is_averaged_to_its_log_of_epochs(write_run, drawn):
     log = [json.loads(line)["train_loss"] for line in (folder / "log.txt").read_text().splitlines()]
     np.testing.assert_allclose(axes["Loss"].lines[0].get_ydata(), log)
     assert axes["Loss"].lines[0].get_xdata().tolist() == list(range(1, 91))
-    assert len(axes["Loss"].collections) == 0  # one seed has no band
+    assert len(axes["Loss"].collections) == 0  # a single seed has no band
 
 
 def test_logs_of_epochs_are_enough(write_run, drawn):
@@ -159,7 +159,7 @@ def test_labels_name_the_arguments_that_differ(write_run):
         return {k: len(runs) for k, runs in plot_runs.settings([plot_runs.read_run(f) for f, _ in folders]).items()}
 
     mean = [write_run(f"mean-{seed}", seed=seed, log_every=seed + 1) for seed in range(2)]
-    ignored = write_run("mean-2", seed=2, lambda_cls=0.9)  # means nothing without the λ-loss
+    ignored = write_run("mean-2", seed=2, lambda_cls=0.9)  # has no effect without the λ-loss
     lambdas = [write_run(f"lambda-{value}", loss="lambda", lambda_cls=value) for value in (0.2, 0.9)]
     assert labels(*mean, ignored) == {"loss mean": 3}
     assert labels(*mean, *lambdas) == {"loss mean": 2, "loss lambda, λ 0.2": 1, "loss lambda, λ 0.9": 1}
@@ -189,7 +189,7 @@ def test_bad_input_is_refused_in_one_line(write_run, tmp_path, capsys):
     for words, message in [
         ([tmp_path / "absent"], "no folder .*absent: expected"),
         ([empty], "empty holds neither log.txt nor steps.jsonl"),
-        ([fresh], "fresh has not come to the end of an epoch"),
+        ([fresh], "fresh has no finished epoch yet"),
         ([broken], "cannot read .*args.json"),
         ([good, "--output", tmp_path / "runs.xyz"], "cannot write .*'.xyz', expected .png or .pdf"),
         ([good, "--output", f"{good}/log.txt/runs.png"], "cannot write to the folder of --output .*: File exists"),

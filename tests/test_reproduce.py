@@ -19,7 +19,7 @@ TINY = "--global_crops_size 32 --local_crops_size 32 --local_crops_number 2 --ou
 
 
 def papers_rows(number):
-    """Return the rows of a table of the paper that are DINO's or its own: (text, numbers)."""
+    """Return the rows of DINO and of the method in a table of the paper: (text, numbers)."""
     lines = PAPER_TEXT.read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"Table {number} The "))
     rows = []
@@ -29,7 +29,7 @@ def papers_rows(number):
         text = re.sub(r"</?b>|\$|\\", "", line)
         without_lambda = re.sub(r"lambda ?= ?0\.\d", "", text)
         numbers = [float(word) for word in re.findall(r"\d+\.\d+", without_lambda)]
-        if numbers and (re.search("Ours|DINO", text) or number in (7, 8)):  # these two name the method once
+        if numbers and (re.search("Ours|DINO", text) or number in (7, 8)):  # Tables 7 and 8 do not repeat the method
             rows.append((text, numbers))
     return rows
 
@@ -82,7 +82,7 @@ def test_recipes_are_what_their_names_say():
         temperatures = (args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs)
         assert temperatures == (0.04, 0.07, 30)
         assert 10 <= args.batch_size_per_gpu <= 40
-        # shared, by all but what the name says
+        # settings that all recipes share
         assert (args.out_dim, args.lr, args.momentum_teacher, args.matching) == (10000, 5e-4, 0.996, "paper")
 
 
@@ -124,14 +124,14 @@ def test_show_prints_the_commands(capsys, tmp_path, monkeypatch):
     assert output.count(f"--whitening_path {tmp_path}/lists/whitening.txt") == 1
     assert output.count("--whitening_path D/imagenet/train") == 1
     assert output.count("python eval_image_retrieval.py --data_path D --dataset rparis6k") == 2
-    for line in output.splitlines():  # each command is one that its script understands
+    for line in output.splitlines():  # each script parses its command
         if line.startswith("python eval"):
             script, *words = line.split()[1:]
             next(m for m in reproduce.EVALUATIONS.values() if f"{m.__name__}.py" == script).parse_arguments(words)
 
 
 def write_result(runs, recipe, evaluation, contents, *changes, epoch=None, batch_size=160, **changed):
-    """Write a result as the evaluation would, with the paper's settings but for the changes."""
+    """Write a result like the evaluation does, with the paper's settings except for the changes."""
     (step,) = (s for s in reproduce.evaluation_steps(recipe, [evaluation], setup_in(runs)) if s.name == evaluation)
     step.words += changes
     args = recipe_arguments(recipe)
@@ -161,11 +161,11 @@ def test_report_has_every_row_and_the_differences(tmp_path):
     text = reproduce.report(tmp_path)
     row = "| Ours (ViT-Tiny/16, mean) | 78.10 / 79.10 (+1.00) [1] | 82.51 / 80.00 (-2.51) [2] | "
     assert row + "82.41 / 82.51 (+0.10) [2] |" in text
-    note = "[1] linear: 128 images a step instead of 512, --n_last_blocks 1 instead of its default, "
+    note = "[1] linear: 128 images per step instead of 512, --n_last_blocks 1 instead of its default, "
     assert note + "--cache_features True instead of False." in text
     assert "[2] knn: a total batch of 40 instead of 160, --seed 7 instead of 0." in text
     paper_only = "| Ours (ViT-Tiny/16, sum) | 78.58 / not run | 78.86 / not run | 78.52 / not run |"
-    assert paper_only in text  # that pretraining had not ended
+    assert paper_only in text  # its pretraining has not finished
     row = "| CIFAR-10: Ours (ViT-Tiny/16, mean) | 0.591 / 0.600 (+0.009) [1] | 8.34 / 9.00 (+0.66) | "
     assert row + "1.63 / 1.00 (-0.63) | 21.18 / not run | 5.11 / not run |" in text
     assert "[1] copydays: 0 whitening images instead of 20000." in text
@@ -185,16 +185,16 @@ def test_list_says_what_is_done(tmp_path, capsys):
     (folder / "log.txt").write_text('{"epoch": 48}\n{"epoch": 49}\n')
     (folder / "checkpoint.pth").touch()
     write_result(tmp_path, recipe, "linear", {"top1": 1.0})
-    write_result(tmp_path, recipe, "knn", {"knn": {}}, "--nb_knn", "5")  # of other neighbours
+    write_result(tmp_path, recipe, "knn", {"knn": {}}, "--nb_knn", "5")  # another number of neighbours
     reproduce.main(["list", "--runs", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     line = "  dino              cifar10_vit_tiny16_dino       pretraining 25%, linear done, knn -"
     assert lines.count(line) == 2  # in tables 1 and 6
     assert sum("vit" in line for line in lines if line.startswith("  ")) == 41
-    assert "digits: the miniature study, five seeds of each row" in lines
+    assert "digits: the miniature study, five seeds per row" in lines
 
 
-def test_a_pretraining_is_done_with_its_settings_alone(tmp_path):
+def test_a_pretraining_is_done_only_with_its_settings(tmp_path):
     step = reproduce.pretraining_step("cifar10_vit_tiny16_dino", setup_in(tmp_path))
     folder = step.result.parent
     folder.mkdir()
@@ -208,7 +208,7 @@ def test_a_pretraining_is_done_with_its_settings_alone(tmp_path):
 def test_other_classes_reach_all_steps(tmp_path, capsys):
     reproduce.main(f"show table5 --row mean-imagenet100 --classes C --runs {tmp_path}".split())
     lines = capsys.readouterr().out.splitlines()
-    assert sum("--classes C" in line for line in lines) == 2  # pretraining and lists, the others see other images
+    assert sum("--classes C" in line for line in lines) == 2  # only pretraining and lists use these classes
     reproduce.main(f"show table3 --row mean-tiny --classes C --runs {tmp_path}".split())
     assert capsys.readouterr().out.count("--classes C") == 3
 
@@ -300,7 +300,7 @@ def test_every_recipe_takes_a_step(photo_folder, tmp_path, recipe):
 
 @pytest.fixture
 def data_root(tmp_path, copydays_folder, retrieval_folder):
-    """Return a folder with all data sets but CIFAR-10 in their true layouts, ImageNet with 2 + 1 images a class."""
+    """Return a folder with all data sets except CIFAR-10 in their real layouts. ImageNet has 2 + 1 images per class."""
     for name in (ROOT / "recipes" / "imagenet100_cmc.txt").read_text().split():
         for split, count in (("train", 2), ("val", 1)):
             folder = tmp_path / "data/imagenet" / split / name
@@ -311,7 +311,7 @@ def data_root(tmp_path, copydays_folder, retrieval_folder):
     (tmp_path / "data/copydays").symlink_to(copydays_folder / "copydays")
     for name in ("roxford5k", "rparis6k"):
         (tmp_path / "data" / name).symlink_to(retrieval_folder / name)
-    # What reproduce.py lists would draw from an ImageNet of full size
+    # Stands for the lists that reproduce.py draws from the full ImageNet
     (tmp_path / "runs/lists").mkdir(parents=True)
     for name in ("whitening", "distractors"):
         paths = (copydays_folder / name).glob("*.jpg")
@@ -328,7 +328,7 @@ def test_rows_run_from_data_to_report(data_root, tmp_path, run_script):
         "reproduce.py", "run", "table3", "--row", "mean-tiny", *options, "--nproc_per_node", 2, *tiny
     ).stdout
     assert "accum_steps 2 --output_dir" in output
-    assert output.count("# done") == 1  # the pretraining, which both tables have
+    assert output.count("# done") == 1  # both tables share the pretraining
     output = run_script("reproduce.py", "show", "table3", "--row", "mean-tiny", *options, *tiny).stdout
     assert output.count("# done") == 3
     run_script("reproduce.py", "report", "--runs", tmp_path / "runs", "--output", tmp_path / "report.md")

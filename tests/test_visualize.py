@@ -1,5 +1,6 @@
 import os
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ MICRO = "--pretrained_weights none --arch vit_micro --patch_size 8".split()
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Keep the figures that a command draws instead of writing them: a list."""
+    """Collect the figures that a command draws in a list instead of writing them."""
     kept = []
     monkeypatch.setattr(figures, "save", lambda figure, path: kept.append(figure))
     return kept
@@ -30,9 +31,6 @@ def drawn(monkeypatch):
 
 def run(*words):
     visualize.main([str(word) for word in words])
-
-
-# --- what is computed
 
 
 def test_mask_is_the_fewest_patches_with_the_share():
@@ -47,10 +45,10 @@ def test_mask_is_the_fewest_patches_with_the_share():
         assert share >= 0.6 > share - one[mask].min() / one.sum()
 
 
-def test_features_alone_find_the_same_patches_in_the_same_crop(photographs):
+def test_features_find_the_same_patches_in_the_same_crop(photographs):
     torch.manual_seed(0)
     image = np.array(photographs[0].resize((48, 32)))
-    features = visualize.patch_features(vit_micro(8, img_size=32).eval(), image)
+    features = visualize.features.patch_features(vit_micro(8, img_size=32).eval(), image)
     idx = torch.arange(1, 25)
     assert visualize.nearest_tokens(features, features, idx).tolist() == idx.tolist()
     shuffled = torch.randperm(24, generator=torch.Generator().manual_seed(0))
@@ -58,19 +56,9 @@ def test_features_alone_find_the_same_patches_in_the_same_crop(photographs):
     assert visualize.nearest_tokens(moved, 3 * features, shuffled + 1).tolist() == idx.tolist()
 
 
-def test_agreement_counts_the_patch_and_those_around_it():
-    found = torch.tensor([8, 9, 14, 10, 6, 7])  # in a grid of 4 rows and 6 columns
-    agrees, touches = visualize.agreement(torch.tensor([8, 8, 8, 8, 7, 6]), found, 6)
-    assert agrees.tolist() == [True, False, False, False, False, False]
-    assert touches.tolist() == [True, True, True, False, False, False]
-
-
 @pytest.mark.parametrize(("size", "side", "expected"), [((100, 60), 32, (32, 56)), ((60, 100), 40, (64, 40))])
 def test_images_become_whole_patches(size, side, expected):
     assert visualize.whole_patches(np.zeros((size[1], size[0], 3), np.uint8), side, 8).shape == (*expected, 3)
-
-
-# --- what is drawn
 
 
 def test_attention_draws_each_head_and_what_it_holds_on_to(drawn, capsys):
@@ -81,7 +69,7 @@ def test_attention_draws_each_head_and_what_it_holds_on_to(drawn, capsys):
     backbone = visualize.evaluation.open_model("none", "vit_micro", 8, "teacher", 0)[0]
     for i, path in enumerate(map(photograph, ("china", "flower"))):
         image = visualize.whole_patches(visualize.open_image(path, 8), 64, 8)
-        attention = visualize.cls_attention(backbone, image)
+        attention = visualize.features.cls_attention(backbone, image)
         above, below = figure.axes[10 * i : 10 * i + 5], figure.axes[10 * i + 5 : 10 * i + 10]
         assert [axis.get_title() for axis in above] == [path.stem, "head 1", "head 2", "head 3", "mean"]
         assert (above[0].images[0].get_array() == image).all()
@@ -95,8 +83,11 @@ def test_attention_draws_each_head_and_what_it_holds_on_to(drawn, capsys):
 
 
 def test_many_heads_and_images_are_laid_out_in_rows():
-    images, maps = 2 * [np.zeros((16, 24, 3), np.uint8)], 2 * [np.random.default_rng(0).random((13, 2, 3))]
-    figure = figures.draw_attention(images, maps, [m > 0.5 for m in maps], ["a", "b"], 8, 0.6)
+    images, maps = (
+        dict.fromkeys("ab", np.zeros((16, 24, 3), np.uint8)),
+        2 * [np.random.default_rng(0).random((13, 2, 3))],
+    )
+    figure = figures.draw_attention(images, maps, [m > 0.5 for m in maps], 8, 0.6)
     titles = [axis.get_title() for axis in figure.axes if axis.images and axis.get_title()]
     assert titles == [t for name in "ab" for t in [name, *(f"head {i}" for i in range(1, 13)), "mean"]]
 
@@ -106,8 +97,10 @@ def test_features_are_drawn_below_their_images(drawn):
     above, below = drawn[0].axes[:2], drawn[0].axes[2:]
     assert [axis.get_title() for axis in above] == ["china", "flower"]
     backbone = visualize.evaluation.open_model("none", "vit_micro", 8, "teacher", 0)[0]
-    images = visualize.open_images(["china", "flower"], 2, 64, backbone).values()
-    colours, explained = visualize.principal_colours([visualize.patch_features(backbone, x) for x in images])
+    images = visualize.open_images(["china", "flower"], Namespace(max_images=2, image_size=64), backbone, 224).values()
+    colours, explained = visualize.features.principal_colours(
+        [visualize.features.patch_features(backbone, x) for x in images]
+    )
     for axis, colour in zip(below, colours, strict=True):
         assert (np.asarray(axis.images[0].get_array())[4::8, 4::8] == colour).all()
     assert f"({explained[0]:.0%}, " in drawn[0].get_suptitle()
@@ -140,8 +133,8 @@ def test_matches_draws_and_counts_the_agreement(drawn, capsys):
         total += len(found)
         if seed == 0:
             first, share = (idx_a[1:].tolist(), idx_b[1:].tolist(), found), np.mean(idx_a[1:].numpy() == found)
-    expected = f"{total} matched patches in 3 pairs of views; of these the features find {agree / total:.1%}, "
-    assert expected + f"and {near / total:.1%} within a patch (by chance 1.6%)" in capsys.readouterr().out
+    expected = f"{total} matched patches in 3 pairs of views; nearest features: {agree / total:.1%} on the same patch "
+    assert expected + f"(chance 1.6%), {near / total:.1%} within one patch\n" in capsys.readouterr().out
     lines = [artist for artist in figure.artists if isinstance(artist, ConnectionPatch)]
     tokens = ends_of(lines, 8, 4, 8)
     idx_a, idx_b, found = first
@@ -215,7 +208,7 @@ def test_nearest_images_are_ranked(drawn, photo_folder, capsys):
     query = photo_folder / "val/china/0.jpg"
     run("neighbours", query, photo_folder / "val", *MICRO, "--k", 3, "--num_workers", 0)
     backbone = visualize.evaluation.open_model("none", "vit_micro", 8, "teacher", 0)[0]
-    transform = visualize.eval_transform(224)
+    transform = visualize.features.eval_transform(224)
 
     def cls(path):
         return backbone(transform(Image.open(path))[None])[0, 0].detach().double().numpy()
@@ -263,7 +256,7 @@ def test_map_has_a_point_for_each_image(drawn, photo_folder, capsys):
     assert axis.get_title() == "t-SNE of the CLS features of 12 images of 2 classes"
     colours = {tuple(points.get_facecolor()[0]) for points in axis.collections}
     assert len(colours) == 2
-    # The two photographs look so different that even an untrained network keeps their cuttings apart.
+    # Even an untrained network separates crops of two such different photographs.
     a, b = (points.get_offsets().data for points in axis.collections)
     nearest = [np.argsort(np.linalg.norm(np.concatenate([a, b]) - p, axis=1))[1] for p in np.concatenate([a, b])]
     assert sum((i < 6) == (n < 6) for i, n in enumerate(nearest)) >= 10
@@ -313,9 +306,6 @@ def test_files_are_written(tmp_path, capsys, words):
     assert f"drawn in {files[0]}, {files[1]}" in capsys.readouterr().out
 
 
-# --- bad input
-
-
 @pytest.mark.parametrize("weights", [MICRO, ["--patch_size", 8]])
 @pytest.mark.parametrize(
     ("words", "message"),
@@ -360,8 +350,8 @@ def test_only_matches_does_without_weights(capsys):
         ),
         ("features {square} --image_size 8", "found 1 patches, expected at least 4: give a larger --image_size"),
         ("neighbours {flat} {flat}", "flat is a folder, expected an image"),
-        ("neighbours {photo}", "has no image to be compared with"),
-        ("neighbours {photo} --patch 300 10", "outside of .*which has 300x240 pixels"),
+        ("neighbours {photo}", "found no image to compare .* with"),
+        ("neighbours {photo} --patch 300 10", "--patch 300 10 lies outside .*which has 300x240 pixels"),
         ("map --data_path {flat}", "flat has no labels: expected at least two class subfolders"),
         ("map", "--dataset folder needs --data_path"),
     ],
