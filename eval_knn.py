@@ -5,15 +5,22 @@
 Runs in one process or under torchrun, on GPUs or CPUs, and writes a JSON result beside the checkpoint.
 """
 
+import argparse
+
 import torch
 import torch.distributed as dist
 
 import utils
 from support import evaluation
-from support.arguments import ArgumentParser, number
+from support.arguments import ArgumentParser, bool_flag, number
 from support.evaluation import knn_accuracy
 from support.features import eval_transform, extract_features, normalized_cls
 from utils import UserError
+
+
+def refuse_features(_) -> None:
+    """Refuse DINO's options for files of features."""
+    raise argparse.ArgumentTypeError("not supported; extract_features.py writes features to a file")
 
 
 def parse_arguments(argv=None):
@@ -22,6 +29,11 @@ def parse_arguments(argv=None):
     group = parser.add_argument_group("protocol")
     group.add_argument("--nb_knn", type=number(int, 1), nargs="+", default=[10, 20], help="numbers of neighbours")
     group.add_argument("--temperature", type=number(float, 1e-6), default=0.07, help="of the votes")
+    # No True as the default: reproduce.py compares it with results of earlier versions, which lack the option.
+    text = "search the neighbours on the GPU, if there is one, or in the CPU's memory; default: true"
+    group.add_argument("--use_cuda", type=bool_flag, help=text)
+    hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    group.add_argument("--dump_features", "--load_features", type=refuse_features, **hidden)
     evaluation.add_data_arguments(parser)
     evaluation.add_computation_arguments(parser, batch_size=128)
     return parser.parse_args(argv)
@@ -57,6 +69,8 @@ def main(argv=None):
         for split, dataset in datasets.items()
     }
     if rank == 0:
+        if args.use_cuda is False:
+            device = torch.device("cpu")
         labels = {split: torch.tensor(dataset.labels, device=device) for split, dataset in datasets.items()}
         features = {split: values.to(device) for split, values in features.items()}
         images = {split: len(dataset) for split, dataset in datasets.items()}

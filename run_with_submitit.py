@@ -46,6 +46,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("queue").add_argument
     for name in ("partition", "account", "qos", "constraint", "comment"):
         add(f"--{name}", help="as sbatch's; default: the cluster's")
+    add("--use_volta32", dest="constraint", action="store_const", const="volta32gb", help="--constraint volta32gb")
     add("--job_name", default="lgssl", help="name in the queue")
     # fmt: on
     args, words = parser.parse_known_args(argv)

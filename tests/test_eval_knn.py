@@ -136,3 +136,33 @@ def test_bad_input_is_named(photo_folder, tmp_path):
         "--data_path", photo_folder, "--nb_knn", 1, "--output_dir", tmp_path / "file"
     )
     assert "smaller than a patch of 16" in message("--data_path", photo_folder, "--crop_size", 8)
+
+
+@pytest.mark.parametrize(("words", "expected"), [([], "meta"), (["--use_cuda", "0"], "cpu")])
+def test_neighbours_are_searched_where_use_cuda_says(photo_folder, tmp_path, monkeypatch, words, expected):
+    """PyTorch's device without data stands for a GPU."""
+    devices = []
+
+    def knn_accuracy(*arrays):
+        devices.extend(str(array.device) for array in arrays[:4])
+        return 0.0, 0.0
+
+    def extract_features(network, dataset, *args, **kwargs):
+        return torch.zeros(len(dataset), 3)
+
+    monkeypatch.setattr(eval_knn, "knn_accuracy", knn_accuracy)
+    monkeypatch.setattr(eval_knn, "extract_features", extract_features)
+    monkeypatch.setattr(eval_knn.utils, "init_distributed", lambda _: (0, 1, torch.device("meta")))
+    options = (
+        f"--data_path {photo_folder} --pretrained_weights none --arch vit_micro --output_dir {tmp_path} --nb_knn 5"
+    )
+    eval_knn.main([*options.split(), *words])
+    assert devices == [expected] * 4
+
+
+@pytest.mark.parametrize("option", ["--dump_features", "--load_features"])
+def test_files_of_features_are_refused(capsys, option):
+    with pytest.raises(SystemExit, match="2"):
+        eval_knn.main(["--pretrained_weights", "none", option, "folder"])
+    message = "not supported; extract_features.py writes features to a file\n"
+    assert capsys.readouterr().err.endswith(f"--dump_features/--load_features: {message}")
