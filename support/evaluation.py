@@ -1,66 +1,72 @@
-"""What the evaluations share: their options, the loading of model and images, average precision, the JSON result."""
+"""Shared parts of the evaluations: options, opening of model and images, k-NN, average precision, JSON results."""
 
 import hashlib
 import json
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from support.arguments import number
+from support.features import extract_features
 from support.images import DATASETS, build_dataset
 from utils import UserError, make_folder, write_text
 from vision_transformer import ARCHITECTURES, architecture, load_backbone
 
 
-def add_model_arguments(parser, required=True):
+def add_model_arguments(parser, required=True) -> None:
+    """Add the options of `open_model`. `required` makes --pretrained_weights mandatory."""
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--pretrained_weights",
-        required=required,
-        help="checkpoint of main_lgssl.py or DINO, or timm's .safetensors; none is a random network",
-    )
-    add("--checkpoint_key", default="teacher", help="network of the checkpoint, teacher or student")
-    add("--arch", type=architecture, help=f"{', '.join(ARCHITECTURES)}; default: the weights', or vit_small")
-    add("--patch_size", type=number(int, 1), help="default: the weights', or 16")
+    weights = "checkpoint of main_lgssl.py or DINO, or .safetensors file of timm; none: random weights"
+    add("--pretrained_weights", required=required, help=weights)
+    add("--checkpoint_key", default="teacher", help="network to load from the checkpoint, teacher or student")
+    add("--arch", type=architecture, help=f"{', '.join(ARCHITECTURES)}; default: read from the weights, or vit_small")
+    add("--patch_size", type=number(int, 1), help="side of a patch in pixels; default: read from the weights, or 16")
 
 
-def add_data_arguments(parser, layout="folder with train and val, each with class subfolders; or of CIFAR-10"):
-    """Add the options of a data set and return the group's add_argument; `layout` says what --data_path is."""
+def add_data_arguments(parser, layout="folder with train/CLASS/IMAGE and val/CLASS/IMAGE, or the folder of CIFAR-10"):
+    """Add the options of a data set. `layout` is the help of --data_path.
+
+    Returns:
+        the argument group's `add_argument`
+    """
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="folder", help="see support/images.py")
+    add("--dataset", choices=DATASETS, default="folder", help="kind of data set, see support/images.py")
     add("--data_path", help=layout)
-    add("--classes", help="file with the class folders to use, one a line")
-    add("--download", action="store_true", help="fetch CIFAR-10 where it is missing")
-    add(
-        "--crop_size",
-        type=number(int, 1),
-        help="side of the images that the network sees; default: the pretraining's global crops, or 224",
-    )
+    add("--classes", help="file with the class folders to use, one per line; default: all")
+    add("--download", action="store_true", help="download CIFAR-10 if it is missing")
+    size = "side of the network's input in pixels; default: the size of the pretraining's global crops, or 224"
+    add("--crop_size", type=number(int, 1), help=size)
     return add
 
 
-def add_computation_arguments(parser, batch_size=None, json_result=True):
-    """Add the other options; `batch_size` is None where images are taken one by one."""
+def add_computation_arguments(parser, batch_size=None, json_result=True) -> None:
+    """Add the options of computation and output.
+
+    Args:
+        batch_size: default of --batch_size_per_gpu; None omits the option.
+        json_result: add --output_dir.
+    """
     add = parser.add_argument_group("computation and output" if json_result else "computation").add_argument
     if json_result:
-        add("--output_dir", help="folder of the JSON result; default: that of the weights")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all random numbers")
+        add("--output_dir", help="folder of the JSON result; default: the folder of the weights")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of all random numbers")
     if batch_size:
         add("--batch_size_per_gpu", type=number(int, 1), default=batch_size, help="images per process and step")
     add("--num_workers", type=number(int, 0), default=2, help="data-loading processes per process")
-    add("--dist_url", default="env://", help="where the processes meet")
-    add("--local_rank", "--local-rank", type=int, help="ignored; the environment says it")
+    add("--dist_url", default="env://", help="address at which the processes meet, as in torch.distributed")
+    add("--local_rank", "--local-rank", type=int, help="ignored; the rank is read from the environment")
 
 
 def open_model(pretrained_weights, arch, patch_size, checkpoint_key, seed, img_size=None):
-    """Load a backbone, see `vision_transformer.load_backbone`, and say at which size it was trained.
+    """Load a backbone with `vision_transformer.load_backbone` and choose the size of its images.
 
     Args:
-        seed: of a random network, which is the one that `main_lgssl.py --seed` starts from, in all processes.
-        img_size: side in pixels of the images; None takes the pretraining's global crops, or 224.
+        seed: seed of random weights, which equal the initial weights of `main_lgssl.py --seed` on all processes.
+        img_size: side of the images in pixels. None: the size of the pretraining's global crops, or 224.
 
     Returns:
-        (backbone, made_with, img_size): `made_with` holds what the file says of its pretraining.
+        (backbone, made_with, img_size), where `made_with` describes the pretraining as recorded in the file
 
     Raises:
         UserError: as `load_backbone`, or the images are smaller than a patch.
@@ -72,61 +78,80 @@ def open_model(pretrained_weights, arch, patch_size, checkpoint_key, seed, img_s
     return backbone, made_with, img_size
 
 
-def check_image_side(side, backbone):
+def check_image_side(side, backbone) -> None:
+    """Raise UserError if images of this side in pixels are smaller than a patch."""
     patch_size = backbone.patch_embed.patch_size[0]
     if side < patch_size:
         raise UserError(f"images of side {side} are smaller than a patch of {patch_size} pixels: give a larger side")
 
 
-def open_splits(dataset, data_path, transforms, classes=None, download=False):
-    """Open the training and the validation images of a data set, and check that they belong together.
+def open_splits(dataset, data_path, transforms, classes=None, download=False) -> dict:
+    """Open the training and validation images of a data set and check that they belong together.
 
     Args:
-        transforms: {"train": ..., "val": ...}
+        transforms: {"train": transform, "val": transform}.
 
     Returns:
         {"train": data set, "val": data set}
 
     Raises:
-        UserError: a split is missing or has no labels, or the two have different classes.
+        UserError: a split is missing, a split has no labels, or the splits have different classes.
     """
     splits = {
         split: build_dataset(dataset, data_path, split, transforms[split], classes, download)
         for split in ("train", "val")
     }
     if getattr(splits["train"], "paths", None) == getattr(splits["val"], "paths", ()):
-        raise UserError(
-            f"{data_path} has no subfolders train and val, expected {data_path}/train/CLASS/IMAGE and .../val/..."
-        )
+        expected = f"expected {data_path}/train/CLASS/IMAGE and .../val/..."
+        raise UserError(f"{data_path} has no subfolders train and val, {expected}")
     check_splits(splits, data_path)
     return splits
 
 
-def check_splits(splits, data_path):
-    """Check that the splits of a data set have labels and the same classes, and read their images as DINO does.
+def check_splits(splits, data_path) -> None:
+    """Check the labels and classes of a data set's splits, and make them ignore EXIF orientation as DINO does.
 
     Args:
-        splits: {split: data set}
+        splits: {split: data set}.
 
     Raises:
-        UserError: they have not.
+        UserError: a split has no labels, or the splits have different classes.
     """
     for split, images in splits.items():
-        images.upright = False  # DINO's evaluations do not look at the EXIF tag
+        images.upright = False  # DINO's evaluations ignore the EXIF orientation
         if min(images.labels) < 0:
-            raise UserError(
-                f"the {split} images of {data_path} have no labels, expected {data_path}/{split}/CLASS/IMAGE"
-            )
+            expected = f"expected {data_path}/{split}/CLASS/IMAGE"
+            raise UserError(f"the {split} images of {data_path} have no labels, {expected}")
     train, *others = (images.classes for images in splits.values())
     for other in others:
         if other != train:
-            difference = sorted(set(train) ^ set(other))[0]
-            raise UserError(
-                f"class {difference} is in only one of {data_path}/train and {data_path}/val, expected in both"
-            )
+            name = min(set(train) ^ set(other))
+            raise UserError(f"class {name} is in only one of {data_path}/train and {data_path}/val, expected in both")
 
 
-def knn_accuracy(train_features, train_labels, test_features, test_labels, k, temperature=0.07):
+def features_of_all(network, datasets, device, batch_size, num_workers, dtype=torch.float32) -> dict:
+    """Extract the features of several data sets with all processes, then leave the process group.
+
+    Only rank 0 has the features and continues alone.
+
+    Args:
+        network: images [B, 3, H, W] -> features [B, D].
+        datasets: {name: data set of (normalised image, label)}.
+        batch_size, num_workers, dtype: as in `extract_features`.
+
+    Returns:
+        {name: features [n, D] on the CPU}; on other ranks than 0 {name: None}
+    """
+    features = {
+        name: extract_features(network, dataset, device, batch_size, num_workers, f"{name} features", dtype)
+        for name, dataset in datasets.items()
+    }
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return features
+
+
+def knn_accuracy(train_features, train_labels, test_features, test_labels, k, temperature=0.07) -> tuple[float, float]:
     """Classify test features by a weighted vote of their k most similar training features (paper, section 4.2).
 
     Each neighbour votes for its class with exp(similarity / temperature). The similarity is the dot product:
@@ -169,13 +194,13 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k, te
     return top1, top5
 
 
-def average_precision(ranks, count):
-    """Return the average precision of one query as the Holidays and Copydays package computes it.
+def average_precision(ranks, count) -> float:
+    """Return the average precision of one query as in the Holidays and Copydays package.
 
-    The area under the precision-recall curve by trapezoids.
+    This is the area under the precision-recall curve, computed with trapezoids.
 
     Args:
-        ranks: ascending places of the relevant images in the result, from 0; those that were found.
+        ranks: ascending ranks, from 0, of the relevant images that were found.
         count: number of relevant images, found or not.
     """
     total = 0.0
@@ -185,11 +210,13 @@ def average_precision(ranks, count):
     return total
 
 
-def result_file(output_dir, pretrained_weights, name):
-    """Return the path of a result, NAME.json in `output_dir` or beside the weights; None for a random network alone.
+def result_file(output_dir, pretrained_weights, name) -> Path | None:
+    """Return the path of a result: NAME.json in `output_dir`, by default in the folder of the weights.
+
+    Random weights without `output_dir` have no result file: None.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the folder cannot be written to.
     """
     if output_dir is None and pretrained_weights == "none":
         return None
@@ -198,13 +225,13 @@ def result_file(output_dir, pretrained_weights, name):
     return folder / f"{name}.json"
 
 
-def write_result(path, result, made_with, args):
-    """Write a result with all settings, the pretraining's as far as they are known; without a path nothing.
+def write_result(path, result, made_with, args) -> None:
+    """Write a result as JSON, with the settings of evaluation and pretraining.
 
     Args:
-        path: as `result_file` gives it.
+        path: return value of `result_file`; None writes nothing.
         result: dictionary.
-        made_with: as `open_model` gives it.
+        made_with: return value of `open_model`.
         args: namespace of the evaluation's arguments.
     """
     if path is None:
@@ -214,8 +241,8 @@ def write_result(path, result, made_with, args):
     print(f"written to {path}", flush=True)
 
 
-def weights_hash(network, splits):
-    """Return a hash of a network's weights, and of the classes and labels of the data sets in `splits`."""
+def weights_hash(network, splits) -> str:
+    """Return a SHA-256 hash of a network's weights and of the classes and labels of {split: data set}."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(name.encode())

@@ -147,11 +147,11 @@ def test_neighbours_are_searched_where_use_cuda_says(photo_folder, tmp_path, mon
         devices.extend(str(array.device) for array in arrays[:4])
         return 0.0, 0.0
 
-    def extract_features(network, dataset, *args, **kwargs):
-        return torch.zeros(len(dataset), 3)
+    def features_of_all(network, datasets, *_):
+        return {split: torch.zeros(len(dataset), 3) for split, dataset in datasets.items()}
 
     monkeypatch.setattr(eval_knn, "knn_accuracy", knn_accuracy)
-    monkeypatch.setattr(eval_knn, "extract_features", extract_features)
+    monkeypatch.setattr(eval_knn.evaluation, "features_of_all", features_of_all)
     monkeypatch.setattr(eval_knn.utils, "init_distributed", lambda _: (0, 1, torch.device("meta")))
     options = (
         f"--data_path {photo_folder} --pretrained_weights none --arch vit_micro --output_dir {tmp_path} --nb_knn 5"
