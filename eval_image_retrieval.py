@@ -159,7 +159,7 @@ class Shrink:
 
 
 class CroppedQueries(ImageList):
-    """Queries cropped to their boxes, (left, top, right, bottom) in pixels, and shrunk by the factor of whole images."""
+    """Queries cropped to their boxes, (left, top, right, bottom) in pixels, and shrunk by the whole images' factor."""
 
     def __init__(self, paths, boxes, shrink):
         super().__init__(paths, None, upright=False)
