@@ -161,9 +161,7 @@ def main(argv=None) -> None:
     others = {"distractors": args.distractors_path, "whitening": args.whitening_path}
     paths = blocks | {name: listed_images(source) if source else [] for name, source in others.items()}
     images = {name: len(files) for name, files in paths.items()}
-    backbone, made_with, _ = evaluation.open_model(
-        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, args.seed, args.imsize
-    )
+    backbone, made_with, _ = evaluation.open_model(*evaluation.model_options(args), args.seed, args.imsize)
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, "copydays")
 
     rank, _, device = utils.init_distributed(args.dist_url)

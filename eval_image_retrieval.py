@@ -22,12 +22,9 @@ from support.images import ImageList, image_size
 from support.plain_pickle import read_plain_pickle
 from utils import UserError
 
-# Per protocol, the kinds of images that are relevant and the kinds that are removed from the ranking.
-PROTOCOLS = {
-    "easy": (("easy",), ("junk", "hard")),
-    "medium": (("easy", "hard"), ("junk",)),
-    "hard": (("hard",), ("junk", "easy")),
-}
+KINDS = ("easy", "hard", "junk")
+# The relevant kinds of images per protocol; the other kinds are removed from the ranking.
+PROTOCOLS = {"easy": ("easy",), "medium": ("easy", "hard"), "hard": ("hard",)}
 CUTOFFS = (1, 5, 10)
 SETTINGS = {"roxford5k": (224, False), "rparis6k": (512, True)}  # side and multiscale, from the README of DINO
 
@@ -57,8 +54,7 @@ class RevisitedRetrieval:
         try:
             names = {key: [str(name) for name in contents[key]] for key in ("imlist", "qimlist")}
             self.relevance = [
-                {kind: np.array(entry[kind], np.int64).ravel().tolist() for kind in ("easy", "hard", "junk")}
-                for entry in contents["gnd"]
+                {kind: np.array(entry[kind], np.int64).ravel().tolist() for kind in KINDS} for entry in contents["gnd"]
             ]
             self.boxes = [tuple(float(value) for value in entry["bbx"]) for entry in contents["gnd"]]
         except (LookupError, TypeError, ValueError, OverflowError) as error:
@@ -127,12 +123,11 @@ def score(similarity, relevance, protocol) -> dict:
         {"map", "mp" (at 1, 5 and 10), "aps"} in [0, 1]. A query without relevant images has the average precision None
         and does not count in the means.
     """
-    relevant_kinds, ignored_kinds = PROTOCOLS[protocol]
     aps, precisions = [], []
     ranking = np.argsort(-np.asarray(similarity), axis=0, kind="stable")  # [database, queries]
     for column, kinds in zip(ranking.T, relevance, strict=True):
-        relevant = sum((kinds[kind] for kind in relevant_kinds), [])
-        ignored = sum((kinds[kind] for kind in ignored_kinds), [])
+        relevant = sum((kinds[kind] for kind in PROTOCOLS[protocol]), [])
+        ignored = sum((kinds[kind] for kind in KINDS if kind not in PROTOCOLS[protocol]), [])
         if not relevant:
             aps.append(None)
             continue
@@ -208,19 +203,15 @@ def main(argv=None) -> None:
     """Extract the features on all processes, then rank on rank 0."""
     args = parse_arguments(argv)
     benchmark = RevisitedRetrieval(args.data_path, args.dataset)
-    backbone, made_with, _ = evaluation.open_model(
-        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, args.seed, args.imsize
-    )
+    backbone, made_with, _ = evaluation.open_model(*evaluation.model_options(args), args.seed, args.imsize)
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, args.dataset)
     shrink = Shrink(args.imsize)
-    datasets = {
-        "queries": ImageList(benchmark.queries, shrink, upright=False),
-        "database": ImageList(benchmark.database, shrink, upright=False),
-    }
-    boxes = [None] * (len(benchmark.queries) + len(benchmark.database))
+    paths, boxes = {"queries": benchmark.queries, "database": benchmark.database}, [None] * len(benchmark.queries)
+    datasets = {name: ImageList(files, shrink, upright=False) for name, files in paths.items()}
     if args.crop_queries:
-        datasets["queries"] = CroppedQueries(benchmark.queries, benchmark.boxes, shrink)
-        boxes[: len(benchmark.boxes)] = benchmark.boxes
+        boxes = benchmark.boxes
+        datasets["queries"] = CroppedQueries(benchmark.queries, boxes, shrink)
+    boxes = boxes + [None] * len(benchmark.database)
     check_sizes(benchmark.queries + benchmark.database, boxes, args.imsize, max(backbone.patch_embed.patch_size))
 
     rank, _, device = utils.init_distributed(args.dist_url)

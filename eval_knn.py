@@ -42,9 +42,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     """Extract the features on all processes, then classify on rank 0."""
     args = parse_arguments(argv)
-    backbone, made_with, crop_size = evaluation.open_model(
-        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, args.seed, args.crop_size
-    )
+    backbone, made_with, crop_size = evaluation.open_model(*evaluation.model_options(args), args.seed, args.crop_size)
     transforms = dict.fromkeys(("train", "val"), eval_transform(crop_size))
     datasets = evaluation.open_splits(args.dataset, args.data_path, transforms, args.classes, args.download)
     if max(args.nb_knn) > len(datasets["train"]):

@@ -129,9 +129,7 @@ def main(argv=None) -> None:
             raise UserError(f"{path} already exists and is not overwritten: remove it, or give another --output_dir")
     if args.onnx and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
         raise UserError("--onnx needs more packages: pip install onnx onnxscript onnxruntime")
-    backbone, *_ = evaluation.open_model(
-        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, seed=0
-    )
+    backbone, *_ = evaluation.open_model(*evaluation.model_options(args), seed=0)
     utils.make_folder(folder, "--output_dir")
 
     config, state = timm_config(backbone), backbone.state_dict()

@@ -101,9 +101,7 @@ def main(argv=None) -> None:
         raise UserError(f"--output {path} ends in {path.suffix or 'no suffix'!r}, expected .npz or .safetensors")
     if path.exists():
         raise UserError(f"{path} already exists and is not overwritten: remove it, or give another --output")
-    backbone, pretraining, crop_size = evaluation.open_model(
-        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, args.seed, args.crop_size
-    )
+    backbone, pretraining, crop_size = evaluation.open_model(*evaluation.model_options(args), args.seed, args.crop_size)
     transform = eval_transform(crop_size)
     dataset = build_dataset(args.dataset, args.data_path, args.split, transform, args.classes, args.download)
     dataset.upright = False  # as in the evaluations

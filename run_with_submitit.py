@@ -26,11 +26,9 @@ SBATCH_OPTIONS = ("partition", "account", "qos", "constraint", "comment")
 
 def parse_arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
     """Return (the options of the job, the words for main_lgssl.py)."""
+    epilog = "All other options go to main_lgssl.py, see its --help."
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="All other options go to main_lgssl.py, see its --help.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+        description=__doc__.splitlines()[0], epilog=epilog, formatter_class=HelpFormatter, allow_abbrev=False
     )
     natural = number(int, 1)
     add = parser.add_argument_group("machines").add_argument
@@ -103,10 +101,13 @@ def main(argv=None) -> int:
         expected = "run this on a machine that has it, or give --cluster local"
         raise UserError(f"found no SLURM (srun) on this machine: {expected}") from error
     parameters = {f"slurm_{name}": getattr(args, name) for name in SBATCH_OPTIONS}
-    parameters |= {"mem_gb": args.mem_gb, "gpus_per_node": args.gpus_per_node or None}
+    parameters |= {
+        "mem_gb": args.mem_gb,
+        "cpus_per_task": args.cpus_per_task,
+        "gpus_per_node": args.gpus_per_node or None,
+    }
     parameters |= {"name": args.job_name, "nodes": args.nodes, "tasks_per_node": args.tasks_per_node}
-    parameters |= {"cpus_per_task": args.cpus_per_task, "timeout_min": args.timeout}
-    parameters |= {"slurm_signal_delay_s": args.signal_delay}
+    parameters |= {"timeout_min": args.timeout, "slurm_signal_delay_s": args.signal_delay}
     executor.update_parameters(**{name: value for name, value in parameters.items() if value is not None})
     # The job imports this repository regardless of the folder from which it is submitted.
     paths = [str(Path(__file__).parent.absolute()), *filter(None, [os.environ.get("PYTHONPATH")])]

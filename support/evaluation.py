@@ -24,6 +24,11 @@ def add_model_arguments(parser, required=True) -> None:
     add("--patch_size", type=number(int, 1), help="side of a patch in pixels; default: read from the weights, or 16")
 
 
+def model_options(args) -> tuple:
+    """Return the first four arguments of `open_model` from parsed options."""
+    return args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key
+
+
 def add_data_arguments(parser, layout="folder with train/CLASS/IMAGE and val/CLASS/IMAGE, or the folder of CIFAR-10"):
     """Add the options of a data set. `layout` is the help of --data_path.
 
@@ -97,10 +102,7 @@ def open_splits(dataset, data_path, transforms, classes=None, download=False) ->
     Raises:
         UserError: a split is missing, a split has no labels, or the splits have different classes.
     """
-    splits = {
-        split: build_dataset(dataset, data_path, split, transforms[split], classes, download)
-        for split in ("train", "val")
-    }
+    splits = {s: build_dataset(dataset, data_path, s, transforms[s], classes, download) for s in ("train", "val")}
     if getattr(splits["train"], "paths", None) == getattr(splits["val"], "paths", ()):
         expected = f"expected {data_path}/train/CLASS/IMAGE and .../val/..."
         raise UserError(f"{data_path} has no subfolders train and val, {expected}")
