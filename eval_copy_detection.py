@@ -21,7 +21,7 @@ from torchvision.transforms import InterpolationMode
 
 import utils
 from support import evaluation
-from support.arguments import ArgumentParser, number
+from support.arguments import number
 from support.features import to_pixels
 from support.images import IMAGENET100_CLASSES, ImageFolder, ImageList, has_image_name, listed_folders, listed_images
 from utils import UserError
@@ -141,8 +141,7 @@ def mean_average_precision(similarity, positives, topk=0) -> float:
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
-    evaluation.add_model_arguments(parser)
+    parser = evaluation.model_parser(__doc__)
     add = parser.add_argument_group("protocol").add_argument
     add("--imsize", type=number(int, 1), default=320, help="resize images to a square of this side in pixels")
     add("--topk", type=number(int, 0), default=20, help="results to consider per query; 0: the whole database")

@@ -16,7 +16,7 @@ from PIL import Image
 
 import utils
 from support import evaluation
-from support.arguments import ArgumentParser, bool_flag, number
+from support.arguments import bool_flag, number
 from support.features import to_pixels
 from support.images import ImageList, image_size
 from support.plain_pickle import read_plain_pickle
@@ -153,8 +153,14 @@ class Shrink:
         return self.to_pixels(image)
 
 
-class CroppedQueries(ImageList):
-    """Queries cropped to their boxes, (left, top, right, bottom) in pixels, and shrunk by the whole images' factor."""
+class RetrievalImages(ImageList):
+    """Images of a benchmark, normalised after shrinking.
+
+    Args:
+        boxes: per image, the part to crop, (left, top, right, bottom) in pixels, or None. A crop is shrunk by the
+            factor of its whole image.
+        shrink: Shrink.
+    """
 
     def __init__(self, paths, boxes, shrink):
         super().__init__(paths, None, upright=False)
@@ -162,7 +168,7 @@ class CroppedQueries(ImageList):
 
     def __getitem__(self, index):
         image, label = super().__getitem__(index)
-        crop = image.crop(self.boxes[index])
+        crop = image.crop(self.boxes[index]) if self.boxes[index] else image
         return self.shrink(crop, max(crop.size) / max(image.size)), label
 
 
@@ -179,8 +185,7 @@ def check_sizes(paths, boxes, side, patch_size) -> None:
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line and fill in the defaults of the data set."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
-    evaluation.add_model_arguments(parser)
+    parser = evaluation.model_parser(__doc__)
     add = parser.add_argument_group("protocol").add_argument
     side = "longer side of the images in pixels, the aspect is kept; default: 224 for roxford5k, 512 for rparis6k"
     add("--imsize", type=number(int, 1), help=side)
@@ -205,14 +210,11 @@ def main(argv=None) -> None:
     benchmark = RevisitedRetrieval(args.data_path, args.dataset)
     backbone, made_with, _ = evaluation.open_model(*evaluation.model_options(args), args.seed, args.imsize)
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, args.dataset)
-    shrink = Shrink(args.imsize)
-    paths, boxes = {"queries": benchmark.queries, "database": benchmark.database}, [None] * len(benchmark.queries)
-    datasets = {name: ImageList(files, shrink, upright=False) for name, files in paths.items()}
-    if args.crop_queries:
-        boxes = benchmark.boxes
-        datasets["queries"] = CroppedQueries(benchmark.queries, boxes, shrink)
-    boxes = boxes + [None] * len(benchmark.database)
-    check_sizes(benchmark.queries + benchmark.database, boxes, args.imsize, max(backbone.patch_embed.patch_size))
+    boxes = benchmark.boxes if args.crop_queries else [None] * len(benchmark.queries)
+    parts = {"queries": (benchmark.queries, boxes), "database": (benchmark.database, [None] * len(benchmark.database))}
+    for paths, boxes in parts.values():
+        check_sizes(paths, boxes, args.imsize, max(backbone.patch_embed.patch_size))
+    datasets = {name: RetrievalImages(*part, Shrink(args.imsize)) for name, part in parts.items()}
 
     rank, _, device = utils.init_distributed(args.dist_url)
     backbone.to(device)

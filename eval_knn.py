@@ -11,7 +11,7 @@ import torch
 
 import utils
 from support import evaluation
-from support.arguments import ArgumentParser, bool_flag, number
+from support.arguments import bool_flag, number
 from support.evaluation import knn_accuracy
 from support.features import eval_transform, normalized_cls
 from utils import UserError
@@ -24,14 +24,12 @@ def refuse_features(_) -> None:
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
-    evaluation.add_model_arguments(parser)
+    parser = evaluation.model_parser(__doc__)
     add = parser.add_argument_group("protocol").add_argument
     add("--nb_knn", type=number(int, 1), nargs="+", default=[10, 20], help="numbers of neighbours K")
     add("--temperature", type=number(float, 1e-6), default=0.07, help="temperature of the votes")
     # The default is None, not True: reproduce.py compares it with earlier results, which lack the option.
-    text = "search neighbours on the GPU, if there is one; false: on the CPU, if the GPU lacks memory; default: true"
-    add("--use_cuda", type=bool_flag, help=text)
+    add("--use_cuda", type=bool_flag, help="search neighbours on the GPU; false: in CPU memory; default: true")
     hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     add("--dump_features", "--load_features", type=refuse_features, **hidden)
     evaluation.add_data_arguments(parser)
@@ -58,8 +56,7 @@ def main(argv=None) -> None:
     arrays = []
     for split, dataset in datasets.items():
         arrays += [features.pop(split).to(search_device), torch.tensor(dataset.labels, device=search_device)]
-    images = {split: len(dataset) for split, dataset in datasets.items()}
-    result = {"images": images, "crop_size": crop_size, "knn": {}}
+    result = {"images": {split: len(d) for split, d in datasets.items()}, "crop_size": crop_size, "knn": {}}
     for k in args.nb_knn:
         top1, top5 = knn_accuracy(*arrays, k, args.temperature)
         result["knn"][k] = {"top1": top1, "top5": top5}

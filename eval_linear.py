@@ -9,6 +9,7 @@ stopped run resumes after its last complete epoch. Runs on GPUs or CPUs, in one 
 import argparse
 import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 import utils
 from support import checkpoints, evaluation
-from support.arguments import ArgumentParser, bool_flag, number
+from support.arguments import bool_flag, number
 from support.features import eval_transform, extract_features, to_pixels
 from support.loader import BatchSampler
 from utils import UserError, cosine_schedule
@@ -74,7 +75,7 @@ def train_one_epoch(classifier, optimizer, batches) -> float:
     return float(loss_sum) / images
 
 
-def train(classifier, optimizer, batches, steps_per_epoch, epochs, lr, start_epoch=0):
+def train(classifier, optimizer, batches, steps_per_epoch, epochs, lr, start_epoch=0) -> Iterator:
     """Train with a cosine schedule from `lr` to 0, set per epoch, and yield (epoch, mean loss) after each epoch.
 
     Args:
@@ -86,13 +87,13 @@ def train(classifier, optimizer, batches, steps_per_epoch, epochs, lr, start_epo
         yield epoch, train_one_epoch(classifier, optimizer, itertools.islice(batches, steps_per_epoch))
 
 
-def cached_batches(sampler, features, labels):
+def cached_batches(sampler, features, labels) -> Iterator:
     """Yield the batches of `train_one_epoch` from features [n, D] and labels [n], in the order of a BatchSampler."""
     for _, _, indices in sampler:
         yield features[indices], labels[indices], len(indices)
 
 
-def augmented_batches(sampler, dataset, network, device, num_workers):
+def augmented_batches(sampler, dataset, network, device, num_workers) -> Iterator:
     """Yield the batches of `train_one_epoch` from AugmentedBatches, in the order of a BatchSampler."""
     loading = {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
     loader = DataLoader(dataset, sampler=sampler, batch_size=None, **loading)  # the sampler's keys are whole batches
@@ -131,8 +132,8 @@ class AugmentedBatches(Dataset):
         with torch.random.fork_rng(devices=[]):
             for index in indices:
                 image, label = self.dataset[index]
-                word = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0]
-                torch.manual_seed(int(word))
+                random = np.random.SeedSequence((self.seed, epoch, index))
+                torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))
                 images.append(self.transform(image))
                 labels.append(label)
         return torch.stack(images) if images else self.empty, torch.tensor(labels, dtype=torch.long)
@@ -140,8 +141,7 @@ class AugmentedBatches(Dataset):
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
-    evaluation.add_model_arguments(parser)
+    parser = evaluation.model_parser(__doc__)
     add = parser.add_argument_group("protocol").add_argument
     add("--n_last_blocks", type=number(int, 1), help="last blocks whose CLS tokens are used; default: 4, vit_base: 1")
     add("--avgpool_patchtokens", type=bool_flag, help="also use the mean patch token; default: false, vit_base: true")

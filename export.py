@@ -24,7 +24,6 @@ import torch
 import utils
 from augment import MEAN, STD
 from support import evaluation
-from support.arguments import ArgumentParser
 from support.checkpoints import write_safetensors
 from utils import UserError, atomic_write
 from vision_transformer import WIDTHS
@@ -111,8 +110,7 @@ def check_onnx(path, backbone) -> str:
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
-    evaluation.add_model_arguments(parser)
+    parser = evaluation.model_parser(__doc__)
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, required=True, help="folder of model.safetensors and config.json for timm")
     add("--onnx", action="store_true", help="also write model.onnx; needs onnx and onnxscript")

@@ -26,7 +26,6 @@ import torch
 
 import utils
 from support import evaluation
-from support.arguments import ArgumentParser
 from support.checkpoints import write_safetensors
 from support.features import eval_transform
 from support.images import build_dataset
@@ -75,8 +74,7 @@ def write_features(path, features, labels, paths, classes, made_with) -> None:
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
-    evaluation.add_model_arguments(parser)
+    parser = evaluation.model_parser(__doc__)
     layout = "folder of images, whose direct subfolders are classes; or with train and val; or the folder of CIFAR-10"
     add = evaluation.add_data_arguments(parser, layout)
     split = "part to extract if the data set has two, otherwise ignored"
@@ -115,11 +113,10 @@ def main(argv=None) -> None:
 
     rank, _, device = utils.init_distributed(args.dist_url)
     backbone.to(device)
-    pool = FEATURES[args.features]
     dtype = torch.float16 if args.half else torch.float32
 
     def network(images):
-        return pool(backbone(images))
+        return FEATURES[args.features](backbone(images))
 
     batch_size, workers = args.batch_size_per_gpu, args.num_workers
     (features,) = evaluation.features_of_all(network, {"image": dataset}, device, batch_size, workers, dtype).values()

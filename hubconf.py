@@ -48,8 +48,8 @@ def lgssl(weights=None, checkpoint_key="teacher", arch=None, patch_size=None) ->
         checkpoint_key: network to load from the checkpoint, "teacher" or "student".
         arch, patch_size: default: read from the weights.
     """
-    load_backbone = _vision_transformer().load_backbone
-    return load_backbone("none" if weights is None else weights, arch, patch_size, checkpoint_key)[0]
+    weights = "none" if weights is None else weights
+    return _vision_transformer().load_backbone(weights, arch, patch_size, checkpoint_key)[0]
 
 
 def lgssl_vit_tiny16(weights=None, checkpoint_key="teacher") -> nn.Module:

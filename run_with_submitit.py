@@ -50,8 +50,7 @@ def parse_arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
     args, words = parser.parse_known_args(argv)
     if args.gpus_per_node is None:
         args.gpus_per_node = torch.cuda.device_count() if args.cluster == "local" else 8
-    if args.tasks_per_node is None:
-        args.tasks_per_node = max(args.gpus_per_node, 1)
+    args.tasks_per_node = args.tasks_per_node or max(args.gpus_per_node, 1)
     if args.gpus_per_node not in (0, args.tasks_per_node):
         parser.error(f"--tasks_per_node {args.tasks_per_node}: expected one for each of the {args.gpus_per_node} GPUs")
     return args, words
@@ -101,13 +100,9 @@ def main(argv=None) -> int:
         expected = "run this on a machine that has it, or give --cluster local"
         raise UserError(f"found no SLURM (srun) on this machine: {expected}") from error
     parameters = {f"slurm_{name}": getattr(args, name) for name in SBATCH_OPTIONS}
-    parameters |= {
-        "mem_gb": args.mem_gb,
-        "cpus_per_task": args.cpus_per_task,
-        "gpus_per_node": args.gpus_per_node or None,
-    }
-    parameters |= {"name": args.job_name, "nodes": args.nodes, "tasks_per_node": args.tasks_per_node}
-    parameters |= {"timeout_min": args.timeout, "slurm_signal_delay_s": args.signal_delay}
+    parameters |= {"name": args.job_name, "timeout_min": args.timeout, "slurm_signal_delay_s": args.signal_delay}
+    parameters |= {"nodes": args.nodes, "tasks_per_node": args.tasks_per_node, "cpus_per_task": args.cpus_per_task}
+    parameters |= {"gpus_per_node": args.gpus_per_node or None, "mem_gb": args.mem_gb}
     executor.update_parameters(**{name: value for name, value in parameters.items() if value is not None})
     # The job imports this repository regardless of the folder from which it is submitted.
     paths = [str(Path(__file__).parent.absolute()), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -2,16 +2,24 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from support.arguments import number
+from support.arguments import ArgumentParser, number
 from support.features import extract_features
 from support.images import DATASETS, build_dataset
 from utils import UserError, make_folder, write_text
 from vision_transformer import ARCHITECTURES, architecture, load_backbone
+
+
+def model_parser(doc) -> ArgumentParser:
+    """Return a parser with the options of a model. The first line of `doc` describes the command."""
+    parser = ArgumentParser(description=doc.splitlines()[0], epilog="@FILE reads options from a file.")
+    add_model_arguments(parser)
+    return parser
 
 
 def add_model_arguments(parser, required=True) -> None:
@@ -29,7 +37,7 @@ def model_options(args) -> tuple:
     return args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key
 
 
-def add_data_arguments(parser, layout="folder with train/CLASS/IMAGE and val/CLASS/IMAGE, or the folder of CIFAR-10"):
+def add_data_arguments(parser, layout="folder with train/CLASS and val/CLASS, or folder of CIFAR-10") -> Callable:
     """Add the options of a data set. `layout` is the help of --data_path.
 
     Returns:
@@ -63,7 +71,7 @@ def add_computation_arguments(parser, batch_size=None, json_result=True) -> None
     add("--local_rank", "--local-rank", type=int, help="ignored; the rank is read from the environment")
 
 
-def open_model(pretrained_weights, arch, patch_size, checkpoint_key, seed, img_size=None):
+def open_model(pretrained_weights, arch, patch_size, checkpoint_key, seed, img_size=None) -> tuple:
     """Load a backbone with `vision_transformer.load_backbone` and choose the size of its images.
 
     Args:
@@ -144,10 +152,9 @@ def features_of_all(network, datasets, device, batch_size, num_workers, dtype=to
     Returns:
         {name: features [n, D] on the CPU}; on other ranks than 0 {name: None}
     """
-    features = {
-        name: extract_features(network, dataset, device, batch_size, num_workers, f"{name} features", dtype)
-        for name, dataset in datasets.items()
-    }
+    features = {}
+    for name, images in datasets.items():
+        features[name] = extract_features(network, images, device, batch_size, num_workers, f"{name} features", dtype)
     if dist.is_initialized():
         dist.destroy_process_group()
     return features

@@ -1,6 +1,7 @@
 """Features of images: of whole data sets, computed by any number of processes, and the tokens of a single image."""
 
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def eval_transform(crop_size) -> T.Compose:
     return T.Compose([resize, T.CenterCrop(crop_size), to_pixels()])
 
 
-def normalized_cls(backbone):
+def normalized_cls(backbone) -> Callable:
     """Return a network: images [B, 3, H, W] -> L2-normalised CLS tokens [B, D], whose dot product is the cosine."""
     return lambda images: F.normalize(backbone(images)[:, 0])
 
