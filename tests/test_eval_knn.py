@@ -49,7 +49,7 @@ def test_agrees_with_the_naive_protocol_in_chunks_and_for_few_images(monkeypatch
 
 
 def dinos_knn(train, train_labels, test, test_labels, k, temperature=0.07, columns=1000):
-    """Return (top1, top5) by DINO's protocol: votes in 1,000 columns, of which the first min(5, k) after sorting count.
+    """Return (top1, top5) by DINO's protocol: votes in 1,000 columns; the first min(5, k) after sorting count.
 
     The order of columns that tie at 0 is unspecified in PyTorch's sort. Here the classes of the data set are the last
     columns and the sort is stable: the classes that the data set lacks come before its classes without votes.
@@ -140,7 +140,7 @@ def test_bad_input_is_named(photo_folder, tmp_path):
 
 @pytest.mark.parametrize(("words", "expected"), [([], "meta"), (["--use_cuda", "0"], "cpu")])
 def test_neighbours_are_searched_where_use_cuda_says(photo_folder, tmp_path, monkeypatch, words, expected):
-    """PyTorch's device without data stands for a GPU."""
+    """The meta device simulates a GPU."""
     devices = []
 
     def knn_accuracy(*arrays):

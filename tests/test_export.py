@@ -100,7 +100,7 @@ def test_onnx_has_the_same_tokens(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.glob("model*")) == [
         "model.onnx",
         "model.safetensors",
-    ]  # no data beside
+    ]  # no file of external data
 
 
 def test_without_onnxruntime_it_says_so(monkeypatch):

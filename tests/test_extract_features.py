@@ -22,7 +22,7 @@ from vision_transformer import vit_micro
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Return the file of a network's weights, which says nothing else, and the network."""
+    """Return a file that holds only a network's weights, and the network."""
     torch.manual_seed(3)
     network = vit_micro(8, img_size=32).eval()
     path = tmp_path_factory.mktemp("weights") / "backbone.pth"
@@ -70,7 +70,7 @@ def test_contents_are_those_of_a_direct_forward(photo_folder, weights, tmp_path,
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
 def test_half_precision_and_a_flat_folder(photographs, weights, tmp_path, suffix):
-    """One is a photograph to be turned by its EXIF tag, which the evaluations do not look at."""
+    """One photograph has an EXIF orientation, which the evaluations ignore."""
     (tmp_path / "flat").mkdir()
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -131,7 +131,7 @@ def test_bad_input_is_named_before_any_work(photo_folder, weights, tmp_path, mon
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
 def test_a_full_disk_is_one_line(tmp_path, suffix):
-    """A limit to the size of files stands for the full disk."""
+    """A limit on the size of files simulates a full disk."""
     path, (soft, hard) = tmp_path / f"f.{suffix}", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
     try:
@@ -144,7 +144,7 @@ def test_a_full_disk_is_one_line(tmp_path, suffix):
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(photo_folder, tmp_path, run_script):
-    """9 images on 2 processes: an uneven share."""
+    """9 images on 2 processes: uneven shares."""
     for i in range(3):
         for name in ("china", "flower"):
             (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
