@@ -4,79 +4,78 @@
     python eval_copy_detection.py --data_path COPYDAYS --pretrained_weights OUT/checkpoint.pth \\
         --whitening_path LISTS/whitening.txt --distractors_path LISTS/distractors.txt
 
-Distorted images look for their originals among the originals and distractors; the mean average precision over the
-"strong" ones is the paper's number. Runs in one process or under torchrun, and writes a JSON result beside the
-checkpoint.
+Each distorted image is a query. The database holds the originals and the distractors. The paper reports the mean
+average precision (mAP) of the "strong" queries. Runs on GPUs or CPUs, in one process or under torchrun. Writes a JSON
+result to the folder of the checkpoint.
 """
 
+import argparse
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.transforms.v2 as T
 from torchvision.transforms import InterpolationMode
 
 import utils
 from support import evaluation
-from support.arguments import ArgumentParser, number
-from support.features import extract_features, to_pixels
+from support.arguments import number
+from support.features import to_pixels
 from support.images import IMAGENET100_CLASSES, ImageFolder, ImageList, has_image_name, listed_folders, listed_images
 from utils import UserError
 
-COPYDAYS_SIZES = {"original": 157, "strong": 229}
-COPYDAYS_BLOCKS = ["strong"]
+COPYDAYS_BLOCKS = ["original", "strong"]
 COPYDAYS_BLOCKS += [f"jpegqual/{quality}" for quality in (3, 5, 8, 10, 15, 20, 30, 50, 75)]
 COPYDAYS_BLOCKS += [f"crops/{percent}" for percent in (10, 15, 20, 30, 40, 50, 60, 70, 80)]
 
 
-def copydays(root):
+def copydays(root) -> tuple[dict, dict]:
     """Find the images of INRIA Copydays.
 
     Args:
-        root: folder with `original/*.jpg`, `strong/*.jpg`, and where present `jpegqual/*/*.jpg` and `crops/*/*.jpg`.
+        root: folder with `original/*.jpg` and `strong/*.jpg`, and optionally `jpegqual/*/*.jpg` and `crops/*/*.jpg`.
 
     Returns:
-        (blocks, positives): lists of paths, {"original": ..., "strong": ..., ...}, and for each block but the originals
-        the places in `blocks["original"]` that each of its images is a copy of: those whose names begin with the same
-        four characters.
+        (blocks, positives). `blocks` maps "original", "strong", ... to lists of paths. `positives` maps each block
+        except "original" to one list per image: the indices in `blocks["original"]` of the images whose names begin
+        with the same four characters.
 
     Raises:
-        UserError: the layout is another, or an image has no original.
+        UserError: a required folder has no images, or an image has no original.
     """
     root = Path(root)
     blocks = {}
-    for name in ["original", *COPYDAYS_BLOCKS]:
+    for name in COPYDAYS_BLOCKS:
         folder = root / name
-        paths = [path for path in folder.iterdir() if has_image_name(path.name)] if folder.is_dir() else []
-        if not paths and name in COPYDAYS_SIZES:
-            raise UserError(
-                f"no images in {folder}: Copydays is {root}/original/*.jpg and {root}/strong/*.jpg, "
-                "and where present jpegqual/*/*.jpg and crops/*/*.jpg"
-            )
+        paths = sorted(path for path in folder.glob("*") if has_image_name(path.name))
+        if not paths and name in ("original", "strong"):
+            expected = f"Copydays is {root}/original/*.jpg and {root}/strong/*.jpg"
+            raise UserError(f"no images in {folder}: {expected}, and optionally jpegqual/*/*.jpg and crops/*/*.jpg")
         if paths:
-            blocks[name] = sorted(paths)
+            blocks[name] = paths
+    originals = {}
+    for i, path in enumerate(blocks["original"]):
+        originals.setdefault(path.name[:4], []).append(i)
     positives = {}
-    for name in list(blocks)[1:]:
-        positives[name] = [
-            [i for i, original in enumerate(blocks["original"]) if original.name[:4] == path.name[:4]]
-            for path in blocks[name]
-        ]
-        for path, originals in zip(blocks[name], positives[name], strict=True):
-            if not originals:
+    for name, paths in list(blocks.items())[1:]:
+        for path in paths:
+            if path.name[:4] not in originals:
                 raise UserError(f"{path} has no original: expected {root}/original/{path.name[:4]}*.jpg")
+        positives[name] = [originals[path.name[:4]] for path in paths]
     return blocks, positives
 
 
-def copydays_lists(root, count_whitening=20000, count_distractors=10000, seed=0, classes=IMAGENET100_CLASSES):
-    """Draw the two disjoint sets of images of the paper's section 4.3.1: ImageNet without the classes of ImageNet-100.
+def copydays_lists(
+    root, count_whitening=20000, count_distractors=10000, seed=0, classes=IMAGENET100_CLASSES
+) -> tuple[list, list]:
+    """Draw the two disjoint sets of images of the paper's section 4.3.1 from ImageNet without ImageNet-100's classes.
 
     Args:
         root: ImageNet's training images in class folders, or the folder that holds `train` and `val`.
-        seed: with the same images the same lists.
-        classes: file with the class folders to leave out.
+        seed: equal seeds draw equal lists from equal images.
+        classes: file with the class folders to exclude.
 
     Returns:
         (whitening, distractors): lists of absolute paths
@@ -85,12 +84,9 @@ def copydays_lists(root, count_whitening=20000, count_distractors=10000, seed=0,
         UserError: a class is missing, or there are too few images.
     """
     folder = ImageFolder(root)
-    left_out = {path.name for path in listed_folders(folder.root, classes)}
-    paths = [
-        path
-        for path, label in zip(folder.paths, folder.labels, strict=True)
-        if label >= 0 and folder.classes[label] not in left_out
-    ]
+    excluded = {path.name for path in listed_folders(folder.root, classes)}
+    labelled = zip(folder.paths, folder.labels, strict=True)
+    paths = [path for path, label in labelled if label >= 0 and folder.classes[label] not in excluded]
     count = count_whitening + count_distractors
     if len(paths) < count:
         raise UserError(f"{root} has {len(paths)} images outside the classes of {classes}, expected at least {count}")
@@ -99,20 +95,20 @@ def copydays_lists(root, count_whitening=20000, count_distractors=10000, seed=0,
     return chosen[:count_whitening], chosen[count_whitening:]
 
 
-def copy_features(backbone, images):
-    """Return the CLS token beside the patch tokens pooled by GeM with exponent 4: [B, 3, H, W] -> [B, 2D]."""
+def copy_features(backbone, images) -> torch.Tensor:
+    """Concatenate CLS token and GeM-pooled patch tokens (exponent 4): images [B, 3, H, W] -> [B, 2D]."""
     tokens = backbone(images)
     gem = tokens[:, 1:].clamp(min=1e-6).pow(4).mean(1).pow(0.25)
     return torch.cat([tokens[:, 0], gem], dim=1)
 
 
 class Whitening:
-    """Whitening by PCA, learned on other images as DINO does: covariance of the features as they are, uncentred.
+    """PCA whitening as in DINO, fitted on other images. The covariance is that of the uncentred features.
 
-    Directions with less than 1e-5 of the largest eigenvalue are scaled as if they had that much.
+    Eigenvalues below 1e-5 of the largest are raised to that value.
 
     Args:
-        features: [n, D]. In chunks they are taken to float64 [4096, D].
+        features: [n, D], converted to float64 in chunks of [4096, D].
     """
 
     def __init__(self, features):
@@ -123,17 +119,17 @@ class Whitening:
         self.projection = vectors * values.clamp(min=1e-5 * values.max()) ** -0.5  # [D, D]
 
     def __call__(self, features):
-        """Map features [n, D] to whitened ones [n, D], the mean taken off."""
+        """Subtract the mean from features [n, D] and whiten them."""
         return ((features.double() - self.mean) @ self.projection).float()
 
 
-def mean_average_precision(similarity, positives, topk=0):
-    """Return the mean over the queries of their average precision.
+def mean_average_precision(similarity, positives, topk=0) -> float:
+    """Return the mean of the queries' average precisions.
 
     Args:
         similarity: [queries, database].
-        positives: of each query the places of its relevant images in the database.
-        topk: length of the result that is looked at; 0 ranks the whole database.
+        positives: per query, the database indices of its relevant images.
+        topk: number of results to consider per query; 0 ranks the whole database.
     """
     ranking = similarity.topk(min(topk or similarity.shape[1], similarity.shape[1])).indices.numpy()
     precisions = [
@@ -143,73 +139,56 @@ def mean_average_precision(similarity, positives, topk=0):
     return sum(precisions) / len(precisions)
 
 
-def parse_arguments(argv=None):
-    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
-    evaluation.add_model_arguments(parser)
-    # fmt: off
+def parse_arguments(argv=None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = evaluation.model_parser(__doc__)
     add = parser.add_argument_group("protocol").add_argument
-    add("--imsize", type=number(int, 1), default=320, help="images are resized to this square")
-    add("--topk", type=number(int, 0), default=20, help="results looked at per query; 0 ranks the whole database")
+    add("--imsize", type=number(int, 1), default=320, help="resize images to a square of this side in pixels")
+    add("--topk", type=number(int, 0), default=20, help="results to consider per query; 0: the whole database")
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", required=True, help="Copydays: folder with original and strong")
-    add("--whitening_path", help="folder or list of images to learn the whitening on; default: no whitening")
+    add("--data_path", required=True, help="folder of Copydays, with original and strong")
+    add("--whitening_path", help="folder or list of images on which to fit the whitening; default: no whitening")
     add("--distractors_path", help="folder or list of images to add to the database; default: none")
-    # fmt: on
     evaluation.add_computation_arguments(parser, batch_size=16)
     return parser.parse_args(argv)
 
 
-def main(argv=None):
+def main(argv=None) -> None:
+    """Extract the features on all processes, then rank on rank 0."""
     args = parse_arguments(argv)
     blocks, positives = copydays(args.data_path)
-    others = {}
-    for name, source in (("distractors", args.distractors_path), ("whitening", args.whitening_path)):
-        others[name] = listed_images(source) if source else []
-    backbone, made_with, _ = evaluation.open_model(
-        args.pretrained_weights,
-        arch=args.arch,
-        patch_size=args.patch_size,
-        checkpoint_key=args.checkpoint_key,
-        seed=args.seed,
-        img_size=args.imsize,
-    )
+    others = {"distractors": args.distractors_path, "whitening": args.whitening_path}
+    paths = blocks | {name: listed_images(source) if source else [] for name, source in others.items()}
+    images = {name: len(files) for name, files in paths.items()}
+    backbone, made_with, _ = evaluation.open_model(*evaluation.model_options(args), args.seed, args.imsize)
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, "copydays")
 
-    rank, world_size, device = utils.init_distributed(args.dist_url)
+    rank, _, device = utils.init_distributed(args.dist_url)
     backbone.to(device)
     if rank == 0:
-        for name, paths in blocks.items():
-            size = COPYDAYS_SIZES.get(name, COPYDAYS_SIZES["original"])
-            if len(paths) != size:
-                print(f"note: {name} has {len(paths)} images, the official one {size}", flush=True)
-        if 0 < len(others["whitening"]) < 2 * backbone.embed_dim:
-            count, dims = len(others["whitening"]), 2 * backbone.embed_dim
-            utils.warn(f"whitening: {count} images do not span the {dims} dimensions of the features, give more")
+        for name in blocks:
+            size = 229 if name == "strong" else 157
+            if images[name] != size:
+                print(f"note: {name} has {images[name]} images, the official one {size}", flush=True)
+        if 0 < images["whitening"] < 2 * backbone.embed_dim:
+            few = f"{images['whitening']} images do not span the {2 * backbone.embed_dim} dimensions of the features"
+            utils.warn(f"whitening: {few}, give more")
     transform = T.Compose([T.Resize((args.imsize, args.imsize), InterpolationMode.BICUBIC), to_pixels()])
-    features = {}
-    for name, paths in {**blocks, **others}.items():
-        if paths:
-            features[name] = extract_features(
-                lambda images: copy_features(backbone, images),
-                ImageList(paths, transform, upright=False),
-                device,
-                batch_size=args.batch_size_per_gpu,
-                num_workers=args.num_workers,
-                title=name,
-            )
-    if rank == 0:
-        whiten = Whitening(features["whitening"]) if others["whitening"] else lambda x: x
-        database = torch.cat([features[name] for name in ("original", "distractors") if name in features])
-        database = F.normalize(whiten(database))
-        score = {}
-        for name in positives:
-            queries = F.normalize(whiten(features[name]))
-            score[name] = mean_average_precision(queries @ database.T, positives[name], args.topk)
-            print(f"copy detection, {name}: mAP {score[name]:.3f}", flush=True)
-        images = {name: len(paths) for name, paths in {**blocks, **others}.items()}
-        evaluation.write_result(path, {"map": score, "images": images}, made_with, args)
-    if world_size > 1:
-        dist.destroy_process_group()
+    datasets = {name: ImageList(files, transform, upright=False) for name, files in paths.items() if files}
+    features = evaluation.features_of_all(
+        lambda images: copy_features(backbone, images), datasets, device, args.batch_size_per_gpu, args.num_workers
+    )
+    if rank > 0:
+        return
+    whiten = Whitening(features["whitening"]) if "whitening" in features else lambda x: x
+    database = torch.cat([features[name] for name in ("original", "distractors") if name in features])
+    database = F.normalize(whiten(database))
+    scores = {}
+    for name in positives:
+        queries = F.normalize(whiten(features[name]))
+        scores[name] = mean_average_precision(queries @ database.T, positives[name], args.topk)
+        print(f"copy detection, {name}: mAP {scores[name]:.3f}", flush=True)
+    evaluation.write_result(path, {"map": scores, "images": images}, made_with, args)
 
 
 if __name__ == "__main__":

@@ -2,136 +2,132 @@
 
     python eval_image_retrieval.py --data_path FOLDER --dataset roxford5k --pretrained_weights OUT/checkpoint.pth
 
-FOLDER holds roxford5k/gnd_roxford5k.pkl and roxford5k/jpg. Ranks the database by the cosine of the CLS tokens. Runs in
-one process or under torchrun, and writes a JSON result beside the checkpoint.
+FOLDER holds roxford5k/gnd_roxford5k.pkl and roxford5k/jpg. The database is ranked by the cosine of the CLS tokens. Runs
+on GPUs or CPUs, in one process or under torchrun. Writes a JSON result to the folder of the checkpoint.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
+import torch
 import torch.nn.functional as F
 from PIL import Image
 
 import utils
 from support import evaluation
-from support.arguments import ArgumentParser, bool_flag, number
-from support.features import extract_features, to_pixels
+from support.arguments import bool_flag, number
+from support.features import to_pixels
 from support.images import ImageList, image_size
 from support.plain_pickle import read_plain_pickle
 from utils import UserError
 
-# What counts as relevant, and what is taken out of the ranking, in each of the three protocols.
-PROTOCOLS = {
-    "easy": (("easy",), ("junk", "hard")),
-    "medium": (("easy", "hard"), ("junk",)),
-    "hard": (("hard",), ("junk", "easy")),
-}
+KINDS = ("easy", "hard", "junk")
+# The relevant kinds of images per protocol; the other kinds are removed from the ranking.
+PROTOCOLS = {"easy": ("easy",), "medium": ("easy", "hard"), "hard": ("hard",)}
 CUTOFFS = (1, 5, 10)
-SETTINGS = {"roxford5k": (224, False), "rparis6k": (512, True)}  # side and multiscale of the authors' README
+SETTINGS = {"roxford5k": (224, False), "rparis6k": (512, True)}  # side and multiscale, from the README of DINO
 
 
 class RevisitedRetrieval:
     """Revisited Oxford (roxford5k) or Paris (rparis6k).
 
     Args:
-        root: folder that holds NAME/gnd_NAME.pkl and NAME/jpg/*.jpg.
+        root: folder with NAME/gnd_NAME.pkl and NAME/jpg/*.jpg.
 
     Attributes:
         database, queries: paths of the images.
-        boxes: of each query, (left, top, right, bottom) in pixels.
-        relevance: of each query {"easy", "hard", "junk"}: places in the database.
+        boxes: per query, (left, top, right, bottom) in pixels.
+        relevance: per query, {"easy", "hard", "junk"} with database indices.
 
     Raises:
-        UserError: a file is missing or is not what it should be.
+        UserError: a file is missing or has other contents.
     """
 
     def __init__(self, root, name):
         folder = Path(root) / name
         path = folder / f"gnd_{name}.pkl"
-        layout = f"expected {folder}/gnd_{name}.pkl and {folder}/jpg/*.jpg"
+        layout = f"expected {path} and {folder}/jpg/*.jpg"
         if not path.is_file():
             raise UserError(f"no ground truth {path}: {layout}")
         contents = read_plain_pickle(path)
         try:
             names = {key: [str(name) for name in contents[key]] for key in ("imlist", "qimlist")}
             self.relevance = [
-                {kind: np.array(entry[kind], np.int64).ravel().tolist() for kind in ("easy", "hard", "junk")}
-                for entry in contents["gnd"]
+                {kind: np.array(entry[kind], np.int64).ravel().tolist() for kind in KINDS} for entry in contents["gnd"]
             ]
             self.boxes = [tuple(float(value) for value in entry["bbx"]) for entry in contents["gnd"]]
         except (LookupError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(
-                f"{path} is no ground truth of {name}: expected imlist, qimlist, and gnd with easy, hard, junk and bbx"
-            ) from error
-        self.database, self.queries = (
-            [folder / "jpg" / f"{name}.jpg" for name in names[key]] for key in ("imlist", "qimlist")
-        )
+            expected = "expected imlist, qimlist, and gnd with easy, hard, junk and bbx"
+            raise UserError(f"{path} is no ground truth of {name}: {expected}") from error
+        self.database, self.queries = ([folder / "jpg" / f"{name}.jpg" for name in part] for part in names.values())
         if len(self.queries) != len(self.relevance):
             raise UserError(f"{path} has {len(self.queries)} queries, but relevance for {len(self.relevance)}")
         if not self.queries:
             raise UserError(f"{path} has no queries")
         for query, relevance, box in zip(names["qimlist"], self.relevance, self.boxes, strict=True):
-            if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
-                raise UserError(f"{path}: query {query} has the box {box}, expected left, top, right, bottom")
-            both = set(relevance["easy"] + relevance["hard"]) & set(relevance["junk"])
-            if both or set(relevance["easy"]) & set(relevance["hard"]):
-                raise UserError(f"{path}: query {query} has images that are more than one of easy, hard and junk")
-            wrong = [i for places in relevance.values() for i in places if not 0 <= i < len(self.database)]
+            wrong = self._what_is_wrong(relevance, box)
             if wrong:
-                raise UserError(f"{path}: query {query} names image {wrong[0]} of {len(self.database)}")
-            if not relevance["easy"] + relevance["hard"]:
-                raise UserError(f"{path}: query {query} has no relevant image, neither easy nor hard")
+                raise UserError(f"{path}: query {query} {wrong}")
         missing = [path for path in self.queries + self.database if not path.is_file()]
         if missing:
             raise UserError(f"{len(missing)} images are missing, the first is {missing[0]}: {layout}")
 
+    def _what_is_wrong(self, relevance, box):
+        """Return what is wrong with a query's relevance and box, or None."""
+        if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
+            return f"has the box {box}, expected left, top, right, bottom"
+        indices = sum(relevance.values(), [])
+        if len(set(indices)) < sum(len(set(values)) for values in relevance.values()):
+            return "has images that are more than one of easy, hard and junk"
+        unknown = [i for i in indices if not 0 <= i < len(self.database)]
+        if unknown:
+            return f"names image {unknown[0]} of {len(self.database)}"
+        if not relevance["easy"] + relevance["hard"]:
+            return "has no relevant image, neither easy nor hard"
+        return None
 
-def retrieval_features(backbone, images, multiscale):
-    """Return unit vectors of images: [B, 3, H, W] -> [B, D].
 
-    With `multiscale` the mean of the CLS tokens at 1, 1/√2 and 1/2 of the size. Sizes below a patch are left out.
+def retrieval_features(backbone, images, multiscale) -> torch.Tensor:
+    """Return the L2-normalised CLS tokens of images: [B, 3, H, W] -> [B, D].
+
+    `multiscale` averages the CLS tokens at 1, 1/√2 and 1/2 of the size. Scales smaller than a patch are skipped.
     """
-    scales = (1, 2**-0.5, 0.5) if multiscale else (1,)
-    total = 0
-    for scale in scales:
-        scaled = images
-        if scale != 1:
-            if min(images.shape[-2:]) * scale < max(backbone.patch_embed.patch_size):
-                continue
+    total = backbone(images)[:, 0]
+    for scale in (2**-0.5, 0.5) if multiscale else ():
+        if min(images.shape[-2:]) * scale >= max(backbone.patch_embed.patch_size):
             scaled = F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
-        total = total + backbone(scaled)[:, 0]
+            total = total + backbone(scaled)[:, 0]
     return F.normalize(total)
 
 
-def precision_at(ranks, cutoff):
-    """Return the share of relevant images in the first `cutoff`, or down to the last relevant one if that is earlier.
+def precision_at(ranks, cutoff) -> float:
+    """Return the precision of the first `cutoff` results, or up to the last relevant one if that ranks higher.
 
     Args:
-        ranks: array of the relevant images' ascending places, from 0.
+        ranks: array of the relevant images' ascending ranks, from 0.
     """
     depth = min(int(ranks[-1]) + 1, cutoff)
     return float((ranks < depth).sum() / depth)
 
 
-def score(similarity, relevance, protocol):
+def score(similarity, relevance, protocol) -> dict:
     """Score a ranking by a protocol of revisited Oxford and Paris (Radenović et al., CVPR 2018).
 
     Args:
         similarity: array [database, queries].
-        relevance: of each query {"easy", "hard", "junk"}: places in the database.
+        relevance: per query, {"easy", "hard", "junk"} with database indices.
         protocol: "easy", "medium" or "hard".
 
     Returns:
-        {"map", "mp" (at 1, 5 and 10), "aps"}, from 0 to 1. A query without a relevant image is left out of the means,
-        its average precision is None.
+        {"map", "mp" (at 1, 5 and 10), "aps"} in [0, 1]. A query without relevant images has the average precision None
+        and does not count in the means.
     """
-    relevant_kinds, ignored_kinds = PROTOCOLS[protocol]
     aps, precisions = [], []
     ranking = np.argsort(-np.asarray(similarity), axis=0, kind="stable")  # [database, queries]
     for column, kinds in zip(ranking.T, relevance, strict=True):
-        relevant = sum((kinds[kind] for kind in relevant_kinds), [])
-        ignored = sum((kinds[kind] for kind in ignored_kinds), [])
+        relevant = sum((kinds[kind] for kind in PROTOCOLS[protocol]), [])
+        ignored = sum((kinds[kind] for kind in KINDS if kind not in PROTOCOLS[protocol]), [])
         if not relevant:
             aps.append(None)
             continue
@@ -146,7 +142,7 @@ def score(similarity, relevance, protocol):
 
 
 class Shrink:
-    """PIL image -> normalised float [3, H, W], the longer side at most `side`, the aspect kept."""
+    """Shrink a PIL image to at most `side` pixels, keeping the aspect, and normalise it: float [3, H, W]."""
 
     def __init__(self, side):
         self.side, self.to_pixels = side, to_pixels()
@@ -157,8 +153,14 @@ class Shrink:
         return self.to_pixels(image)
 
 
-class CroppedQueries(ImageList):
-    """Queries cut to their boxes, (left, top, right, bottom) in pixels, and shrunk as much as the whole images."""
+class RetrievalImages(ImageList):
+    """Images of a benchmark, normalised after shrinking.
+
+    Args:
+        boxes: per image, the part to crop, (left, top, right, bottom) in pixels, or None. A crop is shrunk by the
+            factor of its whole image.
+        shrink: Shrink.
+    """
 
     def __init__(self, paths, boxes, shrink):
         super().__init__(paths, None, upright=False)
@@ -166,97 +168,75 @@ class CroppedQueries(ImageList):
 
     def __getitem__(self, index):
         image, label = super().__getitem__(index)
-        crop = image.crop(self.boxes[index])
+        crop = image.crop(self.boxes[index]) if self.boxes[index] else image
         return self.shrink(crop, max(crop.size) / max(image.size)), label
 
 
-def check_sizes(paths, boxes, side, patch_size):
-    """Raise UserError where an image, or the part of it in its box, is thinner than a patch once it is shrunk."""
+def check_sizes(paths, boxes, side, patch_size) -> None:
+    """Raise UserError if an image, or its box if that is not None, is thinner than a patch after shrinking."""
     for path, box in zip(paths, boxes, strict=True):
         size = image_size(path)
         box_size = (box[2] - box[0], box[3] - box[1]) if box else size
         thickness = min(box_size) * min(1, side / max(size))
         if thickness < patch_size:
-            raise UserError(
-                f"{path} is {thickness:.1f} pixels thin at --imsize {side}, a patch of the network {patch_size}: "
-                "take a larger --imsize, or leave the image out"
-            )
+            found = f"{path} is {thickness:.1f} pixels thin at --imsize {side}, a patch has {patch_size} pixels"
+            raise UserError(f"{found}: give a larger --imsize, or remove the image")
 
 
-def parse_arguments(argv=None):
-    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
-    evaluation.add_model_arguments(parser)
-    # fmt: off
+def parse_arguments(argv=None) -> argparse.Namespace:
+    """Parse the command line and fill in the defaults of the data set."""
+    parser = evaluation.model_parser(__doc__)
     add = parser.add_argument_group("protocol").add_argument
-    add("--imsize", type=number(int, 1), help="larger side of the images, which keep their aspect; default: 224 for "
-        "roxford5k, 512 for rparis6k")
-    add("--multiscale", type=bool_flag, help="mean over three scales; default: false for roxford5k, true for rparis6k")
-    add("--crop_queries", type=bool_flag, default=False, help="cut queries to their boxes, as the benchmark's authors "
-        "do; DINO takes them whole")
+    side = "longer side of the images in pixels, the aspect is kept; default: 224 for roxford5k, 512 for rparis6k"
+    add("--imsize", type=number(int, 1), help=side)
+    scales = "average the features at three scales; default: false for roxford5k, true for rparis6k"
+    add("--multiscale", type=bool_flag, help=scales)
+    crop = "crop queries to their boxes as the benchmark's authors do; DINO uses the whole images"
+    add("--crop_queries", type=bool_flag, default=False, help=crop)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=SETTINGS, default="roxford5k", help="revisited Oxford or Paris")
-    add("--data_path", required=True, help="folder that holds DATASET/gnd_DATASET.pkl and DATASET/jpg")
-    # fmt: on
+    add("--data_path", required=True, help="folder with DATASET/gnd_DATASET.pkl and DATASET/jpg")
     evaluation.add_computation_arguments(parser)
     args = parser.parse_args(argv)
     side, multiscale = SETTINGS[args.dataset]
-    if args.imsize is None:
-        args.imsize = side
-    if args.multiscale is None:
-        args.multiscale = multiscale
+    args.imsize = side if args.imsize is None else args.imsize
+    args.multiscale = multiscale if args.multiscale is None else args.multiscale
     return args
 
 
-def main(argv=None):
+def main(argv=None) -> None:
+    """Extract the features on all processes, then rank on rank 0."""
     args = parse_arguments(argv)
     benchmark = RevisitedRetrieval(args.data_path, args.dataset)
-    backbone, made_with, _ = evaluation.open_model(
-        args.pretrained_weights,
-        arch=args.arch,
-        patch_size=args.patch_size,
-        checkpoint_key=args.checkpoint_key,
-        seed=args.seed,
-        img_size=args.imsize,
-    )
+    backbone, made_with, _ = evaluation.open_model(*evaluation.model_options(args), args.seed, args.imsize)
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, args.dataset)
     boxes = benchmark.boxes if args.crop_queries else [None] * len(benchmark.queries)
-    for paths, their_boxes in ((benchmark.queries, boxes), (benchmark.database, [None] * len(benchmark.database))):
-        check_sizes(paths, their_boxes, args.imsize, max(backbone.patch_embed.patch_size))
+    parts = {"queries": (benchmark.queries, boxes), "database": (benchmark.database, [None] * len(benchmark.database))}
+    for paths, boxes in parts.values():
+        check_sizes(paths, boxes, args.imsize, max(backbone.patch_embed.patch_size))
+    datasets = {name: RetrievalImages(*part, Shrink(args.imsize)) for name, part in parts.items()}
 
-    rank, world_size, device = utils.init_distributed(args.dist_url)
+    rank, _, device = utils.init_distributed(args.dist_url)
     backbone.to(device)
-    shrink = Shrink(args.imsize)
-    image_lists = {
-        "queries": ImageList(benchmark.queries, shrink, upright=False),
-        "database": ImageList(benchmark.database, shrink, upright=False),
-    }
-    if args.crop_queries:
-        image_lists["queries"] = CroppedQueries(benchmark.queries, benchmark.boxes, shrink)
-    features = {
-        name: extract_features(
-            lambda batch: retrieval_features(backbone, batch, args.multiscale),
-            images,
-            device,
-            batch_size=1,  # the images have different sizes
-            num_workers=args.num_workers,
-            title=name,
-        )
-        for name, images in image_lists.items()
-    }
-    if rank == 0:
-        similarity = (features["database"] @ features["queries"].T).numpy()
-        result = {"map": {}, "mp": {}, "aps": {}}
-        for protocol in PROTOCOLS:
-            scored = score(similarity, benchmark.relevance, protocol)
-            for kind, values in result.items():
-                values[protocol] = scored[kind]
-            if scored["map"] is not None:
-                at = ", ".join(f"mP@{cutoff} {100 * p:.2f}" for cutoff, p in zip(CUTOFFS, scored["mp"], strict=True))
-                print(f"{args.dataset} {protocol}: mAP {100 * scored['map']:.2f}, {at}", flush=True)
-        result["images"] = {name: len(images) for name, images in image_lists.items()}
-        evaluation.write_result(path, result, made_with, args)
-    if world_size > 1:
-        dist.destroy_process_group()
+
+    def network(images):
+        return retrieval_features(backbone, images, args.multiscale)
+
+    # The images have different sizes: a batch holds one.
+    features = evaluation.features_of_all(network, datasets, device, batch_size=1, num_workers=args.num_workers)
+    if rank > 0:
+        return
+    similarity = (features["database"] @ features["queries"].T).numpy()
+    result = {"map": {}, "mp": {}, "aps": {}}
+    for protocol in PROTOCOLS:
+        scored = score(similarity, benchmark.relevance, protocol)
+        for kind, values in result.items():
+            values[protocol] = scored[kind]
+        if scored["map"] is not None:
+            at = ", ".join(f"mP@{cutoff} {100 * p:.2f}" for cutoff, p in zip(CUTOFFS, scored["mp"], strict=True))
+            print(f"{args.dataset} {protocol}: mAP {100 * scored['map']:.2f}, {at}", flush=True)
+    result["images"] = {name: len(images) for name, images in datasets.items()}
+    evaluation.write_result(path, result, made_with, args)
 
 
 if __name__ == "__main__":

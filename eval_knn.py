@@ -2,74 +2,66 @@
 
     python eval_knn.py --data_path FOLDER_WITH_train_AND_val --pretrained_weights OUT/checkpoint.pth
 
-Runs in one process or under torchrun, on GPUs or CPUs, and writes a JSON result beside the checkpoint.
+Runs on GPUs or CPUs, in one process or under torchrun. Writes a JSON result to the folder of the checkpoint.
 """
 
+import argparse
+
 import torch
-import torch.distributed as dist
 
 import utils
 from support import evaluation
-from support.arguments import ArgumentParser, number
+from support.arguments import bool_flag, number
 from support.evaluation import knn_accuracy
-from support.features import eval_transform, extract_features, normalized_cls
+from support.features import eval_transform, normalized_cls
 from utils import UserError
 
 
-def parse_arguments(argv=None):
-    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
-    evaluation.add_model_arguments(parser)
-    group = parser.add_argument_group("protocol")
-    group.add_argument("--nb_knn", type=number(int, 1), nargs="+", default=[10, 20], help="numbers of neighbours")
-    group.add_argument("--temperature", type=number(float, 1e-6), default=0.07, help="of the votes")
+def refuse_features(_) -> None:
+    """Refuse DINO's options for files of features."""
+    raise argparse.ArgumentTypeError("not supported; extract_features.py writes features to a file")
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = evaluation.model_parser(__doc__)
+    add = parser.add_argument_group("protocol").add_argument
+    add("--nb_knn", type=number(int, 1), nargs="+", default=[10, 20], help="numbers of neighbours K")
+    add("--temperature", type=number(float, 1e-6), default=0.07, help="temperature of the votes")
+    # The default is None, not True: reproduce.py compares it with earlier results, which lack the option.
+    add("--use_cuda", type=bool_flag, help="search neighbours on the GPU; false: in CPU memory; default: true")
+    hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    add("--dump_features", "--load_features", type=refuse_features, **hidden)
     evaluation.add_data_arguments(parser)
     evaluation.add_computation_arguments(parser, batch_size=128)
     return parser.parse_args(argv)
 
 
-def main(argv=None):
+def main(argv=None) -> None:
+    """Extract the features on all processes, then classify on rank 0."""
     args = parse_arguments(argv)
-    backbone, made_with, crop_size = evaluation.open_model(
-        args.pretrained_weights,
-        arch=args.arch,
-        patch_size=args.patch_size,
-        checkpoint_key=args.checkpoint_key,
-        seed=args.seed,
-        img_size=args.crop_size,
-    )
+    backbone, made_with, crop_size = evaluation.open_model(*evaluation.model_options(args), args.seed, args.crop_size)
     transforms = dict.fromkeys(("train", "val"), eval_transform(crop_size))
     datasets = evaluation.open_splits(args.dataset, args.data_path, transforms, args.classes, args.download)
     if max(args.nb_knn) > len(datasets["train"]):
         raise UserError(f"--nb_knn {max(args.nb_knn)} is more than the {len(datasets['train'])} training images")
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, f"knn_{args.dataset}")
 
-    rank, world_size, device = utils.init_distributed(args.dist_url)
-    backbone.to(device)
-    features = {
-        split: extract_features(
-            normalized_cls(backbone),
-            dataset,
-            device,
-            batch_size=args.batch_size_per_gpu,
-            num_workers=args.num_workers,
-            title=f"{split} features",
-        )
-        for split, dataset in datasets.items()
-    }
-    if rank == 0:
-        labels = {split: torch.tensor(dataset.labels, device=device) for split, dataset in datasets.items()}
-        features = {split: values.to(device) for split, values in features.items()}
-        images = {split: len(dataset) for split, dataset in datasets.items()}
-        result = {"images": images, "crop_size": crop_size, "knn": {}}
-        for k in args.nb_knn:
-            top1, top5 = knn_accuracy(
-                features["train"], labels["train"], features["val"], labels["val"], k, args.temperature
-            )
-            result["knn"][k] = {"top1": top1, "top5": top5}
-            print(f"k-NN (K={k}): top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
-        evaluation.write_result(path, result, made_with, args)
-    if world_size > 1:
-        dist.destroy_process_group()
+    rank, _, device = utils.init_distributed(args.dist_url)
+    network = normalized_cls(backbone.to(device))
+    features = evaluation.features_of_all(network, datasets, device, args.batch_size_per_gpu, args.num_workers)
+    if rank > 0:
+        return
+    search_device = torch.device("cpu") if args.use_cuda is False else device
+    arrays = []
+    for split, dataset in datasets.items():
+        arrays += [features.pop(split).to(search_device), torch.tensor(dataset.labels, device=search_device)]
+    result = {"images": {split: len(d) for split, d in datasets.items()}, "crop_size": crop_size, "knn": {}}
+    for k in args.nb_knn:
+        top1, top5 = knn_accuracy(*arrays, k, args.temperature)
+        result["knn"][k] = {"top1": top1, "top5": top5}
+        print(f"k-NN (K={k}): top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
+    evaluation.write_result(path, result, made_with, args)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
     python eval_linear.py --data_path FOLDER_WITH_train_AND_val --pretrained_weights OUT/checkpoint.pth
 
-Trains one linear layer with SGD, keeps the weights of the best epoch, and writes a JSON result beside the checkpoint. A
-run that was stopped goes on after its last whole epoch. Runs in one process or under torchrun, on GPUs or CPUs.
+Trains one linear layer with SGD and reports the best epoch. Writes a JSON result to the folder of the checkpoint. A
+stopped run resumes after its last complete epoch. Runs on GPUs or CPUs, in one process or under torchrun.
 """
 
+import argparse
 import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +23,21 @@ from tqdm import tqdm
 
 import utils
 from support import checkpoints, evaluation
-from support.arguments import ArgumentParser, bool_flag, number
+from support.arguments import bool_flag, number
 from support.features import eval_transform, extract_features, to_pixels
 from support.loader import BatchSampler
 from utils import UserError, cosine_schedule
 
-# Arguments that may differ when a run goes on, or when its weights are evaluated.
+# Arguments that may differ when a run resumes, or when its weights are evaluated.
 MAY_CHANGE = "pretrained_weights download output_dir batch_size_per_gpu num_workers val_freq evaluate".split()
 MAY_CHANGE += ["dist_url", "local_rank", "arch", "patch_size", "checkpoint_key"]
 
 
-def linear_features(backbone, images, n_last_blocks, avgpool_patchtokens):
-    """Return what DINO's linear classifier sees: images [B, 3, H, W] -> [B, n_last_blocks * D], or D more.
+def linear_features(backbone, images, n_last_blocks, avgpool_patchtokens) -> torch.Tensor:
+    """Return the features of DINO's linear classifier: images [B, 3, H, W] -> [B, n_last_blocks * D], or D more.
 
-    The CLS tokens of the last blocks, side by side. With `avgpool_patchtokens` also the mean of the last block's patch
-    tokens, and then number by number in turn, which is the order of DINO's released linear weights.
+    The features are the concatenated CLS tokens of the last blocks. With `avgpool_patchtokens`, the mean of the last
+    block's patch tokens is added and all vectors are interleaved, the order of DINO's released linear weights.
     """
     layers = backbone.get_intermediate_layers(images, n_last_blocks)
     features = [tokens[:, 0] for tokens in layers]
@@ -44,31 +46,28 @@ def linear_features(backbone, images, n_last_blocks, avgpool_patchtokens):
     return torch.cat(features, dim=1)
 
 
-def new_classifier(dim, num_classes, seed):
-    """Return DINO's linear classifier: weights of standard deviation 0.01, no bias."""
+def new_classifier(dim, num_classes, seed) -> nn.Linear:
+    """Return DINO's linear classifier: weights drawn with standard deviation 0.01, biases 0."""
     classifier = nn.Linear(dim, num_classes)
     nn.init.normal_(classifier.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(classifier.bias)
     return classifier
 
 
-def train_one_epoch(classifier, optimizer, batches):
-    """Train for one epoch.
+def train_one_epoch(classifier, optimizer, batches) -> float:
+    """Train for one epoch and return the mean loss.
 
     Args:
-        batches: gives (features [b, D], labels [b], size): one rank's share of a step's `size` images. It may be empty.
-
-    Returns:
-        the mean loss
+        batches: iterable of (features [b, D], labels [b], size), one rank's share of a step with `size` images in
+            total. The share may be empty.
     """
-    distributed = dist.is_initialized()
     loss_sum, images = 0.0, 0
     for features, labels, size in batches:
         loss = F.cross_entropy(classifier(features), labels, reduction="sum") / size
         optimizer.zero_grad()
         loss.backward()
         loss = loss.detach()
-        if distributed:  # the gradients of a step are those of one process with all its images
+        if dist.is_initialized():  # the sum over the ranks equals one process with all images of the step
             for tensor in [loss, *(p.grad for p in classifier.parameters())]:
                 dist.all_reduce(tensor)
         optimizer.step()
@@ -76,11 +75,11 @@ def train_one_epoch(classifier, optimizer, batches):
     return float(loss_sum) / images
 
 
-def train(classifier, optimizer, batches, steps_per_epoch, epochs, lr, start_epoch=0):
-    """Train with a learning rate on a cosine from `lr` to 0, and give (epoch, mean loss) after each epoch.
+def train(classifier, optimizer, batches, steps_per_epoch, epochs, lr, start_epoch=0) -> Iterator:
+    """Train with a cosine schedule from `lr` to 0, set per epoch, and yield (epoch, mean loss) after each epoch.
 
     Args:
-        batches: iterator over the batches of `train_one_epoch` of all epochs from `start_epoch` on.
+        batches: iterator over the batches of `train_one_epoch` for all epochs from `start_epoch` on.
     """
     for epoch in range(start_epoch, epochs):
         for group in optimizer.param_groups:
@@ -88,15 +87,25 @@ def train(classifier, optimizer, batches, steps_per_epoch, epochs, lr, start_epo
         yield epoch, train_one_epoch(classifier, optimizer, itertools.islice(batches, steps_per_epoch))
 
 
-def cached_batches(sampler, features, labels):
-    """Give the batches of `train_one_epoch` from all features [n, D] and labels [n], in the order of a BatchSampler."""
+def cached_batches(sampler, features, labels) -> Iterator:
+    """Yield the batches of `train_one_epoch` from features [n, D] and labels [n], in the order of a BatchSampler."""
     for _, _, indices in sampler:
         yield features[indices], labels[indices], len(indices)
 
 
+def augmented_batches(sampler, dataset, network, device, num_workers) -> Iterator:
+    """Yield the batches of `train_one_epoch` from AugmentedBatches, in the order of a BatchSampler."""
+    loading = {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
+    loader = DataLoader(dataset, sampler=sampler, batch_size=None, **loading)  # the sampler's keys are whole batches
+    step_size = sampler.batch_size * sampler.world_size
+    for step, (pixels, labels) in zip(sampler.steps, loader, strict=True):
+        size = min(step_size, sampler.num_samples - step % sampler.steps_per_epoch * step_size)
+        yield network(pixels.to(device, non_blocking=True)), labels.to(device, non_blocking=True), size
+
+
 @torch.no_grad()
-def accuracy(classifier, features, labels, chunk=4096):
-    """Return (top1, top5) in per cent; with fewer than five classes top-5 counts all."""
+def accuracy(classifier, features, labels, chunk=4096) -> tuple[float, float]:
+    """Return (top1, top5) in percent. With fewer than five classes, top-5 counts all of them."""
     correct = torch.zeros(2, dtype=torch.long, device=labels.device)
     for some_features, truth in zip(features.split(chunk), labels.split(chunk), strict=True):
         logits = classifier(some_features)
@@ -107,9 +116,9 @@ def accuracy(classifier, features, labels, chunk=4096):
 
 
 class AugmentedBatches(Dataset):
-    """Batches by their key (epoch, step, sample indices): pixels [b, 3, S, S], labels [b].
+    """Batches by key (epoch, step, sample indices): pixels [b, 3, S, S], labels [b].
 
-    The augmentation of an image is a function of (seed, epoch, sample), whatever process takes it.
+    The augmentation of an image is a function of (seed, epoch, sample), whichever process computes it.
     """
 
     def __init__(self, dataset, crop_size, flip_prob, seed):
@@ -123,109 +132,79 @@ class AugmentedBatches(Dataset):
         with torch.random.fork_rng(devices=[]):
             for index in indices:
                 image, label = self.dataset[index]
-                word = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0]
-                torch.manual_seed(int(word))
+                random = np.random.SeedSequence((self.seed, epoch, index))
+                torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))
                 images.append(self.transform(image))
                 labels.append(label)
         return torch.stack(images) if images else self.empty, torch.tensor(labels, dtype=torch.long)
 
 
-def parse_arguments(argv=None):
-    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
-    evaluation.add_model_arguments(parser)
-    # fmt: off
+def parse_arguments(argv=None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = evaluation.model_parser(__doc__)
     add = parser.add_argument_group("protocol").add_argument
-    add("--n_last_blocks", type=number(int, 1), help="blocks whose CLS token is used; default: 4, with vit_base 1")
-    add("--avgpool_patchtokens", type=bool_flag, help="the mean patch token too; default: with vit_base alone")
-    add("--epochs", type=number(int, 1), default=100, help="passes over the training images")
-    add("--lr", type=number(float, 0), default=0.001, help="learning rate at a total batch of 256; scaled with the "
-        "batch, on a cosine to 0")
-    add("--flip_prob", type=number(float, 0, 1), help="of a horizontal flip; default: the pretraining's, or 0.5")
-    add("--cache_features", action="store_true", help="train on the features of un-augmented images, computed once: "
-        "fast, but not the paper's protocol")
-    add("--num_labels", type=number(int, 1), help="outputs of the classifier; default: the data set's classes")
-    add("--val_freq", type=number(int, 1), default=1, help="epochs between two validations")
-    add("--evaluate", nargs="?", const=True, help="do not train; validate the weights of FILE, by default those of "
-        "the run in --output_dir", metavar="FILE")
-    # fmt: on
+    add("--n_last_blocks", type=number(int, 1), help="last blocks whose CLS tokens are used; default: 4, vit_base: 1")
+    add("--avgpool_patchtokens", type=bool_flag, help="also use the mean patch token; default: false, vit_base: true")
+    add("--epochs", type=number(int, 1), default=100, help="epochs of training")
+    lr = "initial learning rate, multiplied by total batch / 256; cosine schedule to 0"
+    add("--lr", type=number(float, 0), default=0.001, help=lr)
+    flip = "probability of a horizontal flip; default: that of the pretraining, or 0.5"
+    add("--flip_prob", type=number(float, 0, 1), help=flip)
+    cache = "train on features of images without augmentation, computed once: fast, but not the paper's protocol"
+    add("--cache_features", action="store_true", help=cache)
+    add("--num_labels", type=number(int, 1), help="outputs of the classifier; default: number of classes")
+    add("--val_freq", type=number(int, 1), default=1, help="validate every N epochs and after the last one")
+    evaluate = "validate the linear weights in FILE without training; default of FILE: weights in --output_dir"
+    add("--evaluate", nargs="?", const=True, metavar="FILE", help=evaluate)
     evaluation.add_data_arguments(parser)
     evaluation.add_computation_arguments(parser, batch_size=128)
     return parser.parse_args(argv)
 
 
-def protocol_of(args, backbone, made_with, num_classes):
-    """Return the settings whose default depends on the network, its pretraining or the data set.
+def protocol_of(args, backbone, made_with, num_classes) -> dict:
+    """Return the settings whose defaults depend on the network, its pretraining or the data set.
 
     Raises:
-        UserError: more blocks than the network has, or fewer outputs than classes, are asked for.
+        UserError: --n_last_blocks exceeds the network's blocks, or --num_labels is less than the number of classes.
     """
     base = backbone.embed_dim == 768
-    defaults = {
-        "n_last_blocks": 1 if base else 4,
-        "avgpool_patchtokens": base,
-        "flip_prob": made_with.get("flip_prob", 0.5),
-        "num_labels": num_classes,
-    }
-    given = vars(args)
-    protocol = {name: default if given[name] is None else given[name] for name, default in defaults.items()}
-    if protocol["n_last_blocks"] > len(backbone.blocks):
-        found = f"--n_last_blocks {protocol['n_last_blocks']} is more than the network's {len(backbone.blocks)}"
-        raise UserError(found)
-    if protocol["num_labels"] < num_classes:
-        found = f"--num_labels {protocol['num_labels']} is fewer than the {num_classes} classes of the data set"
-        raise UserError(found)
+    protocol = {"n_last_blocks": 1 if base else 4, "avgpool_patchtokens": base}
+    protocol |= {"flip_prob": made_with.get("flip_prob", 0.5), "num_labels": num_classes}
+    protocol |= {name: vars(args)[name] for name in protocol if vars(args)[name] is not None}
+    blocks, outputs = protocol["n_last_blocks"], protocol["num_labels"]
+    if blocks > len(backbone.blocks):
+        raise UserError(f"--n_last_blocks {blocks} is more than the network's {len(backbone.blocks)}")
+    if outputs < num_classes:
+        raise UserError(f"--num_labels {outputs} is fewer than the {num_classes} classes of the data set")
     return protocol
 
 
-class Validations:
-    """The validations of a run, and the weights of the best.
-
-    Attributes:
-        history: a dictionary of each.
-        best: {"top1", "top5", "epoch"} of the first with the highest top-1.
-        best_classifier: its weights.
-    """
-
-    def __init__(self):
-        self.history, self.best, self.best_classifier = [], {"top1": -1.0}, None
-
-    def add(self, classifier, val, epoch, loss):
-        """Validate on val = (features, labels) after so many epochs."""
-        top1, top5 = accuracy(classifier, *val)
-        self.history.append({"epoch": epoch, "loss": loss, "top1": top1, "top5": top5})
-        if top1 > self.best["top1"]:
-            self.best = {"top1": top1, "top5": top5, "epoch": epoch}
-            self.best_classifier = {name: value.clone() for name, value in classifier.state_dict().items()}
-
-
-def main(argv=None):
+def main(argv=None) -> None:
+    """Train and validate the classifier, or only validate it with --evaluate."""
     args = parse_arguments(argv)
-    backbone, made_with, crop_size = evaluation.open_model(
-        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, args.seed, args.crop_size
-    )
+    backbone, made_with, crop_size = evaluation.open_model(*evaluation.model_options(args), args.seed, args.crop_size)
     plain = eval_transform(crop_size)
     transforms = {"train": plain if args.cache_features else None, "val": plain}
     splits = evaluation.open_splits(args.dataset, args.data_path, transforms, args.classes, args.download)
-    protocol = protocol_of(args, backbone, made_with, len(splits["train"].classes))
+    num_images, num_classes = len(splits["train"]), len(splits["train"].classes)
+    protocol = protocol_of(args, backbone, made_with, num_classes)
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, f"linear_{args.dataset}")
     dim = backbone.embed_dim * (protocol["n_last_blocks"] + protocol["avgpool_patchtokens"])
     run = {"fingerprint": evaluation.weights_hash(backbone, splits), "args": {**vars(args), **protocol}}
     defaults = parse_arguments(["--pretrained_weights", "none"])
-    defaults = {**vars(defaults), **protocol_of(defaults, backbone, made_with, len(splits["train"].classes))}
+    defaults = {**vars(defaults), **protocol_of(defaults, backbone, made_with, num_classes)}
     state = load_state(args.evaluate, path, run, defaults, (protocol["num_labels"], dim))
 
     rank, world_size, device = utils.init_distributed(args.dist_url)
     batch_size = args.batch_size_per_gpu * world_size
     if state and not args.evaluate and state["batch_size"] != batch_size:
-        raise UserError(
-            f"{path.with_suffix('.pth')} was trained with {state['batch_size']} images a step, found {batch_size}: "
-            "start as many processes with as large batches as before"
-        )
+        trained = f"{path.with_suffix('.pth')} was trained with {state['batch_size']} images per step"
+        raise UserError(f"{trained}, found {batch_size}: give the earlier --batch_size_per_gpu on as many processes")
     backbone.to(device)
 
     @torch.no_grad()
     def network(images):
-        if len(images) == 0:  # a process may have no image of the last step
+        if len(images) == 0:  # a rank's share of the last step may be empty
             return images.new_empty(0, dim)
         return linear_features(backbone, images, protocol["n_last_blocks"], protocol["avgpool_patchtokens"])
 
@@ -234,138 +213,111 @@ def main(argv=None):
         features = extract_features(network, splits[split], device, args.batch_size_per_gpu, args.num_workers, title)
         return None if features is None else (features.to(device), torch.tensor(splits[split].labels, device=device))
 
-    # The backbone is frozen and validation images are not augmented: their features are computed once.
+    # The backbone is frozen: the features of images without augmentation are computed once.
     val = extract("val")
-    classifier = new_classifier(dim, protocol["num_labels"], args.seed).to(device)
-    if args.evaluate:
-        if rank == 0:
-            classifier.load_state_dict(state["best_classifier"])
-            top1, top5 = accuracy(classifier, *val)
-            print(f"linear: top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
+    if args.evaluate or args.cache_features:
+        train_data = None if args.evaluate else extract("train")
         if world_size > 1:
             dist.destroy_process_group()
-        return
-
-    num_images = len(splits["train"])
-    steps_per_epoch = -(-num_images // batch_size)
-    start_epoch = state["epoch"] if state else 0
-    steps = range(start_epoch * steps_per_epoch, args.epochs * steps_per_epoch)
-    if args.cache_features:
-        train_features = extract("train")
-        if world_size > 1:
-            dist.destroy_process_group()  # what remains is one process's work
         if rank > 0:
             return
-        sampler = BatchSampler(num_images, batch_size, steps, seed=args.seed, drop_last=False)
-        batches = cached_batches(sampler, *train_features)
+        world_size = 1  # rank 0 continues alone
+    classifier = new_classifier(dim, protocol["num_labels"], args.seed).to(device)
+    if args.evaluate:
+        classifier.load_state_dict(state["best_classifier"])
+        top1, top5 = accuracy(classifier, *val)
+        print(f"linear: top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
+        return
+
+    sampler = BatchSampler(num_images, batch_size // world_size, None, 1, rank, world_size, args.seed, drop_last=False)
+    start_epoch = state["epoch"] if state else 0
+    sampler.steps = range(start_epoch * sampler.steps_per_epoch, args.epochs * sampler.steps_per_epoch)
+    if args.cache_features:
+        batches = cached_batches(sampler, *train_data)
     else:
-        sampler = BatchSampler(
-            num_images, args.batch_size_per_gpu, steps, 1, rank, world_size, seed=args.seed, drop_last=False
-        )
-        loader = DataLoader(
-            AugmentedBatches(splits["train"], crop_size, protocol["flip_prob"], args.seed),
-            sampler=sampler,
-            batch_size=None,  # a key of the sampler is a whole batch
-            num_workers=args.num_workers,
-            pin_memory=device.type == "cuda",
-        )
-
-        def augmented_batches():
-            for step, (pixels, labels) in zip(steps, loader, strict=True):
-                features = network(pixels.to(device, non_blocking=True))
-                size = min(batch_size, num_images - step % steps_per_epoch * batch_size)
-                yield features, labels.to(device, non_blocking=True), size
-
-        batches = augmented_batches()
-
+        augmented = AugmentedBatches(splits["train"], crop_size, protocol["flip_prob"], args.seed)
+        batches = augmented_batches(sampler, augmented, network, device, args.num_workers)
     lr = args.lr * batch_size / 256
     optimizer = torch.optim.SGD(classifier.parameters(), lr=lr, momentum=0.9)
-    validations = Validations()
+    validations = {"history": [], "best_classifier": None}
     if state:
         classifier.load_state_dict(classifier_state(state["state_dict"]))
         optimizer.load_state_dict(state["optimizer"])
-        vars(validations).update(state["validations"])
+        validations = {name: state["validations"][name] for name in validations}
+    history = validations["history"]
     bar = tqdm(total=args.epochs, initial=start_epoch, unit="epoch", disable=rank > 0 or not sys.stderr.isatty())
-    for epoch, loss in train(classifier, optimizer, batches, steps_per_epoch, args.epochs, lr, start_epoch):
+    for epoch, loss in train(classifier, optimizer, batches, sampler.steps_per_epoch, args.epochs, lr, start_epoch):
         bar.update()
         if rank > 0:
             continue
         if epoch % args.val_freq == 0 or epoch + 1 == args.epochs:
-            validations.add(classifier, val, epoch + 1, loss)
-            top1, best = validations.history[-1]["top1"], validations.best["top1"]
+            top1, top5 = accuracy(classifier, *val)
+            history.append({"epoch": epoch + 1, "loss": loss, "top1": top1, "top5": top5})
+            best = max(history, key=lambda entry: entry["top1"])  # the first of equal ones
+            if best is history[-1]:
+                validations["best_classifier"] = {k: value.clone() for k, value in classifier.state_dict().items()}
             if bar.disable:
                 print(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  top-1 {top1:.2f} %", flush=True)
-            bar.set_postfix({"loss": f"{loss:.3f}", "top-1": f"{top1:.2f}", "best": f"{best:.2f}"})
+            bar.set_postfix({"loss": f"{loss:.3f}", "top-1": f"{top1:.2f}", "best": f"{best['top1']:.2f}"})
         if path is not None:
-            contents = {
-                **run,
-                "epoch": epoch + 1,
-                "state_dict": {f"module.linear.{name}": value for name, value in classifier.state_dict().items()},
-                "optimizer": optimizer.state_dict(),
-                "validations": vars(validations),
-                "batch_size": batch_size,
-            }
+            linear = {f"module.linear.{name}": value for name, value in classifier.state_dict().items()}
+            contents = {**run, "epoch": epoch + 1, "state_dict": linear, "optimizer": optimizer.state_dict()}
+            contents |= {"validations": validations, "batch_size": batch_size}
             checkpoints.save(contents, path.with_suffix(".pth"))
     bar.close()
     if rank == 0:
-        best = validations.best
+        best = max(history, key=lambda entry: entry["top1"])
+        top1, top5, epoch = best["top1"], best["top5"], best["epoch"]
         cached = ", features of un-augmented images" if args.cache_features else ""
-        print(
-            f"linear: top-1 {best['top1']:.2f} %, top-5 {best['top5']:.2f} % "
-            f"(best of {args.epochs} epochs: number {best['epoch']}{cached})",
-            flush=True,
-        )
-        result = {
-            **best,
-            "training_images": "not augmented, features cached" if args.cache_features else "augmented",
-            "images": {split: len(images) for split, images in splits.items()},
-            "protocol": protocol,
-            "crop_size": crop_size,
-            "batch_size": batch_size,
-            "history": validations.history,
-        }
+        of = f"(best of {args.epochs} epochs: number {epoch}{cached})"
+        print(f"linear: top-1 {top1:.2f} %, top-5 {top5:.2f} % {of}", flush=True)
+        result = {"top1": top1, "top5": top5, "epoch": epoch, "protocol": protocol, "crop_size": crop_size}
+        result["training_images"] = "not augmented, features cached" if args.cache_features else "augmented"
+        result["images"] = {split: len(images) for split, images in splits.items()}
+        result |= {"batch_size": batch_size, "history": history}
         evaluation.write_result(path, result, made_with, args)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def classifier_state(state):
-    """Take the names of DINO's linear weights off: module.linear.weight -> weight."""
+def classifier_state(state) -> dict:
+    """Strip the prefixes of DINO's linear weights: module.linear.weight -> weight."""
     return {name.removeprefix("module.").removeprefix("linear."): value for name, value in state.items()}
 
 
-def load_state(evaluate, path, run, defaults, shape):
-    """Read the state of an earlier run, or None where there is none.
+def load_state(evaluate, path, run, defaults, shape) -> dict | None:
+    """Read the state of an earlier run, or linear weights to evaluate. Without an earlier run return None.
 
     Args:
-        evaluate: None, True or the file of linear weights.
-        path: of the result.
-        run: {"fingerprint": of the backbone and the data, "args": all settings}.
-        defaults: dictionary of the settings' defaults.
-        shape: of the classifier's weights, (classes, dimension).
+        evaluate: None, True, or the file of linear weights.
+        path: path of the result.
+        run: {"fingerprint": hash of backbone and data, "args": all settings}.
+        defaults: {setting: default}.
+        shape: (classes, dimension) of the classifier's weight.
 
     Raises:
-        UserError: it is of another run, or its classifier does not fit.
+        UserError: there are no linear weights to evaluate, they do not fit, or the earlier run had other settings,
+            weights or images.
     """
     file = Path(evaluate) if isinstance(evaluate, str) else path and path.with_suffix(".pth")
     if evaluate and file is None:
         raise UserError("--evaluate needs --output_dir, or the file of linear weights")
     if file is None or not file.exists():
         if evaluate:
-            raise UserError(f"--evaluate found no linear weights at {file}: train them first, or name their file")
+            raise UserError(f"--evaluate found no linear weights at {file}: train them first, or give their file")
         return None
     state = checkpoints.load_file(file)
     if "state_dict" not in state:
         raise UserError(f"{file} was not written by eval_linear.py: expected its linear weights, or DINO's")
     ours = state.get("validations", {}).get("best_classifier")
-    state["best_classifier"] = ours or classifier_state(state["state_dict"])  # DINO's are those of the best epoch
+    state["best_classifier"] = ours or classifier_state(state["state_dict"])  # DINO saves those of the best epoch
     found = {name: tuple(value.shape) for name, value in state["best_classifier"].items()}
     if found != {"weight": shape, "bias": shape[:1]}:
         raise UserError(f"{file} holds {found}, expected a weight of {shape} and a bias: another network or data set")
     if evaluate:
         return state
     if state.get("fingerprint") != run["fingerprint"]:
-        raise UserError(f"{file} was trained on other weights or images: move it away, or give another --output_dir")
+        raise UserError(f"{file} was trained on other weights or images: move it, or give another --output_dir")
     checkpoints.refuse_other_run(state["args"], run["args"], defaults, MAY_CHANGE, file)
     return state
 

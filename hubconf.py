@@ -2,28 +2,30 @@
 
     torch.hub.load(FOLDER, "lgssl_vit_small16", source="local", weights="OUT/checkpoint.pth")
 
-FOLDER is this repository. Images are normalised with ImageNet's mean and standard deviation; `weights` is what
---pretrained_weights takes, and without them the network is random.
+FOLDER is this repository. Images are normalised with ImageNet's mean and standard deviation. `weights` takes the same
+files as --pretrained_weights; without it the weights are random.
 """
 
 import functools
 import os
 import sys
 
+from torch import nn
+
 dependencies = ["torch", "timm", "numpy", "safetensors", "tqdm"]
 
 
 def _imported():
-    """Return the names of all imported modules that are called as ours are, with those inside them."""
+    """Return the names of imported modules that are named as this repository's are, including submodules."""
     return [name for name in sys.modules if name.split(".")[0] in ("vision_transformer", "support", "utils")]
 
 
 @functools.cache
 def _vision_transformer():
-    """Import the networks from this folder, and leave no trace of it in the caller's modules.
+    """Import the networks from this folder and leave the caller's modules unchanged.
 
-    These may have the same names, as `utils`: those that are imported already are put aside meanwhile, and those that
-    will be are found. So a network cannot be pickled as a whole; its state_dict can.
+    The caller may have modules of the same names, such as `utils`: they are removed during the import and restored
+    afterwards, and later imports still find them. Consequently a network cannot be pickled whole, only its state_dict.
     """
     theirs = {name: sys.modules.pop(name) for name in _imported()}
     folder = os.path.dirname(os.path.abspath(__file__))
@@ -38,38 +40,38 @@ def _vision_transformer():
     return vision_transformer
 
 
-def lgssl(weights=None, checkpoint_key="teacher", arch=None, patch_size=None):
-    """Return the backbone of a file, which says what it is; see vision_transformer.load_backbone.
+def lgssl(weights=None, checkpoint_key="teacher", arch=None, patch_size=None) -> nn.Module:
+    """Return the backbone of a file, with the architecture that the file holds; see vision_transformer.load_backbone.
 
     Args:
-        weights: checkpoint of main_lgssl.py or DINO, or timm's .safetensors; None gives a random ViT-S/16.
-        checkpoint_key: network of the checkpoint, "teacher" or "student".
-        arch, patch_size: default: the weights'.
+        weights: checkpoint of main_lgssl.py or DINO, or timm's .safetensors; None: a random ViT-S/16.
+        checkpoint_key: network to load from the checkpoint, "teacher" or "student".
+        arch, patch_size: default: read from the weights.
     """
-    load_backbone = _vision_transformer().load_backbone
-    return load_backbone("none" if weights is None else weights, arch, patch_size, checkpoint_key)[0]
+    weights = "none" if weights is None else weights
+    return _vision_transformer().load_backbone(weights, arch, patch_size, checkpoint_key)[0]
 
 
-def lgssl_vit_tiny16(weights=None, checkpoint_key="teacher"):
+def lgssl_vit_tiny16(weights=None, checkpoint_key="teacher") -> nn.Module:
     """Return ViT-Ti/16; see `lgssl`."""
     return lgssl(weights, checkpoint_key, "vit_tiny", 16)
 
 
-def lgssl_vit_tiny32(weights=None, checkpoint_key="teacher"):
+def lgssl_vit_tiny32(weights=None, checkpoint_key="teacher") -> nn.Module:
     """Return ViT-Ti/32; see `lgssl`."""
     return lgssl(weights, checkpoint_key, "vit_tiny", 32)
 
 
-def lgssl_vit_small16(weights=None, checkpoint_key="teacher"):
+def lgssl_vit_small16(weights=None, checkpoint_key="teacher") -> nn.Module:
     """Return ViT-S/16; see `lgssl`."""
     return lgssl(weights, checkpoint_key, "vit_small", 16)
 
 
-def lgssl_vit_base16(weights=None, checkpoint_key="teacher"):
+def lgssl_vit_base16(weights=None, checkpoint_key="teacher") -> nn.Module:
     """Return ViT-B/16; see `lgssl`."""
     return lgssl(weights, checkpoint_key, "vit_base", 16)
 
 
-def lgssl_vit_base8(weights=None, checkpoint_key="teacher"):
+def lgssl_vit_base8(weights=None, checkpoint_key="teacher") -> nn.Module:
     """Return ViT-B/8; see `lgssl`."""
     return lgssl(weights, checkpoint_key, "vit_base", 8)

@@ -1,10 +1,10 @@
-"""Pretrain as a SLURM job that goes on by itself after its time limit and after preemption. Needs submitit.
+"""Pretrain as a SLURM job that requeues itself at its time limit and after preemption. Needs submitit.
 
     python run_with_submitit.py --nodes 2 --gpus_per_node 8 --partition gpu --output_dir runs/%j --data_path FOLDER ...
     python run_with_submitit.py --gpus_per_node 0 --tasks_per_node 2 ...       on CPU nodes
     python run_with_submitit.py --cluster local --tasks_per_node 2 ...         without SLURM, on this machine
 
-All options of main_lgssl.py are taken as well. `%j` in --output_dir is the number of the job.
+Also takes all options of main_lgssl.py. `%j` in --output_dir stands for the job's number.
 """
 
 import argparse
@@ -21,45 +21,43 @@ import utils
 from support.arguments import HelpFormatter, number
 from utils import UserError
 
+SBATCH_OPTIONS = ("partition", "account", "qos", "constraint", "comment")
 
-def parse_arguments(argv=None):
+
+def parse_arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
     """Return (the options of the job, the words for main_lgssl.py)."""
+    epilog = "All other options go to main_lgssl.py, see its --help."
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="All other options go to main_lgssl.py, see its --help.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+        description=__doc__.splitlines()[0], epilog=epilog, formatter_class=HelpFormatter, allow_abbrev=False
     )
     natural = number(int, 1)
-    # fmt: off
     add = parser.add_argument_group("machines").add_argument
-    add("--cluster", choices=("slurm", "local"), default="slurm", help="local runs without SLURM, on this machine")
+    add("--cluster", choices=("slurm", "local"), default="slurm", help="local: run on this machine, without SLURM")
     add("--nodes", type=natural, default=1, help="number of machines")
-    add("--gpus_per_node", "--ngpus", type=number(int, 0), help="GPUs of a machine; 0 runs on its CPUs; default: 8, "
-        "with --cluster local what there is")
-    add("--tasks_per_node", type=natural, help="processes of a machine; default: one per GPU, or one")
-    add("--cpus_per_task", type=natural, default=10, help="CPU cores of a process")
-    add("--mem_gb", type=natural, help="memory of a machine in GB; default: the partition's")
+    gpus = "GPUs per machine; 0: run on its CPUs; default: 8, or all GPUs of this machine with --cluster local"
+    add("--gpus_per_node", "--ngpus", type=number(int, 0), help=gpus)
+    add("--tasks_per_node", type=natural, help="processes per machine; default: one per GPU, or one")
+    add("--cpus_per_task", type=natural, default=10, help="CPU cores per process")
+    add("--mem_gb", type=natural, help="memory per machine in GB; default: that of the partition")
     add = parser.add_argument_group("time").add_argument
-    add("--timeout", "--time", type=natural, default=2800, help="minutes until the job is stopped, and requeued")
-    add("--signal_delay", type=natural, default=120, help="seconds before that in which it saves")
+    add("--timeout", "--time", type=natural, default=2800, help="minutes until the job is stopped and requeued")
+    add("--signal_delay", type=natural, default=120, help="seconds before the time limit at which the job saves")
     add = parser.add_argument_group("queue").add_argument
-    for name in ("partition", "account", "qos", "constraint", "comment"):
-        add(f"--{name}", help="as sbatch's; default: the cluster's")
+    for name in SBATCH_OPTIONS:
+        add(f"--{name}", help=f"--{name} of sbatch; default: that of the cluster")
+    add("--use_volta32", dest="constraint", action="store_const", const="volta32gb", help="--constraint volta32gb")
     add("--job_name", default="lgssl", help="name in the queue")
-    # fmt: on
     args, words = parser.parse_known_args(argv)
     if args.gpus_per_node is None:
         args.gpus_per_node = torch.cuda.device_count() if args.cluster == "local" else 8
-    if args.tasks_per_node is None:
-        args.tasks_per_node = max(args.gpus_per_node, 1)
+    args.tasks_per_node = args.tasks_per_node or max(args.gpus_per_node, 1)
     if args.gpus_per_node not in (0, args.tasks_per_node):
         parser.error(f"--tasks_per_node {args.tasks_per_node}: expected one for each of the {args.gpus_per_node} GPUs")
     return args, words
 
 
 class Training:
-    """What each process of the job does. submitit pickles it, and a requeued job takes the same one."""
+    """The work of each process of the job. submitit pickles it, and a requeued job loads the same pickle."""
 
     def __init__(self, words, gpus):
         self.words, self.gpus = words, gpus
@@ -69,28 +67,26 @@ class Training:
 
         job = submitit.JobEnvironment()
         local = job.cluster == "local"
-        places = {
-            "RANK": job.global_rank,
-            "WORLD_SIZE": job.num_tasks,
-            "LOCAL_RANK": job.local_rank,
-            "MASTER_ADDR": "127.0.0.1" if local else job.hostnames[0],
-            "MASTER_PORT": 10000 + int(job.raw_job_id) % 50000,
-        }
+        os.environ["RANK"] = str(job.global_rank)
+        os.environ["WORLD_SIZE"] = str(job.num_tasks)
+        os.environ["LOCAL_RANK"] = str(job.local_rank)
+        os.environ["MASTER_ADDR"] = "127.0.0.1" if local else job.hostnames[0]
+        os.environ["MASTER_PORT"] = str(10000 + int(job.raw_job_id) % 50000)
         if not self.gpus:
-            places["CUDA_VISIBLE_DEVICES"] = ""
-        os.environ.update({name: str(value) for name, value in places.items()})
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         words = [word.replace("%j", job.job_id) for word in self.words]
         with utils.one_line_errors():
-            stopped_by = main_lgssl.main(words)  # installs its handlers after submitit's
-        # SLURM announces the time limit, and preemption, by the signal that submitit has asked for. It sends SIGTERM
-        # where the job was cancelled, or where it requeues by itself.
+            stopped_by = main_lgssl.main(words)  # replaces submitit's signal handlers
+        # SLURM announces the time limit and preemption with the signal that submitit requested. It sends SIGTERM if the
+        # job was cancelled, or if SLURM requeues it.
         if stopped_by in (signal.SIGUSR1, signal.SIGUSR2) and job.global_rank == 0 and not local:
             subprocess.run(["scontrol", "requeue", job.job_id], check=True, timeout=60)
 
 
-def main(argv=None):
+def main(argv=None) -> int:
+    """Submit the job and return the exit code."""
     args, words = parse_arguments(argv)
-    output_dir = main_lgssl.parse_arguments(words).output_dir  # bad options are named before anything is submitted
+    output_dir = main_lgssl.parse_arguments(words).output_dir  # refuses bad options before anything is submitted
     try:
         import submitit
     except ImportError as error:
@@ -101,29 +97,18 @@ def main(argv=None):
     try:
         executor = submitit.AutoExecutor(folder / "submitit", cluster=args.cluster)
     except RuntimeError as error:
-        raise UserError(
-            "found no SLURM (srun) on this machine: log in to one that has it, or --cluster local"
-        ) from error
-    options = {name: getattr(args, name) for name in ("partition", "account", "qos", "constraint", "comment")}
-    options = {f"slurm_{name}": value for name, value in options.items() if value is not None}
-    if args.mem_gb is not None:
-        options["mem_gb"] = args.mem_gb
-    if args.gpus_per_node:
-        options["gpus_per_node"] = args.gpus_per_node
-    executor.update_parameters(
-        name=args.job_name,
-        nodes=args.nodes,
-        tasks_per_node=args.tasks_per_node,
-        cpus_per_task=args.cpus_per_task,
-        timeout_min=args.timeout,
-        slurm_signal_delay_s=args.signal_delay,
-        **options,
-    )
-    # The job imports this repository from wherever it is submitted.
+        expected = "run this on a machine that has it, or give --cluster local"
+        raise UserError(f"found no SLURM (srun) on this machine: {expected}") from error
+    parameters = {f"slurm_{name}": getattr(args, name) for name in SBATCH_OPTIONS}
+    parameters |= {"name": args.job_name, "timeout_min": args.timeout, "slurm_signal_delay_s": args.signal_delay}
+    parameters |= {"nodes": args.nodes, "tasks_per_node": args.tasks_per_node, "cpus_per_task": args.cpus_per_task}
+    parameters |= {"gpus_per_node": args.gpus_per_node or None, "mem_gb": args.mem_gb}
+    executor.update_parameters(**{name: value for name, value in parameters.items() if value is not None})
+    # The job imports this repository regardless of the folder from which it is submitted.
     paths = [str(Path(__file__).parent.absolute()), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     job = executor.submit(Training(words, args.gpus_per_node))
-    print(f"job {job.job_id}, output in {output_dir.replace('%j', job.job_id)}, its messages in {job.paths.stdout}")
+    print(f"job {job.job_id}, output in {output_dir.replace('%j', job.job_id)}, messages in {job.paths.stdout}")
     if args.cluster == "local":
         job.wait()
         if job.exception() is not None:

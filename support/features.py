@@ -1,6 +1,7 @@
-"""Features of images: of a whole data set, computed by any number of processes, and the tokens of a single one."""
+"""Features of images: of whole data sets, computed by any number of processes, and the tokens of a single image."""
 
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,53 +14,46 @@ from tqdm import tqdm
 
 from augment import MEAN, STD, normalize
 
-GATHERED_NUMBERS = 2**23  # of each process at a time
+GATHERED_NUMBERS = 2**23  # numbers per process that are gathered at a time
 
 
-def to_pixels():
-    """PIL image -> normalised float [3, H, W]."""
+def to_pixels() -> T.Compose:
+    """Return the transform PIL image -> normalised float [3, H, W]."""
     return T.Compose([T.PILToTensor(), T.ToDtype(torch.float32, scale=True), T.Normalize(MEAN, STD)])
 
 
-def eval_transform(crop_size):
-    """PIL image -> normalised float [3, crop_size, crop_size]: shorter side resized to 8/7 of it, centre cut out.
+def eval_transform(crop_size) -> T.Compose:
+    """Return DINO's evaluation transform: PIL image -> normalised float [3, crop_size, crop_size].
 
-    DINO's transform for evaluation, 256 and 224 at its usual size.
+    The shorter side is resized to 8/7 of `crop_size`, then the center is cropped: 256 and 224 by default in DINO.
     """
     resize = T.Resize(crop_size * 8 // 7, InterpolationMode.BICUBIC)
     return T.Compose([resize, T.CenterCrop(crop_size), to_pixels()])
 
 
-def normalized_cls(backbone):
-    """Return a network, images [B, 3, H, W] -> CLS features of length 1 [B, D], whose dot product is the cosine."""
+def normalized_cls(backbone) -> Callable:
+    """Return a network: images [B, 3, H, W] -> L2-normalised CLS tokens [B, D], whose dot product is the cosine."""
     return lambda images: F.normalize(backbone(images)[:, 0])
 
 
 @torch.no_grad()
 def extract_features(
-    network,
-    dataset,
-    device,
-    batch_size=64,
-    num_workers=2,
-    title="features",
-    dtype=torch.float32,
-    worker_init_fn=None,
-):
+    network, dataset, device, batch_size=64, num_workers=2, title="features", dtype=torch.float32, worker_init_fn=None
+) -> torch.Tensor | None:
     """Apply a network to all images of a data set.
 
-    Each process takes every world_size-th image, so that none is computed twice; the results are gathered once. Memory:
-    the features of a process's own images, and on rank 0 all of them at the end.
+    Rank r computes images r, r + world_size, ..., so that each image is computed once. The features are gathered once,
+    at the end. Each process holds the features of its own images; rank 0 holds all of them at the end.
 
     Args:
         network: images [B, 3, H, W] -> features [B, D].
-        dataset: gives (normalised image, label). Images of different sizes need a batch size of 1.
-        title: of the progress bar; None shows none.
-        dtype: of the result.
-        worker_init_fn: of the data-loading processes.
+        dataset: data set of (normalised image, label). Images of different sizes need a batch size of 1.
+        title: text of the progress bar; None: no progress bar.
+        dtype: dtype of the result.
+        worker_init_fn: called in each data-loading process, as in DataLoader.
 
     Returns:
-        features [n, D] on the CPU, in the order of the data set; on rank 0, elsewhere None.
+        features [n, D] on the CPU, in the order of the data set; None on other ranks than 0
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = range(rank, len(dataset), world_size)
@@ -79,8 +73,8 @@ def extract_features(
 
 
 def _gather_interleaved(features, total, rank, world_size, device, dtype):
-    """Collect what `extract_features` computed, rank r holding samples r, r + world_size, ..., on rank 0."""
-    # A process without an image does not know the feature dimension: all agree on the largest.
+    """Gather the features of `extract_features` on rank 0; rank r holds those of images r, r + world_size, ..."""
+    # A process without images does not know the feature dimension: all take the maximum.
     dim = torch.tensor(0 if features is None else features.shape[1], device=device)
     dist.all_reduce(dim, dist.ReduceOp.MAX)
     if features is None:
@@ -100,43 +94,50 @@ def _gather_interleaved(features, total, rank, world_size, device, dtype):
     return everything
 
 
-def network_input(image, device):
-    """Return an image as a network takes it: uint8 [H, W, 3] -> normalised float [1, 3, H, W] on a device."""
+def network_input(image, device) -> torch.Tensor:
+    """Convert an image to a network's input: uint8 [H, W, 3] -> normalised float [1, 3, H, W] on `device`."""
     return normalize(torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None])
 
 
 @torch.no_grad()
-def cls_attention(backbone, image):
-    """Return what CLS attends to in the last block: uint8 [H, W, 3] -> [heads, rows, columns], summing to at most 1."""
+def cls_attention(backbone, image) -> np.ndarray:
+    """Return the attention of CLS to the patches in the last block, which sums to at most 1 per head.
+
+    Args:
+        image: uint8 [H, W, 3].
+
+    Returns:
+        [heads, rows, columns]
+    """
     attention = backbone.get_last_selfattention(network_input(image, backbone.cls_token.device))
     columns = image.shape[1] // backbone.patch_embed.patch_size[1]
     return attention[0, :, 0, 1:].unflatten(1, (-1, columns)).cpu().numpy()  # from [heads, P]
 
 
 @torch.no_grad()
-def patch_features(backbone, image):
+def patch_features(backbone, image) -> torch.Tensor:
     """Return the patch tokens after the last norm: uint8 [H, W, 3] -> [rows, columns, D]."""
     tokens = backbone.forward(network_input(image, backbone.cls_token.device))
     columns = image.shape[1] // backbone.patch_embed.patch_size[1]
     return tokens[0, 1:].unflatten(0, (-1, columns)).cpu()
 
 
-def principal_colours(features):
-    """Turn patch features into colours: the first three principal components that all images have in common.
+def principal_colours(features) -> tuple[list[np.ndarray], np.ndarray]:
+    """Map patch features to colours: the first three principal components over the patches of all images.
 
     Args:
         features: list of [rows, columns, D].
 
     Returns:
-        (colours, explained): uint8 [rows, columns, 3] for each, the middle 98 % of a component's values spread over 0
-        to 255; and the components' share of the variance, [3].
+        (colours, explained): per image uint8 [rows, columns, 3], with the middle 98 % of each component's values scaled
+        to 0-255; and the share of the variance that each component explains, [3]
     """
     everything = torch.cat([f.flatten(0, 1) for f in features]).double()
     mean = everything.mean(0)
     covariance = (everything - mean).T @ (everything - mean) / len(everything)
     variance, axes = torch.linalg.eigh(covariance)
     axes, explained = axes[:, -3:].flip(1), variance[-3:].flip(0) / variance.sum().clamp(min=1e-12)
-    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # an axis has no sign of its own
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # fix the arbitrary sign of each axis
     projected = [(f.double() - mean) @ axes for f in features]
     low, high = np.quantile(torch.cat([p.flatten(0, 1) for p in projected]), (0.01, 0.99), axis=0)
     scaled = [((p.numpy() - low) / np.maximum(high - low, 1e-12)).clip(0, 1) for p in projected]

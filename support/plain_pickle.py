@@ -1,4 +1,4 @@
-"""Reading a pickle from the internet: plain containers, numbers, strings and NumPy arrays; nothing is executed."""
+"""Safe reading of downloaded pickles: plain containers, numbers, strings and NumPy arrays. Nothing is executed."""
 
 import pickle
 import re
@@ -9,7 +9,7 @@ from utils import UserError
 
 
 class _PickledDtype:
-    """Stands for a NumPy dtype of plain numbers, strings or objects."""
+    """Stand-in for a NumPy dtype of plain numbers, strings or objects."""
 
     def __init__(self, code, *_):
         if not re.fullmatch(r"[?biufcSUO]\d*", str(code)):
@@ -20,26 +20,26 @@ class _PickledDtype:
         self.byteorder = "<>"[state[1] == ">"]
 
     def read(self, raw, shape, order="C"):
+        """Return the array with the contents `raw`: bytes, or a list for objects."""
         if self.code.startswith("O"):
             values = np.empty(len(raw), object)
             values[:] = [_plain(value) for value in raw]
         else:
+            raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2 pickles bytes as str
             values = np.frombuffer(raw, np.dtype(self.code).newbyteorder(self.byteorder)).copy()
         return values.reshape(shape, order=order)
 
 
 class _PickledArray:
-    """Stands for a NumPy array, whose contents arrive as its state."""
+    """Stand-in for a NumPy array, whose contents arrive as its state."""
 
     def __setstate__(self, state):
         _, shape, dtype, is_fortran, raw = state
-        if isinstance(raw, str):  # written by Python 2
-            raw = raw.encode("latin1")
         self.value = dtype.read(raw, shape, "F" if is_fortran else "C")
 
 
 class _Maker:
-    """Stands for a function or class that a pickle names: it can be called, and nothing else."""
+    """Stand-in for a function or class named by a pickle: it can only be called."""
 
     def __init__(self, make):
         self.make = make
@@ -57,20 +57,16 @@ def _array_from_buffer(buffer, dtype, shape, order="C", *_):
     return array
 
 
-def _scalar(dtype, raw):
-    return dtype.read(raw.encode("latin1") if isinstance(raw, str) else raw, (1,))[0].item()
-
-
 def _latin1_bytes(text, encoding):
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it holds text in {encoding}")
     return text.encode("latin1")
 
 
-# What plain containers and NumPy's arrays need, by the names of Python 2 and 3 and of NumPy 1 and 2. Nothing of NumPy
-# itself is handed out: states that a file makes up can corrupt its memory.
+# Everything that plain containers and NumPy arrays need, under the module names of Python 2 and 3 and of NumPy 1 and 2.
+# No NumPy object is exposed: a forged state passed to it can corrupt memory.
 _MAKERS = {
-    ("_codecs", "encode"): _latin1_bytes,  # how Python 3 writes the bytes of an array in protocol 2
+    ("_codecs", "encode"): _latin1_bytes,  # Python 3 writes an array's bytes with it in protocol 2
     ("numpy", "ndarray"): lambda *_: _PickledArray(),
     ("numpy", "dtype"): _PickledDtype,
 }
@@ -78,12 +74,12 @@ for _module in ("builtins", "__builtin__"):
     _MAKERS |= {(_module, "set"): set, (_module, "frozenset"): frozenset, (_module, "bytes"): lambda: b""}
 for _module in ("numpy.core", "numpy._core"):
     _MAKERS[_module + ".multiarray", "_reconstruct"] = lambda *_: _PickledArray()
-    _MAKERS[_module + ".multiarray", "scalar"] = _scalar
+    _MAKERS[_module + ".multiarray", "scalar"] = lambda dtype, raw: dtype.read(raw, (1,))[0].item()
     _MAKERS[_module + ".numeric", "_frombuffer"] = _array_from_buffer
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles plain containers, numbers, strings and NumPy arrays, and executes nothing else."""
+    """Unpickler that resolves only the names in _MAKERS."""
 
     def find_class(self, module, name):
         if (module, name) not in _MAKERS:
@@ -92,29 +88,28 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _plain(value):
-    """Put arrays in the place of what stands for them, and refuse anything that is not plain."""
+    """Replace the stand-ins for arrays by arrays, and refuse anything that is not plain."""
     if isinstance(value, _PickledArray):
         return value.value
     if isinstance(value, dict):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return type(value)(_plain(item) for item in value)
-    if value is None or isinstance(value, str | bytes | bytearray | int | float | complex | np.ndarray):
+        return type(value)(map(_plain, value))
+    if value is None or isinstance(value, str | bytes | bytearray | int | float | complex):
         return value
     raise pickle.UnpicklingError(f"it holds a {type(value).__name__.strip('_')}")
 
 
-def read_plain_pickle(path):
-    """Read a pickle of plain containers, numbers, strings and NumPy arrays; anything else is not executed but refused.
+def read_plain_pickle(path) -> object:
+    """Read a pickle of plain containers, numbers, strings and NumPy arrays without executing anything.
 
     Raises:
-        UserError: it holds anything else, or is damaged.
+        UserError: the pickle holds anything else, or is damaged.
     """
     try:
         with open(path, "rb") as file:
             return _plain(_PlainUnpickler(file, encoding="latin1").load())
-    except Exception as error:  # a damaged pickle can make the unpickler raise nearly anything
+    except Exception as error:  # a damaged pickle can make the unpickler raise nearly any exception
         reason = str(error) if isinstance(error, pickle.UnpicklingError) else "it is damaged"
-        raise UserError(
-            f"cannot read {path}: {reason}; expected plain containers, numbers, strings and NumPy arrays alone"
-        ) from error
+        expected = "expected only plain containers, numbers, strings and NumPy arrays"
+        raise UserError(f"cannot read {path}: {reason}; {expected}") from error

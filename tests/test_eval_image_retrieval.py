@@ -172,7 +172,7 @@ def test_bad_input_is_named(tmp_path):
     (folder / "jpg/b.jpg").write_bytes(b"broken")
     assert f"cannot read image {folder}/jpg/b.jpg" in message()
     Image.new("RGB", (300, 10)).save(folder / "jpg/b.jpg")
-    thin = f"{folder}/jpg/b.jpg is 7.5 pixels thin at --imsize 224, a patch of the network 8"
+    thin = f"{folder}/jpg/b.jpg is 7.5 pixels thin at --imsize 224, a patch has 8 pixels: give a larger --imsize"
     assert message().startswith(thin)
     Image.new("RGB", (300, 20)).save(folder / "jpg/b.jpg")
     assert f"{folder}/jpg/q.jpg is 5.0 pixels thin" in message("--crop_queries", "true")

@@ -196,7 +196,7 @@ def test_bad_input_is_named(photo_folder, weights, tmp_path):
     assert "was made with --patch_size 8, found --patch_size 16" in message("--patch_size", 16)
     run(weights, photo_folder)
     assert "expected a weight of (2, 96)" in message("--n_last_blocks", 1)
-    assert "5 images a step, found 6" in message("--batch_size_per_gpu", 6)
+    assert "5 images per step, found 6" in message("--batch_size_per_gpu", 6)
     assert "was not written by eval_linear.py" in message("--evaluate", weights)
     contents = torch.load(weights, weights_only=True)
     contents["teacher"]["cls_token"] += 1

@@ -100,12 +100,12 @@ def test_onnx_has_the_same_tokens(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.glob("model*")) == [
         "model.onnx",
         "model.safetensors",
-    ]  # no data beside
+    ]  # no file of external data
 
 
 def test_without_onnxruntime_it_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert export.check_onnx("absent", None) == "not checked, for want of onnxruntime"
+    assert export.check_onnx("absent", None) == "not checked, onnxruntime is not installed"
 
 
 def test_bad_input_is_named_and_nothing_is_lost(tmp_path, monkeypatch):
@@ -118,7 +118,7 @@ def test_bad_input_is_named_and_nothing_is_lost(tmp_path, monkeypatch):
 
     (tmp_path / "old").mkdir()
     (tmp_path / "old/config.json").write_text("precious")
-    assert "old/config.json is there already, and is not overwritten" in message(tmp_path / "old")
+    assert "old/config.json already exists and is not overwritten" in message(tmp_path / "old")
     assert (tmp_path / "old/config.json").read_text() == "precious"
     assert f"cannot write to --output_dir {tmp_path}/c.pth/new: " in message(tmp_path / "c.pth/new")
     assert "does not fit vit_tiny" in message(tmp_path / "new", "--arch", "vit_tiny")

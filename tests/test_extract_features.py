@@ -22,7 +22,7 @@ from vision_transformer import vit_micro
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Return the file of a network's weights, which says nothing else, and the network."""
+    """Return a file that holds only a network's weights, and the network."""
     torch.manual_seed(3)
     network = vit_micro(8, img_size=32).eval()
     path = tmp_path_factory.mktemp("weights") / "backbone.pth"
@@ -70,7 +70,7 @@ def test_contents_are_those_of_a_direct_forward(photo_folder, weights, tmp_path,
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
 def test_half_precision_and_a_flat_folder(photographs, weights, tmp_path, suffix):
-    """One is a photograph to be turned by its EXIF tag, which the evaluations do not look at."""
+    """One photograph has an EXIF orientation, which the evaluations ignore."""
     (tmp_path / "flat").mkdir()
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -112,17 +112,17 @@ def test_bad_input_is_named_before_any_work(photo_folder, weights, tmp_path, mon
             extract_features.main([*map(str, words)])
         return str(error.value)
 
-    monkeypatch.setattr(extract_features, "extract_features", None)
+    monkeypatch.setattr(extract_features.evaluation, "features_of_all", None)
     assert "f.csv ends in '.csv', expected .npz or .safetensors" in message(tmp_path / "f.csv")
     assert "ends in 'no suffix', expected" in message(tmp_path / "f")
     (tmp_path / "f.npz").write_text("precious")
-    assert "is there already, and is not overwritten" in message(tmp_path / "f.npz")
+    assert "already exists and is not overwritten" in message(tmp_path / "f.npz")
     assert (tmp_path / "f.npz").read_text() == "precious"
     assert f"cannot write to the folder of --output {tmp_path}/f.npz: " in message(tmp_path / "f.npz" / "g.npz")
     assert "no folder" in message(tmp_path / "g.npz", data_path=tmp_path / "absent")
     assert "smaller than a patch of 8" in message(tmp_path / "g.npz", "--crop_size", 7)
     monkeypatch.setattr(extract_features, "MAX_METADATA", 300)
-    assert "the paths of 12 images are too much for the header of" in message(tmp_path / "g.safetensors")
+    assert "the paths of 12 images exceed the header of" in message(tmp_path / "g.safetensors")
     refuse = mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
     monkeypatch.setattr(utils.tempfile, "TemporaryFile", refuse)
     assert f"cannot write to the folder of --output {tmp_path}: Permission" in message(tmp_path / "g.npz")
@@ -131,7 +131,7 @@ def test_bad_input_is_named_before_any_work(photo_folder, weights, tmp_path, mon
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
 def test_a_full_disk_is_one_line(tmp_path, suffix):
-    """A limit to the size of files stands for the full disk."""
+    """A limit on the size of files simulates a full disk."""
     path, (soft, hard) = tmp_path / f"f.{suffix}", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
     try:
@@ -144,7 +144,7 @@ def test_a_full_disk_is_one_line(tmp_path, suffix):
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(photo_folder, tmp_path, run_script):
-    """9 images on 2 processes: an uneven share."""
+    """9 images on 2 processes: uneven shares."""
     for i in range(3):
         for name in ("china", "flower"):
             (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ def test_tokens_are_those_of_the_checkpoint(weights, key):
 
 
 def test_names_stand_for_the_papers_networks():
-    """Here the networks have no numbers, which would take time to draw."""
+    """The networks are on the meta device, since drawing their weights takes time."""
     for arch, patch_size in [("tiny", 16), ("tiny", 32), ("small", 16), ("base", 16), ("base", 8)]:
         with torch.device("meta"):
             network = load(f"lgssl_vit_{arch}{patch_size}")
@@ -43,12 +43,12 @@ def test_names_stand_for_the_papers_networks():
 
 
 def imported():
-    """Return the imported modules that are called as one of OWN, or lie in it: {name: module}."""
+    """Return {name: module} of the imported modules in OWN and their submodules."""
     return {name: module for name, module in sys.modules.items() if name.split(".")[0] in OWN}
 
 
 def test_modules_of_the_caller_stay_what_they_are(weights, monkeypatch):
-    """One project has imported modules of our names already, another one is going to."""
+    """One project has already imported modules with the same names, another imports them later."""
     for name in imported():
         monkeypatch.delitem(sys.modules, name)
     theirs = {name: types.ModuleType(name) for name in ("utils", "support", "support.others", "vision_transformer")}

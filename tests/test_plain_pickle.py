@@ -49,7 +49,7 @@ def test_pickles_of_numpy_1_and_python_2_are_read(tmp_path):
 def test_other_pickles_are_refused_by_name_and_not_executed(tmp_path, protocol):
     path = tmp_path / "p.pkl"
     path.write_bytes(pickle.dumps({"gnd": [Hostile(tmp_path / "executed")]}, protocol))
-    with pytest.raises(UserError, match=f"it holds {os.name}.system; expected plain containers, numbers, strings"):
+    with pytest.raises(UserError, match=f"it holds {os.name}.system; expected only plain containers, numbers, strings"):
         read_plain_pickle(path)
     assert not (tmp_path / "executed").exists()
     for name in ("os\nsystem", "builtins\neval", "numpy\nload", "numpy.core.multiarray\nfrombuffer"):
@@ -62,7 +62,7 @@ def test_other_pickles_are_refused_by_name_and_not_executed(tmp_path, protocol):
 
 
 def pickled_array(dtype, shape, raw, state=b"(I3\nS'<'\nNNNI-1\nI-1\nI0\ntb"):
-    """Return a pickle of an array whose parts are made up, as text of protocol 0."""
+    """Return a pickle of protocol 0 of an array with forged parts."""
     array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
     dtype = b"cnumpy\ndtype\n(S'" + dtype + b"'\nI0\nI1\ntR" + state
     return array + b"(I1\n" + shape + dtype + b"I00\n" + raw + b"tb."
@@ -81,9 +81,9 @@ def pickled_array(dtype, shape, raw, state=b"(I3\nS'<'\nNNNI-1\nI-1\nI0\ntb"):
     ],
 )
 def test_made_up_arrays_are_refused(tmp_path, contents):
-    """They would make NumPy's own reading take other memory for its contents."""
+    """NumPy's own unpickling would read memory outside their contents."""
     (tmp_path / "p.pkl").write_bytes(contents)
-    with pytest.raises(UserError, match="cannot read .*; expected plain containers"):
+    with pytest.raises(UserError, match="cannot read .*; expected only plain containers"):
         read_plain_pickle(tmp_path / "p.pkl")
 
 

@@ -1,5 +1,6 @@
 """run_with_submitit.py on a real SLURM of this one machine, where it can be started, and without one."""
 
+import importlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -112,3 +114,25 @@ def test_bad_options_are_named_before_anything_is_submitted(tmp_path, run_script
         assert process.returncode == 2
         assert message in process.stderr.splitlines()[-1]
     assert not (tmp_path / "o").exists()
+
+
+def test_parameters_of_the_job(tmp_path, monkeypatch):
+    """Including DINO's --use_volta32, --ngpus and --comment."""
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setenv("PYTHONPATH", "before")
+    executor = mock.MagicMock()
+    executor.return_value.submit.return_value.job_id = "7"
+    monkeypatch.setattr(submitit, "AutoExecutor", executor)
+    main = importlib.import_module("run_with_submitit").main
+    words = "--nodes 2 --ngpus 4 --use_volta32 --comment urgent --timeout 9 --output_dir".split()
+    assert main([*words, str(tmp_path / "%j"), "--data_path", "images"]) == 0
+    executor.assert_called_once_with(tmp_path / "submitit", cluster="slurm")
+    expected = {"name": "lgssl", "nodes": 2, "tasks_per_node": 4, "gpus_per_node": 4, "cpus_per_task": 10}
+    expected |= {"slurm_constraint": "volta32gb", "slurm_comment": "urgent", "slurm_signal_delay_s": 120}
+    executor.return_value.update_parameters.assert_called_once_with(**expected, timeout_min=9)
+    assert os.environ["PYTHONPATH"] == f"{ROOT}{os.pathsep}before"
+    executor.return_value.reset_mock()
+    main(["--use_volta32", "--constraint", "a100", "--mem_gb", "50", "--output_dir", str(tmp_path)])
+    parameters = executor.return_value.update_parameters.call_args.kwargs
+    assert (parameters["slurm_constraint"], parameters["mem_gb"]) == ("a100", 50)
+    assert "slurm_comment" not in parameters
