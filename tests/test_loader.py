@@ -74,7 +74,5 @@ def test_a_dead_data_loading_process_is_named():
         yield from ()
         raise ConnectionResetError("gone")
 
-    with pytest.raises(
-        UserError, match=r"a data-loading worker died, .* fewer --num_workers \(ConnectionResetError\)"
-    ):
+    with pytest.raises(UserError, match=r"a data-loading worker died, .* fewer --num_workers \(ConnectionResetError\)"):
         next(batches_on_device(loader(), torch.device("cpu")))
