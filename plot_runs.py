@@ -23,76 +23,49 @@ from support.report import read_log
 from utils import UserError
 
 NAMES = ("loss", "knn_top1", "entropy_share", "matched_patches")
-MAX_POINTS = 100  # per curve; more reports are averaged to reduce the noise
 NO_SETTING = {*MAY_CHANGE, "seed", "output_dir"} - {"data_path"}  # runs on different images are not averaged
 
 
 @dataclass
 class Run:
-    """The logs of a run.
+    """The log of a run.
 
     Attributes:
         folder: its --output_dir.
         arguments: arguments of main_lgssl.py and the number of `processes`. None if the folder has no args.json.
-        points: {name: array [n, 3]} for each of NAMES. The columns are epochs trained, value, and number of steps that
-            the value averages.
+        curves: {name: {epochs trained: value}} for each of NAMES.
     """
 
     folder: Path
     arguments: dict | None
-    points: dict
+    curves: dict
 
 
 def read_run(folder) -> Run:
-    """Read the logs of a run. Values come from `steps.jsonl`, and from `log.txt` if `steps.jsonl` does not have them.
-
-    Truncated lines are skipped.
+    """Read the log of a run. Truncated lines and values that are not finite are skipped.
 
     Raises:
-        UserError: the folder has no logs or no finished epoch, or args.json cannot be read.
+        UserError: the folder has no log or no finished epoch, or args.json cannot be read.
     """
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}: expected the --output_dir of a run of main_lgssl.py")
-    paths = [folder / "log.txt", folder / "steps.jsonl"]
-    if not any(path.exists() for path in paths):
-        raise UserError(f"{folder} holds neither log.txt nor steps.jsonl: expected the --output_dir of a run")
-    epochs, reports = (_entries(path, key) for path, key in zip(paths, ("epoch", "step"), strict=True))
+    log, arguments, starts = (folder / name for name in ("log.txt", "args.json", "environment.jsonl"))
+    if not log.exists():
+        raise UserError(f"no {log}: expected the --output_dir of a run of main_lgssl.py with a finished epoch")
+    epochs = {entry["epoch"] + 1: entry for entry in read_log(log) if "epoch" in entry}
     if not epochs:
         raise UserError(f"{folder} has no finished epoch yet: omit this folder")
-
-    # Every epoch reports its last step, which gives the length of an epoch.
-    last_step = {entry["epoch"]: entry["step"] for entry in reports}
-    lengths = [(last_step[e["epoch"]] + 1) / (e["epoch"] + 1) for e in epochs if e["epoch"] in last_step]
-    reports = reports if lengths else []
-    ends = np.array([0, *(entry["step"] + 1 for entry in reports)])
-    points = {}
+    curves = {name: {} for name in NAMES}
     for name in NAMES:
-        points[name] = _points(ends[1:] / max(lengths, default=1), [e.get(name) for e in reports], np.diff(ends))
-        if not len(points[name]):
-            values = [entry.get(f"train_{name}", entry.get(name)) for entry in epochs]
-            points[name] = _points([entry["epoch"] + 1 for entry in epochs], values, [1] * len(epochs))
-
-    arguments = folder / "args.json"
+        for epoch, entry in sorted(epochs.items()):
+            value = entry.get(f"train_{name}", entry.get(name))
+            if value is not None and math.isfinite(value):
+                curves[name][epoch] = value
     try:
         arguments = dict(json.loads(arguments.read_text())) if arguments.exists() else None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read {arguments}: remove it to name the run by its folder") from error
-    starts = folder / "environment.jsonl"
     if arguments is not None and starts.exists():
         arguments["processes"] = max((start.get("processes", 1) for start in read_log(starts)), default=1)
-    return Run(folder, arguments, points)
-
-
-def _entries(path, key):
-    """Return the entries of a log sorted by `key`. A resumed run may repeat a key; its last entry counts."""
-    entries = {entry[key]: entry for entry in read_log(path) if key in entry} if path.exists() else {}
-    return [entries[k] for k in sorted(entries)]
-
-
-def _points(ends, values, weights):
-    """Return [n, 3] as in Run, without values that are missing or not finite."""
-    points = np.array([ends, values, weights], dtype=float).T  # None becomes NaN
-    return points[np.isfinite(points[:, 1])]
+    return Run(folder, arguments, curves)
 
 
 def settings(runs) -> dict:
@@ -134,48 +107,28 @@ def _text(value):
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def intervals_per_epoch(runs) -> int:
-    """Return the number of intervals per epoch over which reports are averaged.
-
-    Each interval has reports of all runs, and a curve has at most MAX_POINTS points. At least 1.
-    """
-    points = [run.points[name] for run in runs for name in NAMES if name != "knn_top1" and len(run.points[name])]
-    longest = max((p[-1, 0] for p in points), default=1)
-    widest = max((np.diff(p[:, 0], prepend=0).max() for p in points), default=1)
-    return max(int(min(MAX_POINTS / longest, 1 / widest + 1e-6)), 1)
-
-
-def mean_curve(runs_points, per_epoch) -> np.ndarray:
-    """Average the values of one name over intervals of epochs, then over the runs of a setting.
-
-    Args:
-        runs_points: array [n, 3] per run, as in Run.
-        per_epoch: number of intervals per epoch, see `intervals_per_epoch`.
+def mean_curve(curves) -> np.ndarray:
+    """Average the curves of several runs, {epochs trained: value} each.
 
     Returns:
         array [4, n]: epochs trained, mean, standard deviation of a sample (NaN for a single run), number of runs
     """
-    values = {}  # {end of an interval in epochs: mean per run}
-    for points in runs_points:
-        intervals = np.ceil(points[:, 0] * per_epoch - 1e-6)
-        for interval in np.unique(intervals):
-            _, inside, weights = points[intervals == interval].T
-            values.setdefault(interval / per_epoch, []).append(np.average(inside, weights=weights))
-    rows = [(end, np.mean(v), np.std(v, ddof=1) if len(v) > 1 else math.nan, len(v)) for end, v in values.items()]
-    return np.array(sorted(rows)).reshape(-1, 4).T
+    values = {epoch: [c[epoch] for c in curves if epoch in c] for epoch in sorted({e for c in curves for e in c})}
+    rows = [(epoch, np.mean(v), np.std(v, ddof=1) if len(v) > 1 else math.nan, len(v)) for epoch, v in values.items()]
+    return np.array(rows).reshape(-1, 4).T
 
 
-def last_values(labelled, per_epoch) -> list:
+def last_values(labelled) -> list:
     """Return the lines of a table with the last loss and k-NN accuracy per setting, mean ± standard deviation."""
     rows = [("setting", "seeds", "epochs", "loss", "k-NN top-1 in %")]
     for label, runs in labelled.items():
         row, ends = [], []
         for name, digits in (("loss", 3), ("knn_top1", 1)):
-            curves = [mean_curve([run.points[name]], per_epoch) for run in runs if len(run.points[name])]
-            values = np.array([curve[1, -1] for curve in curves])
+            last = [list(run.curves[name].items())[-1] for run in runs if run.curves[name]]
+            values = np.array([value for _, value in last])
             deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
             row.append(f"{values.mean():.{digits}f}{deviation}" if len(values) else "-")
-            ends.append(span([curve[0, -1] for curve in curves]))
+            ends.append(span([epoch for epoch, _ in last]))
         rows.append((label, str(len(runs)), ends[0], *row))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -201,14 +154,13 @@ def main(argv=None) -> None:
     figures.check_output(args.output)
     folders = {Path(folder).resolve(): Path(folder) for folder in args.runs}
     runs = [read_run(folder) for folder in folders.values()]
-    labelled, per_epoch = settings(runs), intervals_per_epoch(runs)
-    curves = {}
+    labelled, curves = settings(runs), {}
     for label, members in labelled.items():
-        curve = {name: mean_curve([run.points[name] for run in members], per_epoch) for name in NAMES}
+        curve = {name: mean_curve([run.curves[name] for run in members]) for name in NAMES}
         seeds = span(np.concatenate([values[3] for values in curve.values()]))
         curves[f"{label} ({seeds} {'seed' if seeds == '1' else 'seeds'})"] = curve
     figures.save(figures.draw_curves(curves), args.output)
-    print("\n".join([*last_values(labelled, per_epoch), f"drawn in {args.output}"]))
+    print("\n".join([*last_values(labelled), f"drawn in {args.output}"]))
 
 
 if __name__ == "__main__":

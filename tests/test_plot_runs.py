@@ -8,30 +8,22 @@ import utils
 from support import figures
 from utils import UserError
 
-STEPS = 10  # per epoch, with reports after 4, 8 and 10: of two intervals the second has two reports
-REPORTS = (3, 7, 9)
-
 
 @pytest.fixture
 def write_run(tmp_path):
-    """Write logs of random numbers like main_lgssl.py does, and return (folder, losses [epochs, 3])."""
+    """Write a log of random numbers like main_lgssl.py does, and return (folder, losses [epochs])."""
 
     def write(name, epochs=3, knn_every=0, arguments=None, **changes):
         folder = tmp_path / name
         folder.mkdir()
-        rng = np.random.default_rng(len(list(tmp_path.iterdir())))
-        losses = rng.uniform(3, 5, (epochs, 3))
-        epoch_lines, step_lines = [], []
-        for epoch, row in enumerate(losses.tolist()):
-            for step, loss in zip(REPORTS, row, strict=True):
-                values = {"loss": loss, "entropy_share": loss / 10, "matched_patches": 2 * loss}
-                step_lines.append(json.dumps({"epoch": epoch, "step": epoch * STEPS + step, **values}))
-            entry = {"train_loss": np.average(row, weights=(4, 4, 2)), "epoch": epoch}
+        losses = np.random.default_rng(len(list(tmp_path.iterdir()))).uniform(3, 5, epochs)
+        lines = []
+        for epoch, loss in enumerate(losses.tolist()):
+            entry = {"train_loss": loss, "train_entropy_share": loss / 10, "train_matched_patches": 2 * loss}
             if knn_every and (epoch + 1) % knn_every == 0:
-                entry["knn_top1"] = 10.0 * row[0]
-            epoch_lines.append(json.dumps(entry))
-        (folder / "log.txt").write_text("\n".join(epoch_lines) + "\n")
-        (folder / "steps.jsonl").write_text("\n".join(step_lines) + "\n")
+                entry["knn_top1"] = 10.0 * loss
+            lines.append(json.dumps({**entry, "epoch": epoch}))
+        (folder / "log.txt").write_text("\n".join(lines) + "\n")
         if arguments is None:
             defaults = {"loss": "mean", "lambda_cls": 0.5, "matching": "paper", "geometry": "batch", "seed": 0}
             arguments = {**defaults, "num_workers": len(name), "output_dir": str(folder), **changes}
@@ -56,11 +48,6 @@ def drawn(tmp_path, monkeypatch):
     return run
 
 
-def halves(losses):
-    """Return the mean over the steps of each half of each epoch, [2 * epochs]."""
-    return np.stack([losses[:, 0], (4 * losses[:, 1] + 2 * losses[:, 2]) / 6], axis=1).ravel()
-
-
 def band(collection, x):
     """Return the lower and the upper edge of a band at given x."""
     vertices = collection.get_paths()[0].vertices
@@ -76,15 +63,15 @@ def test_curves_are_means_over_seeds_with_a_band_of_one_deviation(write_run, dra
     assert list(axes) == ["Loss", "Entropy of the teacher’s outputs", "Matched patches"]
     for title, factor in (("Loss", 1), ("Entropy of the teacher’s outputs", 0.1), ("Matched patches", 2)):
         for i, runs in enumerate((ours, dino)):
-            values = factor * np.stack([halves(losses) for _, losses in runs])
+            values = factor * np.stack([losses for _, losses in runs])
             line = axes[title].lines[i]
-            x, deviation = np.arange(1, 7) / 2, values.std(0, ddof=1)
+            x, deviation = np.arange(1, 4), values.std(0, ddof=1)
             np.testing.assert_allclose(line.get_xdata(), x)
             np.testing.assert_allclose(line.get_ydata(), values.mean(0))
             low, high = band(axes[title].collections[i], x)
             np.testing.assert_allclose(low, values.mean(0) - deviation)
             np.testing.assert_allclose(high, values.mean(0) + deviation)
-    last = np.array([halves(losses)[-1] for _, losses in ours])
+    last = np.array([losses[-1] for _, losses in ours])
     table = capsys.readouterr().out.splitlines()
     assert table[0].split("  ")[0] == "setting"
     assert table[1].split() == ["loss", "mean", "3", "3", f"{last.mean():.3f}", "±", f"{last.std(ddof=1):.3f}", "-"]
@@ -94,7 +81,7 @@ def test_curves_are_means_over_seeds_with_a_band_of_one_deviation(write_run, dra
 def test_knn_is_drawn_where_it_was_measured(write_run, drawn, capsys):
     runs = [write_run(f"r{seed}", epochs=5, knn_every=2, seed=seed) for seed in range(2)]
     axes, _ = drawn(*(folder for folder, _ in runs))
-    values = 10 * np.stack([losses[[1, 3], 0] for _, losses in runs])
+    values = 10 * np.stack([losses[[1, 3]] for _, losses in runs])
     line = axes["Online k-NN"].lines[0]
     np.testing.assert_allclose(line.get_xdata(), [2, 4])
     np.testing.assert_allclose(line.get_ydata(), values.mean(0))
@@ -105,53 +92,33 @@ def test_short_runs_count_up_to_their_last_epoch(write_run, drawn, capsys):
     runs = [write_run(f"r{seed}", epochs=seed + 1, seed=seed) for seed in range(3)]
     axes, legend = drawn(*(folder for folder, _ in runs))
     assert legend == ["loss mean (1 to 3 seeds)"]
-    values = np.full((3, 6), np.nan)
+    values = np.full((3, 3), np.nan)
     for row, (_, losses) in zip(values, runs, strict=True):
-        row[: 2 * len(losses)] = halves(losses)
+        row[: len(losses)] = losses
     line = axes["Loss"].lines[0]
     np.testing.assert_allclose(line.get_ydata(), np.nanmean(values, 0))
-    low, _ = band(axes["Loss"].collections[0], [0.5, 1, 1.5, 2])
-    np.testing.assert_allclose(low, np.nanmean(values[:, :4], 0) - np.nanstd(values[:, :4], 0, ddof=1))
+    low, _ = band(axes["Loss"].collections[0], [1, 2])
+    np.testing.assert_allclose(low, np.nanmean(values[:, :2], 0) - np.nanstd(values[:, :2], 0, ddof=1))
     assert axes["Loss"].collections[0].get_paths()[0].vertices[:, 0].max() == 2  # a single seed has no band
     assert " 1 to 3 " in capsys.readouterr().out
 
 
 def test_truncated_lines_are_skipped(write_run):
-    folder, losses = write_run("r")
-    path = folder / "steps.jsonl"
+    folder, losses = write_run("r", epochs=6)
+    path = folder / "log.txt"
     lines = path.read_text().splitlines()
-    damage = [
-        lines[0][:20],
-        lines[1],
-        lines[2][:-1],
-        '["no entry"]',
-        '{"epoch": 1, "step": 13, "loss": NaN}',
-        *lines[4:],
-    ]
-    path.write_text("\n".join(damage) + '\n{"epoch": 3, "st')
-    found = plot_runs.read_run(folder).points["loss"]
-    np.testing.assert_allclose(found[:, 0], [0.8, 1.8, 2, 2.4, 2.8, 3])
-    np.testing.assert_allclose(found[:, 1], np.delete(losses.ravel(), [0, 2, 3]))
-    # log.txt is truncated too. Its last complete line gives the length of an epoch.
-    log = folder / "log.txt"
-    log.write_text("\n".join(log.read_text().splitlines()[:2]) + '\n{"train_loss": 4.1, "epo')
-    np.testing.assert_allclose(plot_runs.read_run(folder).points["loss"], found)
+    damaged = [lines[0][:20], lines[1], '["no entry"]', '{"epoch": 2, "train_loss": NaN}', lines[3][:-1], *lines[4:]]
+    path.write_text("\n".join(damaged) + '\n{"train_loss": 4.1, "epo')
+    assert plot_runs.read_run(folder).curves["loss"] == {2: losses[1], 5: losses[4], 6: losses[5]}
 
 
-def test_a_long_run_is_averaged_to_its_log_of_epochs(write_run, drawn):
-    folder, _ = write_run("r", epochs=90)
-    axes, _ = drawn(folder)
-    log = [json.loads(line)["train_loss"] for line in (folder / "log.txt").read_text().splitlines()]
-    np.testing.assert_allclose(axes["Loss"].lines[0].get_ydata(), log)
-    assert axes["Loss"].lines[0].get_xdata().tolist() == list(range(1, 91))
-    assert len(axes["Loss"].collections) == 0  # a single seed has no band
-
-
-def test_logs_of_epochs_are_enough(write_run, drawn):
-    folder, _ = write_run("theirs", arguments={})
-    (folder / "steps.jsonl").unlink()
+def test_a_log_without_arguments_is_named_by_its_folder(write_run, drawn):
+    folder, losses = write_run("theirs", arguments={})
+    log = [json.dumps({"train_loss": loss, "epoch": epoch}) for epoch, loss in enumerate(losses)]  # as DINO writes it
+    (folder / "log.txt").write_text("\n".join(log) + "\n")
     axes, legend = drawn(folder)
     assert (list(axes), legend) == (["Loss"], ["theirs (1 seed)"])
+    assert len(axes["Loss"].collections) == 0  # a single seed has no band
 
 
 def test_labels_name_the_arguments_that_differ(write_run):
@@ -184,11 +151,11 @@ def test_bad_input_is_refused_in_one_line(write_run, tmp_path, capsys):
     good = str(write_run("good")[0])
     empty, fresh, broken = tmp_path / "empty", write_run("fresh")[0], write_run("broken")[0]
     empty.mkdir()
-    (fresh / "log.txt").unlink()
+    (fresh / "log.txt").write_text("")
     (broken / "args.json").write_text("{")
     for words, message in [
-        ([tmp_path / "absent"], "no folder .*absent: expected"),
-        ([empty], "empty holds neither log.txt nor steps.jsonl"),
+        ([tmp_path / "absent"], "no .*absent/log.txt: expected"),
+        ([empty], "no .*empty/log.txt: expected the --output_dir of a run"),
         ([fresh], "fresh has no finished epoch yet"),
         ([broken], "cannot read .*args.json"),
         ([good, "--output", tmp_path / "runs.xyz"], "cannot write .*'.xyz', expected .png or .pdf"),
