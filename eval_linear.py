@@ -146,16 +146,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--n_last_blocks", type=number(int, 1), help="last blocks whose CLS tokens are used; default: 4, vit_base: 1")
     add("--avgpool_patchtokens", type=bool_flag, help="also use the mean patch token; default: false, vit_base: true")
     add("--epochs", type=number(int, 1), default=100, help="epochs of training")
-    lr = "initial learning rate, multiplied by total batch / 256; cosine schedule to 0"
-    add("--lr", type=number(float, 0), default=0.001, help=lr)
-    flip = "probability of a horizontal flip; default: that of the pretraining, or 0.5"
-    add("--flip_prob", type=number(float, 0, 1), help=flip)
-    cache = "train on features of images without augmentation, computed once: fast, but not the paper's protocol"
-    add("--cache_features", action="store_true", help=cache)
+    add("--lr", type=number(float, 0), default=0.001, help="initial learning rate at a total batch of 256, on a cosine")
+    add("--flip_prob", type=number(float, 0, 1), help="flip probability; default: that of the pretraining, or 0.5")
+    add("--cache_features", action="store_true", help="do not augment: fast, but not the paper's protocol")
     add("--num_labels", type=number(int, 1), help="outputs of the classifier; default: number of classes")
     add("--val_freq", type=number(int, 1), default=1, help="validate every N epochs and after the last one")
-    evaluate = "validate the linear weights in FILE without training; default of FILE: weights in --output_dir"
-    add("--evaluate", nargs="?", const=True, metavar="FILE", help=evaluate)
+    add("--evaluate", nargs="?", const=True, metavar="FILE", help="only validate FILE, or the run in --output_dir")
     evaluation.add_data_arguments(parser)
     evaluation.add_computation_arguments(parser, batch_size=128)
     return parser.parse_args(argv)

@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import os
-import re
 import shlex
 import statistics
 import subprocess
@@ -121,13 +120,9 @@ class Step:
     def __post_init__(self):
         self.words = [str(word) for word in self.words]
 
-    def rooted_words(self) -> list:
-        """Return the words with paths of recipes that are valid in any working directory."""
-        return [re.sub("^@recipes", f"@{ROOT / 'recipes'}", word) for word in self.words]
-
     def settings(self) -> argparse.Namespace:
         """Return the arguments that the script parses from the words."""
-        script, *words = self.rooted_words()
+        script, *words = self.words
         return SCRIPTS[script].parse_arguments(words)
 
     def done(self) -> bool:
@@ -149,7 +144,7 @@ class Step:
         """Run the command unless it is done, and return its exit code. `options` are those of subprocess.run."""
         if self.done():
             return 0
-        script, *words = self.rooted_words()
+        script, *words = self.words
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
         launcher = [sys.executable, *torchrun] if self.processes > 1 else [sys.executable]
         return subprocess.run([*launcher, str(ROOT / script), *words], **options).returncode
@@ -375,23 +370,9 @@ def report(runs) -> str:
         header = ["method", *(COLUMNS[column][0] for column in table["columns"])]
         lines += [f"### Table {name.removeprefix('table')}. {table['title']}", "", *markdown(header, rows, notes), ""]
     lines += ["### Where the paper contradicts itself", ""]
-    lines += [f"- {text}" for text in recurring_differences() + paper()["contradictions"]]
+    lines += [f"- {text}" for text in paper()["contradictions"]]
     study = study_report(runs)
     return "\n".join(lines + (["", *study] if study else [])) + "\n"
-
-
-def recurring_differences() -> list:
-    """Return a sentence for each run with different numbers in the same columns of two tables."""
-    seen, sentences = {}, []
-    for name, table in paper()["tables"].items():
-        for row in table["rows"].values():
-            first, numbers = seen.setdefault((row["recipe"], *table["columns"]), (name, row["paper"]))
-            if numbers != row["paper"]:
-                titles = ", ".join(COLUMNS[column][0] for column in table["columns"])
-                there, here = (" / ".join(f"{value:.2f}" for value in values) for values in (numbers, row["paper"]))
-                run = f"{row['method']} pretrained on {row['recipe'].split('_')[0]}"
-                sentences.append(f"{run} ({titles}) is {there} in {first} and {here} in {name}.")
-    return sentences
 
 
 def study_seeds(row, runs) -> list:
@@ -463,8 +444,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         add("--classes", help="file of 100 class folders; default: recipes/imagenet100_cmc.txt")
         add("--runs", default="runs", help="folder of all runs and results")
         add = sub.add_argument_group("computation").add_argument
-        text = "number of processes; each takes an equal share of the batch"
-        add("--nproc_per_node", type=number(int, 1), default=1, help=text)
+        add("--nproc_per_node", type=number(int, 1), default=1, help="number of processes, which share the batch")
         add("--jobs", type=number(int, 1), help="number of simultaneous runs (digits); default: CPU cores, at most 8")
     sub = command("lists", "write the lists of images for copy detection (section 4.3.1)")
     add = sub.add_argument_group("images").add_argument

@@ -285,23 +285,20 @@ def parse_arguments(argv=None) -> Namespace:
         add = sub.add_argument_group("output").add_argument
         add("--output", nargs="+", default=[f"{name}.png"], metavar="FILE", help="files to write, PNG or PDF")
         add = sub.add_argument_group("method").add_argument
-        text = f"seed of {seeded}the network with --pretrained_weights none"
-        add("--seed", type=number(int, 0, 2**32 - 1), default=0, help=text)
+        add("--seed", type=number(int, 0, 2**32 - 1), default=0, help=f"seed of {seeded}a random network")
         return sub, add
 
     def images(sub, query=False):
         add = sub.add_argument_group("images").add_argument
         if query:
             add("query", metavar="QUERY", help="query image")
-        text = "files, folders, or names of photographs that scikit-learn and scikit-image ship"
-        add("images", nargs="*", default=[] if query else ["china", "flower"], metavar="IMAGE", help=text)
-        text = "shorter side of the resized images in pixels; default: twice the pretraining's global crops, or 448"
-        add("--image_size", type=natural, help=text)
+        default, text = [] if query else ["china", "flower"], "files, folders, or names of photographs in scikit-image"
+        add("images", nargs="*", default=default, metavar="IMAGE", help=text)
+        add("--image_size", type=natural, help="shorter side in pixels; default: twice the pretraining's, or 448")
         add("--max_images", type=natural, default=8, help="number of images to draw, the first ones")
 
     sub, add = command(show_attention, "attention", "the attention of the CLS token, head by head")
-    text = "share of a head's attention that the bright patches hold"
-    add("--threshold", type=number(float, 0, 1), default=0.6, help=text)
+    add("--threshold", type=number(float, 0, 1), default=0.6, help="share of the attention in the bright patches")
     images(sub)
 
     sub, _ = command(show_features, "features", "the principal components of the patch features as colours")
@@ -311,22 +308,22 @@ def parse_arguments(argv=None) -> Namespace:
     sub, add = command(show_matches, "matches", text, "boxes and flips, and of ", weights_required=False)
     sub.description += " Without --pretrained_weights no network is built and the views are plain crops and flips."
     sub.description += " With --pretrained_weights the views have the training's colour distortion."
-    text = "file, or name of a photograph that scikit-learn or scikit-image ships"
+    text = "file, or name of a photograph in scikit-image"
     sub.add_argument_group("images").add_argument("image", nargs="?", default="china", metavar="IMAGE", help=text)
     add("--matching", choices=RULES, default="paper", help="how geometry matches patches, see patch_matching.py")
     for name, whose in (("global", "teacher"), ("local", "student")):
         size, (low, high) = CROPS[f"{name}_crops_size"], CROPS[f"{name}_crops_scale"]
-        text = f"side of the {whose}'s crop in pixels; default: the pretraining's, or {size}"
-        add(f"--{name}_crops_size", type=natural, help=text)
-        text = f"range of the {whose}'s crop area as a share of the image; default: the pretraining's, or {low} {high}"
-        add(f"--{name}_crops_scale", type=number(float, 1e-6, 1), nargs=2, metavar=("LOW", "HIGH"), help=text)
+        text = "of the {}'s crop; default: the pretraining's, or {}"
+        add(f"--{name}_crops_size", type=natural, help="side in pixels " + text.format(whose, size))
+        scale = {"type": number(float, 1e-6, 1), "nargs": 2, "metavar": ("LOW", "HIGH")}
+        add(f"--{name}_crops_scale", help="share of the image's area " + text.format(whose, f"{low} {high}"), **scale)
     add("--pairs", type=natural, default=1, help="number of pairs of views whose matches are counted; draws the first")
 
     sub, add_nearest = command(show_neighbours, "neighbours", "the nearest images, or the nearest patches")
     images(sub, query=True)
     add_nearest("--k", type=natural, default=5, help="number of neighbours")
-    text = "point of the query in its pixels: draw the patches nearest to the patch at this point"
-    add_nearest("--patch", type=number(int, 0), nargs=2, metavar=("X", "Y"), help=text)
+    point = {"type": number(int, 0), "nargs": 2, "metavar": ("X", "Y")}
+    add_nearest("--patch", help="point of the query in pixels: draw the patches nearest to the one there", **point)
 
     text = "a map of labelled images, by t-SNE of their CLS features"
     sub, add_map = command(show_map, "map", text, "t-SNE, of the sampling of images, and of ")

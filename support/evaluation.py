@@ -25,8 +25,7 @@ def model_parser(doc) -> ArgumentParser:
 def add_model_arguments(parser, required=True) -> None:
     """Add the options of `open_model`. `required` makes --pretrained_weights mandatory."""
     add = parser.add_argument_group("model").add_argument
-    weights = "checkpoint of main_lgssl.py or DINO, or .safetensors file of timm; none: random weights"
-    add("--pretrained_weights", required=required, help=weights)
+    add("--pretrained_weights", required=required, help="checkpoint, or timm's .safetensors; none: random weights")
     add("--checkpoint_key", default="teacher", help="network to load from the checkpoint, teacher or student")
     add("--arch", type=architecture, help=f"{', '.join(ARCHITECTURES)}; default: read from the weights, or vit_small")
     add("--patch_size", type=number(int, 1), help="side of a patch in pixels; default: read from the weights, or 16")
@@ -48,8 +47,7 @@ def add_data_arguments(parser, layout="folder with train/CLASS and val/CLASS, or
     add("--data_path", help=layout)
     add("--classes", help="file with the class folders to use, one per line; default: all")
     add("--download", action="store_true", help="download CIFAR-10 if it is missing")
-    size = "side of the network's input in pixels; default: the size of the pretraining's global crops, or 224"
-    add("--crop_size", type=number(int, 1), help=size)
+    add("--crop_size", type=number(int, 1), help="side of the images in pixels; default: the pretraining's, or 224")
     return add
 
 
