@@ -22,18 +22,17 @@ class Matches(NamedTuple):
     A network outputs its views one after the other, each with all B images. Token t of image b in view v is row
     `B * (tokens per image in earlier views) + b * (tokens per image in view v) + t` of the flattened output.
 
-    Only tokens with a match are listed. They are sorted by image. Within an image, student tokens are sorted by
-    descending number of matches, so that the tokens with more than m matches are a prefix.
+    Only tokens with a match are listed. They are sorted by image, then by view, then by position.
     """
 
     teacher_row: torch.Tensor  # [Nt] rows of the teacher's output
     teacher_position: torch.Tensor  # [Nt] index of each token in its view; 0 is CLS
     student_row: torch.Tensor  # [Ns] rows of the student's output
-    # M is the largest number of matches of a student token. If a token has no m-th match, both entries are 0.
+    # M is the largest number of matches of a student token. If a token has no m-th match, both entries are 0: padding.
     teacher_idx: torch.Tensor  # [M, Ns] m-th match of each student token, as an index into teacher_row
     num_matched: torch.Tensor  # [M, Ns] number of tokens matched in the same pair of views, including CLS
     teacher_count: torch.Tensor  # [B] number of teacher tokens per image
-    student_count: torch.Tensor  # [M, B] number of student tokens per image with more than m matches
+    student_count: torch.Tensor  # [B] number of student tokens per image
 
     def to(self, device: torch.device) -> "Matches":
         """Move the index tensors to a device. The two counts stay on the CPU, where they determine tensor shapes."""
@@ -116,25 +115,17 @@ def match_views(
     # A slot numbers the tokens image by image. Keep the slots of tokens with a match.
     teacher_slot = pairs.image * teacher_total + first[pairs.teacher_view] + pairs.teacher_token  # [n], one per pair
     student_slot = pairs.image * student_total + first[pairs.student_view] + pairs.student_token
-    is_matched = np.zeros(num_images * teacher_total, bool)
-    is_matched[teacher_slot] = True
-    teacher_slots, teacher_idx = np.flatnonzero(is_matched), (np.cumsum(is_matched) - 1)[teacher_slot]
-    num_matches = np.bincount(student_slot, minlength=num_images * student_total)
-    student_slots = np.flatnonzero(num_matches)
-    student_slots = student_slots[np.lexsort((-num_matches[student_slots], student_slots // student_total))]
-    num_matches, student_image = num_matches[student_slots], student_slots // student_total  # [Ns]
+    teacher_slots, teacher_idx = _compact(teacher_slot, num_images * teacher_total)
+    student_slots, student_idx = _compact(student_slot, num_images * student_total)
 
-    # Sort the pairs by student token, in the order of `student_slots`, and arrange them as m-th matches.
-    place = np.empty(num_images * student_total, np.int64)
-    place[student_slots] = np.arange(len(student_slots))
-    by_student = np.argsort(place[student_slot], kind="stable")
-    student_idx = place[student_slot][by_student]
-    m = np.arange(len(by_student)) - (np.cumsum(num_matches) - num_matches)[student_idx]
+    # Arrange the pairs as m-th matches of their student tokens.
+    num_matches = np.bincount(student_idx)  # [Ns]
+    order = np.argsort(student_idx, kind="stable")
+    m = np.arange(len(order)) - (np.cumsum(num_matches) - num_matches)[student_idx[order]]
     table = np.zeros((2, num_matches.max(), len(student_slots)), np.int64)  # teacher_idx, num_matched
-    table[:, m, student_idx] = teacher_idx[by_student], pairs.num_matched[by_student]
+    table[:, m, student_idx[order]] = teacher_idx[order], pairs.num_matched[order]
     teacher_count = np.bincount(teacher_slots // teacher_total, minlength=num_images)
-    more = (student_image[num_matches > m] for m in range(table.shape[1]))
-    student_count = np.stack([np.bincount(images, minlength=num_images) for images in more])  # [M, G]
+    student_count = np.bincount(student_slots // student_total, minlength=num_images)
 
     if num_images < batch_size:  # shared geometry: repeat the matches for every image
         image = np.arange(batch_size)[:, None]
@@ -142,7 +133,7 @@ def match_views(
         table[0] += np.repeat(image[:, 0] * len(teacher_slots), len(student_slots)) * (table[1] > 0)
         teacher_slots = (teacher_slots + teacher_total * image).ravel()
         student_slots = (student_slots + student_total * image).ravel()
-        teacher_count, student_count = np.repeat(teacher_count, batch_size), np.repeat(student_count, batch_size, 1)
+        teacher_count, student_count = (np.repeat(count, batch_size) for count in (teacher_count, student_count))
 
     def rows_and_positions(slots, total):
         image, slot = np.divmod(slots, total)
@@ -154,6 +145,13 @@ def match_views(
     student_row, _ = rows_and_positions(student_slots, student_total)
     columns = (teacher_row, teacher_position, student_row, *table, teacher_count, student_count)
     return Matches(*map(torch.from_numpy, columns))
+
+
+def _compact(slots, total):
+    """Return the values below `total` that occur in `slots`, ascending, and the index of each slot among them."""
+    occurs = np.zeros(total, bool)
+    occurs[slots] = True
+    return np.flatnonzero(occurs), (np.cumsum(occurs) - 1)[slots]
 
 
 class _Pairs(NamedTuple):

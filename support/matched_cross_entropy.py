@@ -11,9 +11,9 @@ Two facts make it cheap:
 
 import itertools
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 
@@ -69,23 +69,19 @@ def matched_cross_entropy(
 class _ImageGroup(NamedTuple):
     """One image or several consecutive small ones: the ranges of their tokens in the batch."""
 
-    images: range
     teacher: slice
     student: slice
 
 
 def _image_groups(matches, max_rows):
     """Split a batch into groups of consecutive images with at most `max_rows` tokens per network, or of one image."""
-    teacher_end, student_end = (
-        np.cumsum(count.numpy()).tolist() for count in (matches.teacher_count, matches.student_count[0])
-    )
-    groups, first = [], 0
-    t0 = s0 = 0
-    for image, (t1, s1) in enumerate(zip(teacher_end, student_end, strict=True)):
-        is_last = image + 1 == len(teacher_end)
-        if is_last or max(teacher_end[image + 1] - t0, student_end[image + 1] - s0) > max_rows:
-            groups.append(_ImageGroup(range(first, image + 1), slice(t0, t1), slice(s0, s1)))
-            first, t0, s0 = image + 1, t1, s1
+    teacher_end, student_end = (count.cumsum(0).tolist() for count in (matches.teacher_count, matches.student_count))
+    groups, t0, s0 = [], 0, 0
+    # The group ends with an image if the next one, or the end of the batch, does not fit any more.
+    for t1, s1, t2, s2 in zip(teacher_end, student_end, teacher_end[1:] + [inf], student_end[1:] + [inf], strict=True):
+        if max(t2 - t0, s2 - s0) > max_rows:
+            groups.append(_ImageGroup(slice(t0, t1), slice(s0, s1)))
+            t0, s0 = t1, s1
     return groups
 
 
@@ -103,17 +99,6 @@ class _Work:
     num_strips: int  # strips per chunk
     student_temp: float
     teacher_temp: float
-
-    def __post_init__(self):
-        counts = self.matches.student_count.numpy()  # [M, B]
-        self._first_token = np.cumsum(counts[0]) - counts[0]
-        self._end_token = self._first_token + counts
-
-    def with_more_matches(self, m, start, stop, images):
-        """Return the ranges of student tokens in [start, stop) of a group that have more than m matches."""
-        first, end = self._first_token[images.start : images.stop], self._end_token[m, images.start : images.stop]
-        ranges = zip(np.maximum(first, start).tolist(), np.minimum(end, stop).tolist(), strict=True)
-        return [(a, b) for a, b in ranges if a < b]
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -220,14 +205,11 @@ def _cross_entropy_(logits, targets, work, group, first, strips):
     for start, stop in _pieces(first, first + len(logits), strips.shape[1]):
         strip = logits[start - first : stop - first]
         mixture, probabilities = strips[:, : stop - start]
-        target_idx = work.matches.teacher_idx[:, start:stop] - group.teacher.start  # [M, rows]
-        target_weight = work.target_weight[:, start:stop]
+        target_idx = (work.matches.teacher_idx[:, start:stop] - group.teacher.start).clamp_(min=0)  # [M, rows]
+        target_weight = work.target_weight[:, start:stop]  # 0 for padding
         torch.index_select(targets, 0, target_idx[0], out=mixture).mul_(target_weight[0])
-        for m in range(1, len(target_idx)):
-            for a, b in work.with_more_matches(m, start, stop, group.images):
-                a, b = a - start, b - start
-                more = torch.index_select(targets, 0, target_idx[m, a:b], out=probabilities[: b - a])
-                mixture[a:b].addcmul_(more, target_weight[m, a:b])
+        for idx, weight in zip(target_idx[1:], target_weight[1:], strict=True):
+            mixture.addcmul_(torch.index_select(targets, 0, idx, out=probabilities), weight)
         torch.softmax(strip, -1, out=probabilities)
         # The largest probability is exp(largest logit - logsumexp).
         logsumexp = strip.amax(-1) - probabilities.amax(-1).log()

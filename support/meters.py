@@ -188,7 +188,7 @@ def measure(student_out, teacher_out, matches, criterion, teacher_temp) -> dict[
             cls_cosine: mean cosine between the teacher's CLS features of different images.
     """
     # Tokens are sorted by image: those of the first images come first.
-    sample = slice(int(matches.student_count[0, :SAMPLE].sum()))
+    sample = slice(int(matches.student_count[:SAMPLE].sum()))
     is_cls = matches.is_cls()[:, sample]
     pairs = torch.stack([matches.teacher_idx[:, sample][is_cls], is_cls.nonzero()[:, 1]])
     (teacher_rows, teacher_of), (student_rows, student_of) = (row.unique(return_inverse=True) for row in pairs)

@@ -20,7 +20,7 @@ def lay_out(pairs, position):
     matches_of = {}  # (image, row of the student's output): numbers of the pairs
     for number, (image, _, student, _) in enumerate(pairs):
         matches_of.setdefault((image, student), []).append(number)
-    students = sorted(matches_of, key=lambda key: (key[0], -len(matches_of[key]), key[1]))
+    students = sorted(matches_of)
     teacher_idx = torch.zeros(max(map(len, matches_of.values())), len(students), dtype=torch.int64)
     num_matched = torch.zeros_like(teacher_idx)
     places = [None] * len(pairs)
@@ -36,11 +36,6 @@ def lay_out(pairs, position):
         teacher_idx,
         num_matched,
         torch.tensor([sum(b == image for b, _ in teachers) for image in images]),
-        torch.tensor(
-            [
-                [sum(b == image and len(matches_of[b, s]) > m for b, s in students) for image in images]
-                for m in range(len(teacher_idx))
-            ]
-        ),
+        torch.tensor([sum(b == image for b, _ in students) for image in images]),
     )
     return matches, places

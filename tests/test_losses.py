@@ -326,7 +326,7 @@ def test_micro_batches_add_up_to_the_batch(loss):
                 teacher_idx=matches.teacher_idx[:, s] - t.start,
                 num_matched=matches.num_matched[:, s],
                 teacher_count=matches.teacher_count[images],
-                student_count=matches.student_count[:, images],
+                student_count=matches.student_count[images],
             )
             z = teacher_out.bottleneck[t]
             mean = z.unflatten(0, (-1, tokens)).mean(0)[: len(criterion.center)]

@@ -188,21 +188,18 @@ def test_the_table_of_a_batch_has_the_matches_of_every_pair_of_views(rule, image
 
 @pytest.mark.parametrize("rule", [*RULES, None])
 @pytest.mark.parametrize("images", [1, 4])
-def test_the_table_is_sorted_by_image_and_then_by_number_of_matches(rule, images):
+def test_the_table_is_sorted_by_image_and_has_each_token_once(rule, images):
     batch = 4
     matches = match_views(*random_views(images), GRIDS, batch, rule=rule)
     views = ((0, 197), (197, 197), (394, 37), (431, 37), (468, 37))  # tokens of an image in the views before, and in it
     rows_of_image = [{b * n + batch * first + t for first, n in views for t in range(n)} for b in range(batch)]
     teacher_counts, student_counts = matches.teacher_count.tolist(), matches.student_count.tolist()
-    for rows, counts in ((matches.teacher_row, teacher_counts), (matches.student_row, student_counts[0])):
+    for rows, counts in ((matches.teacher_row, teacher_counts), (matches.student_row, student_counts)):
         assert len(set(rows.tolist())) == len(rows) == sum(counts)  # each token once
         for own, chunk in zip(rows_of_image, rows.split(counts), strict=True):
             assert set(chunk.tolist()) <= own
     num_matches = (matches.num_matched > 0).sum(0)
     assert num_matches.min() > 0
-    for b, own in enumerate(num_matches.split(student_counts[0])):
-        assert own.tolist() == sorted(own.tolist(), reverse=True)
-        assert [int((own > m).sum()) for m in range(len(matches.num_matched))] == [row[b] for row in student_counts]
     used = matches.teacher_idx[matches.num_matched > 0]
     assert set(used.tolist()) == set(range(len(matches.teacher_row)))
 
