@@ -45,7 +45,7 @@ def add_data_arguments(parser, layout="folder with train/CLASS and val/CLASS, or
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="folder", help="kind of data set, see support/images.py")
     add("--data_path", help=layout)
-    add("--classes", help="file with the class folders to use, one per line; default: all")
+    add("--classes", help="file with the class folders to use, one per line; imagenet100 has its own list")
     add("--download", action="store_true", help="download CIFAR-10 if it is missing")
     add("--crop_size", type=number(int, 1), help="side of the images in pixels; default: the pretraining's, or 224")
     return add
