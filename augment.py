@@ -15,6 +15,7 @@ Differences from DINO's pipeline, which works on PIL images:
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -227,12 +228,10 @@ class MultiCrop:
             flips.append(rng.random() < self.flip_prob)
         if self.geometry == "batch":
             crops = crop_and_resize(images, boxes[0], size)
-            flips_of_images = flips * len(images)
         else:
             crops = [crop_and_resize(image[None], box, size)[0] for image, box in zip(images, boxes, strict=True)]
-            flips_of_images = flips
         pixels = np.empty((len(photometry), size, size, 3), np.uint8)
-        for i, (rng, crop, flip) in enumerate(zip(photometry, crops, flips_of_images, strict=True)):
+        for i, (rng, crop, flip) in enumerate(zip(photometry, crops, itertools.cycle(flips), strict=False)):
             crop = cv2.flip(crop, 1) if flip else np.ascontiguousarray(crop)
             pixels[i] = distort(rng, crop, blur_prob, solarize_prob)
         return View(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(boxes), torch.tensor(flips))

@@ -67,9 +67,7 @@ def copydays(root) -> tuple[dict, dict]:
     return blocks, positives
 
 
-def copydays_lists(
-    root, count_whitening=20000, count_distractors=10000, seed=0, classes=IMAGENET100_CLASSES
-) -> tuple[list, list]:
+def copydays_lists(root, num_whitening=20000, num_distractors=10000, seed=0, classes=IMAGENET100_CLASSES) -> tuple:
     """Draw the two disjoint sets of images of the paper's section 4.3.1 from ImageNet without ImageNet-100's classes.
 
     Args:
@@ -87,12 +85,12 @@ def copydays_lists(
     excluded = {path.name for path in listed_folders(folder.root, classes)}
     labelled = zip(folder.paths, folder.labels, strict=True)
     paths = [path for path, label in labelled if label >= 0 and folder.classes[label] not in excluded]
-    count = count_whitening + count_distractors
+    count = num_whitening + num_distractors
     if len(paths) < count:
         raise UserError(f"{root} has {len(paths)} images outside the classes of {classes}, expected at least {count}")
     drawn = np.random.default_rng(seed).choice(len(paths), count, replace=False)
     chosen = [os.path.abspath(paths[i]) for i in drawn]
-    return chosen[:count_whitening], chosen[count_whitening:]
+    return chosen[:num_whitening], chosen[num_whitening:]
 
 
 def copy_features(backbone, images) -> torch.Tensor:
@@ -192,5 +190,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors():
-        main()
+    utils.run(main)

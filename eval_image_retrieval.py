@@ -101,16 +101,6 @@ def retrieval_features(backbone, images, multiscale) -> torch.Tensor:
     return F.normalize(total)
 
 
-def precision_at(ranks, cutoff) -> float:
-    """Return the precision of the first `cutoff` results, or up to the last relevant one if that ranks higher.
-
-    Args:
-        ranks: array of the relevant images' ascending ranks, from 0.
-    """
-    depth = min(int(ranks[-1]) + 1, cutoff)
-    return float((ranks < depth).sum() / depth)
-
-
 def score(similarity, relevance, protocol) -> dict:
     """Score a ranking by a protocol of revisited Oxford and Paris (Radenović et al., CVPR 2018).
 
@@ -134,7 +124,8 @@ def score(similarity, relevance, protocol) -> dict:
         kept = column[~np.isin(column, ignored)]
         ranks = np.flatnonzero(np.isin(kept, relevant))
         aps.append(evaluation.average_precision(ranks.tolist(), len(relevant)))
-        precisions.append([precision_at(ranks, cutoff) for cutoff in CUTOFFS])
+        # The cutoff is lowered to the last relevant image if that ranks higher.
+        precisions.append([(ranks < depth).sum() / depth for depth in np.minimum(CUTOFFS, ranks[-1] + 1)])
     known = [ap for ap in aps if ap is not None]
     if not known:
         return {"map": None, "mp": None, "aps": aps}
@@ -187,12 +178,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line and fill in the defaults of the data set."""
     parser = evaluation.model_parser(__doc__)
     add = parser.add_argument_group("protocol").add_argument
-    side = "longer side of the images in pixels, the aspect is kept; default: 224 for roxford5k, 512 for rparis6k"
-    add("--imsize", type=number(int, 1), help=side)
-    scales = "average the features at three scales; default: false for roxford5k, true for rparis6k"
-    add("--multiscale", type=bool_flag, help=scales)
-    crop = "crop queries to their boxes as the benchmark's authors do; DINO uses the whole images"
-    add("--crop_queries", type=bool_flag, default=False, help=crop)
+    add("--imsize", type=number(int, 1), help="longer side in pixels; default: 224 for roxford5k, 512 for rparis6k")
+    add("--multiscale", type=bool_flag, help="average features at three scales; default: true only for rparis6k")
+    add("--crop_queries", type=bool_flag, default=False, help="crop queries to their boxes, unlike DINO")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=SETTINGS, default="roxford5k", help="revisited Oxford or Paris")
     add("--data_path", required=True, help="folder with DATASET/gnd_DATASET.pkl and DATASET/jpg")
@@ -240,5 +228,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors():
-        main()
+    utils.run(main)

@@ -65,5 +65,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors():
-        main()
+    utils.run(main)

@@ -111,8 +111,7 @@ def accuracy(classifier, features, labels, chunk=4096) -> tuple[float, float]:
         logits = classifier(some_features)
         hits = logits.topk(min(5, logits.shape[1])).indices == truth[:, None]
         correct += torch.stack([hits[:, 0].sum(), hits.sum()])
-    top1, top5 = (100 * correct.double() / len(labels)).tolist()
-    return top1, top5
+    return tuple((100 * correct.double() / len(labels)).tolist())
 
 
 class AugmentedBatches(Dataset):
@@ -319,5 +318,4 @@ def load_state(evaluate, path, run, defaults, shape) -> dict | None:
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors():
-        main()
+    utils.run(main)

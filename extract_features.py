@@ -41,13 +41,6 @@ FEATURES = {
 MAX_METADATA = 10**8 - 10**4  # bytes; safetensors refuses headers of more than 10**8 bytes
 
 
-def image_names(dataset, data_path, split) -> list[str]:
-    """Return a name per image: the path relative to `data_path`, or SPLIT/INDEX for data sets without image files."""
-    if hasattr(dataset, "paths"):
-        return [os.path.relpath(path, data_path) for path in dataset.paths]
-    return [f"{split}/{i}" for i in range(len(dataset))]
-
-
 def write_features(path, features, labels, paths, classes, made_with) -> None:
     """Write a file of features atomically, in the format that the module's docstring describes.
 
@@ -77,8 +70,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = evaluation.model_parser(__doc__)
     layout = "folder of images, whose direct subfolders are classes; or with train and val; or the folder of CIFAR-10"
     add = evaluation.add_data_arguments(parser, layout)
-    split = "part to extract if the data set has two, otherwise ignored"
-    add("--split", choices=("train", "val"), default="train", help=split)
+    add("--split", choices=("train", "val"), default="train", help="part to extract if the data set has two")
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, required=True, help="file to write, FILE.npz or FILE.safetensors")
     add("--features", choices=FEATURES, default="cls", help="CLS token, mean of the patch tokens, or all patch tokens")
@@ -106,7 +98,9 @@ def main(argv=None) -> None:
     found = {"arch": WIDTHS.get(backbone.embed_dim), "patch_size": backbone.patch_embed.patch_size[0]}
     found |= {"crop_size": crop_size, "pretraining": pretraining}
     made_with = json.dumps({**vars(args), **found}, default=str)
-    paths = image_names(dataset, args.data_path, args.split)
+    paths = [f"{args.split}/{i}" for i in range(len(dataset))]
+    if hasattr(dataset, "paths"):
+        paths = [os.path.relpath(file, args.data_path) for file in dataset.paths]
     if path.suffix == ".safetensors" and len(json.dumps(json.dumps(paths))) + len(made_with) > MAX_METADATA:
         raise UserError(f"the paths of {len(paths)} images exceed the header of {path}: give an --output in .npz")
     utils.make_folder(path.parent, "the folder of --output")
@@ -130,5 +124,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors():
-        main()
+    utils.run(main)

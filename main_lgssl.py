@@ -50,8 +50,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--loss", choices=LOSSES, default="mean", help="loss of section 3.4; cls is DINO")
     add("--lambda_cls", type=fraction, default=0.5, help="λ, weight of CLS with --loss lambda")
     add("--matching", choices=RULES, default="paper", help="rule that matches patches, see patch_matching.py")
-    add("--geometry", choices=("batch", "image"), help="draw crops and flips per batch (section 4.1.2) or per image, "
-        "as DINO does. Default: batch; with --loss cls: image")
+    add("--geometry", choices=("batch", "image"), help="draw crops per batch or image; default: batch, for cls: image")
     add("--center", choices=("position", "shared"), default="position", help="per token position, or one shared by all")
 
     add = parser.add_argument_group("model").add_argument
@@ -87,8 +86,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--compile", action="store_true", help="compile the backbones with torch.compile")
 
     add = parser.add_argument_group("views").add_argument
-    add("--image_size", type=count, help="resize images to this side before cropping (0: do not resize, needs "
-        "--geometry image). Default: 256; with --loss cls --geometry image: 0")
+    add("--image_size", type=count, help="resize images to this side first (0: do not); default: 256, for cls: 0")
     add("--global_crops_size", type=natural, default=224, help="side of the two global views in pixels")
     add("--local_crops_size", type=natural, default=96, help="side of the local views in pixels")
     area = {"type": fraction, "nargs": 2, "metavar": ("LOW", "HIGH"), "help": "area as a fraction of the image"}
@@ -136,7 +134,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def main(argv=None) -> signal.Signals | None:
-    """Train, and return None; or save and return early after a signal, and return the signal."""
+    """Train and return None. After a signal, save, stop early and return the signal."""
     atexit.register(utils.kill_workers)  # workers ignore SIGTERM, so Python's exit-time join would hang
     with StopRequest() as stop:
         return pretrain(parse_arguments(argv), stop)
@@ -245,6 +243,8 @@ def pretrain(args, stop) -> signal.Signals | None:
 
         if is_report_step:  # with AdamW, the CPU waits for the device only here and when saving
             meters.stop_at_bad_step(student)
+            if args.on_bad_image == "skip":
+                meters.share_bad_images()
             values = meters.end_interval({**health, "grad_norm": norms.norm()})
             seconds = (time.perf_counter() - interval_start) / interval_steps
             if rank == 0:

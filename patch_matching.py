@@ -5,7 +5,6 @@ so that a patch that is exactly half covered is treated alike on every machine. 
 code does.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -176,7 +175,8 @@ def _matched_pairs(boxes, flips, grids, teacher_views, rule):
     if boxes[..., 2:].min() < 1 or grids.min() < 1:
         raise ValueError("expected boxes of at least 1x1 pixels and grids of at least 1x1 patches")
     num_views, num_images = flips.shape
-    view_pairs = _view_pairs(teacher_views, num_views)  # [2, V']: teacher views, student views
+    # [2, V']: indices of the teacher view and of the student view, which differ
+    view_pairs = np.array(np.nonzero(np.arange(teacher_views)[:, None] != np.arange(num_views)))
     num_pairs = view_pairs.shape[1]
 
     if rule is None:
@@ -206,11 +206,6 @@ def _matched_pairs(boxes, flips, grids, teacher_views, rule):
     image, view_pair = np.divmod(pair, num_pairs)
     teacher_view, student_view = view_pairs[:, view_pair]
     return _Pairs(image, teacher_view, tokens[0], student_view, tokens[1], length[pair])
-
-
-@functools.lru_cache
-def _view_pairs(teacher_views, num_views):
-    return np.array([(i, j) for i in range(teacher_views) for j in range(num_views) if i != j]).T
 
 
 # A rule matches many pairs of views along both axes at once, for G images, V' pairs of views, two sides (teacher,

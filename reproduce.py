@@ -475,7 +475,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse_arguments(argv)
     if args.command == "lists":
-        counts = {"count_whitening": args.whitening, "count_distractors": args.distractors}
+        counts = {"num_whitening": args.whitening, "num_distractors": args.distractors}
         lists = eval_copy_detection.copydays_lists(args.imagenet, **counts, seed=args.seed, classes=args.classes)
         write_lists(lists, Path(args.output_dir))
         return
@@ -574,5 +574,4 @@ def run_study(rows, seeds, runs, jobs, extra, only_show) -> None:
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors():
-        main()
+    utils.run(main)

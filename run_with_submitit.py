@@ -18,7 +18,7 @@ import torch
 
 import main_lgssl
 import utils
-from support.arguments import HelpFormatter, number
+from support.arguments import ArgumentParser, number
 from utils import UserError
 
 SBATCH_OPTIONS = ("partition", "account", "qos", "constraint", "comment")
@@ -27,15 +27,12 @@ SBATCH_OPTIONS = ("partition", "account", "qos", "constraint", "comment")
 def parse_arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
     """Return (the options of the job, the words for main_lgssl.py)."""
     epilog = "All other options go to main_lgssl.py, see its --help."
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=epilog, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog=epilog)
     natural = number(int, 1)
     add = parser.add_argument_group("machines").add_argument
     add("--cluster", choices=("slurm", "local"), default="slurm", help="local: run on this machine, without SLURM")
     add("--nodes", type=natural, default=1, help="number of machines")
-    gpus = "GPUs per machine; 0: run on its CPUs; default: 8, or all GPUs of this machine with --cluster local"
-    add("--gpus_per_node", "--ngpus", type=number(int, 0), help=gpus)
+    add("--gpus_per_node", "--ngpus", type=number(int, 0), help="0 runs on CPUs; default: 8, with --cluster local all")
     add("--tasks_per_node", type=natural, help="processes per machine; default: one per GPU, or one")
     add("--cpus_per_task", type=natural, default=10, help="CPU cores per process")
     add("--mem_gb", type=natural, help="memory per machine in GB; default: that of the partition")
@@ -118,5 +115,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors():
-        sys.exit(main())
+    utils.run(main)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -48,6 +49,12 @@ def one_line_errors() -> Iterator[None]:
             # A regular exit would wait for ranks that are inside a collective.
             os._exit(2)
         sys.exit(2)
+
+
+def run(main) -> NoReturn:
+    """Run the main function of a script, see `one_line_errors`, and exit with the code that it returns."""
+    with one_line_errors():
+        sys.exit(main())
 
 
 def kill_workers() -> None:
@@ -114,7 +121,6 @@ def init_distributed(dist_url="env://", timeout=None) -> tuple[int, int, torch.d
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
         rendezvous = {"init_method": dist_url}
         try:
             if dist_url == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -123,7 +129,8 @@ def init_distributed(dist_url="env://", timeout=None) -> tuple[int, int, torch.d
                 address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
                 store = dist.TCPStore(*address, is_master=False, **({"timeout": timeout} if timeout else {}))
                 rendezvous = {"store": dist.PrefixStore(f"try{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)}
-            dist.init_process_group(backend, **rendezvous, timeout=timeout, rank=rank, world_size=world_size)
+            group = {"backend": "nccl" if device.type == "cuda" else "gloo", "rank": rank, "world_size": world_size}
+            dist.init_process_group(**group, **rendezvous, timeout=timeout)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"rank {rank} could not join {world_size} processes: {first_line(error)}") from error
     return rank, world_size, device

@@ -311,8 +311,7 @@ def load_backbone(
     if bad:
         raise UserError(f"{path} holds weights that are not finite: {bad[0]}")
     backbone.load_state_dict(state)
-    reached = {name: contents[name] for name in ("epoch", "batch_size") if name in contents}
-    return backbone.eval(), {**args, **reached}
+    return backbone.eval(), args | {name: contents[name] for name in ("epoch", "batch_size") if name in contents}
 
 
 def _backbone_weights(contents, checkpoint_key, path):

@@ -330,8 +330,7 @@ def parse_arguments(argv=None) -> Namespace:
     add = evaluation.add_data_arguments(sub)
     add("--split", choices=("train", "val"), default="val", help="part of the data set to draw")
     add_map("--max_images", type=natural, default=2000, help="number of images to draw, sampled at random")
-    text = "perplexity of t-SNE, roughly the number of neighbours that count"
-    add_map("--perplexity", type=number(float, 1), default=30.0, help=text)
+    add_map("--perplexity", type=number(float, 1), default=30.0, help="perplexity of t-SNE")
     for add in (add_nearest, add_map):
         add("--num_workers", type=number(int, 0), default=2, help="data-loading processes")
     return parser.parse_args(argv)
@@ -343,8 +342,8 @@ def main(argv=None) -> None:
         figures.check_output(path)
     backbone, made_with, img_size = None, {}, None
     if args.pretrained_weights is not None:
-        model = (args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, args.seed)
-        backbone, made_with, img_size = evaluation.open_model(*model, getattr(args, "crop_size", None))
+        model, crop_size = evaluation.model_options(args), getattr(args, "crop_size", None)
+        backbone, made_with, img_size = evaluation.open_model(*model, args.seed, crop_size)
         backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     figure, text = args.draw(args, backbone, made_with, img_size)
     for path in args.output:
@@ -353,5 +352,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors():
-        main()
+    utils.run(main)

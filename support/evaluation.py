@@ -197,8 +197,7 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k, te
         votes, ranking = votes.sort(dim=1, descending=True, stable=True)
         hits = (ranking == labels[:, None]) & (votes > 0)
         correct += torch.stack([hits[:, :1].sum(), hits[:, : min(5, k)].sum()])
-    top1, top5 = (100 * correct.double() / len(test_features)).tolist()
-    return top1, top5
+    return tuple((100 * correct.double() / len(test_features)).tolist())
 
 
 def average_precision(ranks, count) -> float:

@@ -429,6 +429,7 @@ def draw_curves(curves) -> Figure:
     style = {"fontsize": 7, "frameon": False, "handlelength": 3, "borderaxespad": 0.2, "labelspacing": 0.3}
     if banded:
         style |= {"title": "mean ± one standard deviation over seeds", "title_fontsize": 7}
-    handles = [Line2D([], [], **look) for look in looks]
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
+    figure.legend(
+        [Line2D([], [], **look) for look in looks], labels, loc="outside lower center", ncols=columns, **style
+    )
     return figure

@@ -46,10 +46,8 @@ def build_dataset(
     Raises:
         UserError: the folder or a class is missing, or there are no images.
     """
-    if name == "digits":
-        return Digits(split, transform)
-    if name == "photographs":
-        return Photographs(split, transform)
+    if name in ("digits", "photographs"):
+        return (Digits if name == "digits" else Photographs)(split, transform)
     if data_path is None:
         raise UserError(f"--dataset {name} needs --data_path, the folder of the images")
     if name == "cifar10":
@@ -288,11 +286,7 @@ def read_image(path, min_side=None, upright=True) -> Image.Image:
                 return Image.alpha_composite(white, image).convert("RGB")
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise many kinds of errors for damaged files
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path, error):
-    return UserError(f"cannot read image {path}: {utils.first_line(error)}")
+        raise UserError(f"cannot read image {path}: {utils.first_line(error)}") from error
 
 
 def image_size(path) -> tuple[int, int]:
@@ -305,7 +299,7 @@ def image_size(path) -> tuple[int, int]:
         with Image.open(path, formats=FORMATS) as image:
             return image.size
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise UserError(f"cannot read image {path}: {utils.first_line(error)}") from error
 
 
 class ResizedArray:

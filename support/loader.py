@@ -28,9 +28,8 @@ class Batch(NamedTuple):
 def check_batch(num_images, batch_size, accum_steps, world_size) -> None:
     """Raise UserError if a step needs more images than there are; `batch_size` is per rank and micro-batch."""
     if num_images < batch_size * accum_steps * world_size:
-        step = f"one step of {batch_size} images x {accum_steps} micro-batches x {world_size} processes"
-        hint = "use a smaller --batch_size_per_gpu or --accum_steps"
-        raise UserError(f"found {num_images} images, fewer than {step}: {hint}")
+        step = f"{batch_size} images x {accum_steps} micro-batches x {world_size} processes"
+        raise UserError(f"found {num_images} images, fewer than one step of {step}: use a smaller --batch_size_per_gpu")
 
 
 class BatchSampler(Sampler):

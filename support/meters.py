@@ -106,12 +106,8 @@ class Meters:
         values = {"loss": self.loss / count, "matched_patches": self.matched / count, **values}
         if self.fp16:
             values["skipped_share"] = self.skipped[0] / count
-        new = self.new_bad_images.keys() - self.bad_images.keys()
-        values["new_bad_images"] = self.loss.new_tensor(len(new))
         means = utils.all_reduce_mean(torch.stack([value.float() for value in values.values()])).tolist()
         means = {name: mean if math.isfinite(mean) else None for name, mean in zip(values, means, strict=True)}
-        if means.pop("new_bad_images"):
-            self.share_bad_images()
         for name, mean in means.items():
             if mean is not None:
                 total, steps = self.epoch.get(name, (0.0, 0))

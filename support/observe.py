@@ -1,5 +1,6 @@
 """Observing a training run: online k-NN, pictures for TensorBoard, and the environment of the run."""
 
+import contextlib
 import copy
 import datetime
 import importlib.metadata
@@ -16,15 +17,9 @@ from torch.utils.data import Dataset, Subset
 
 from augment import resize
 from patch_matching import match_patches
+from support import features
 from support.evaluation import check_splits, knn_accuracy
-from support.features import (
-    cls_attention,
-    eval_transform,
-    extract_features,
-    normalized_cls,
-    patch_features,
-    principal_colours,
-)
+from support.features import eval_transform, extract_features, normalized_cls
 from support.images import ImageFolder, build_dataset
 from support.preemption import ignore_signals
 from utils import VERSION, UserError, warn
@@ -108,14 +103,11 @@ class OnlineKNN:
         """
         network = normalized_cls(backbone)
         batches = {"batch_size": self.batch_size, "num_workers": self.num_workers, "worker_init_fn": ignore_signals}
-        features = {
-            split: extract_features(network, images, device, title=None, **batches)
-            for split, images in self.splits.items()
-        }
-        if features["val"] is None:
+        found = {s: extract_features(network, x, device, title=None, **batches) for s, x in self.splits.items()}
+        if found["val"] is None:
             return None
-        both = (x for split in ("train", "val") for x in (features[split], self.labels[split]))
-        return knn_accuracy(*(x.to(device) for x in both), k=min(NEIGHBOURS, len(features["train"])))[0]
+        both = (x for split in ("train", "val") for x in (found[split], self.labels[split]))
+        return knn_accuracy(*(x.to(device) for x in both), k=min(NEIGHBOURS, len(found["train"])))[0]
 
 
 class BlackForBad(Dataset):
@@ -166,9 +158,9 @@ def training_pictures(backbone, view_batches, key) -> dict[str, np.ndarray]:
         below.append(figures.tint_patches(picture, idx_b[1:].numpy(), grid[1], patch_size))
 
     resized = resize(image[None], (size, size), "bicubic")[0]
-    heads = cls_attention(backbone, resized)
+    heads = features.cls_attention(backbone, resized)
     maps = [figures.heat_map(head, patch_size) for head in (*heads, heads.mean(0))]
-    (colours,), _ = principal_colours([patch_features(backbone, resized)])
+    (colours,), _ = features.principal_colours([features.patch_features(backbone, resized)])
     return {
         "views": figures.tile([above, below]),
         "attention": figures.tile([[resized, *maps]]),
@@ -184,10 +176,9 @@ def environment() -> dict:
     root = Path(__file__).parent.parent
 
     def git(*words):
-        try:
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # git is missing, or this is no repository
             return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):  # git is missing, or this is not a repository
-            return None
+        return None
 
     installed = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
     own = git("rev-parse", "--show-toplevel") == str(root.resolve())  # False inside another repository

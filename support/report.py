@@ -82,8 +82,8 @@ class Report:
         for name, values in (("arguments", args), ("environment", environment)):
             self.board.add_text(name, "    " + json.dumps(values, indent=2).replace("\n", "\n    "), 0)
         print(headline, flush=True)
-        shown = sys.stderr.isatty()
-        self.bar = tqdm(total=self.total_steps, initial=self.start_step, unit="step", disable=not shown)
+        hidden = not sys.stderr.isatty()
+        self.bar = tqdm(total=self.total_steps, initial=self.start_step, unit="step", disable=hidden)
 
     def step(self) -> None:
         """Advance the progress bar by one step."""
@@ -126,14 +126,11 @@ class Report:
 
     def histogram(self, name, counts, step) -> None:
         """Write a histogram to TensorBoard from the counts [n] of the values 0, 1, ..., n-1."""
-        used = counts.nonzero()[:, 0]
-        if len(used):
-            counts = counts[: used[-1] + 1]
+        if counts.any():
             values = torch.arange(len(counts), dtype=counts.dtype)
-            numbers = (counts.sum(), (counts * values).sum(), (counts * values**2).sum())
-            edges = (values + 0.5).tolist()
-            bounds = (float(used[0]), float(used[-1]))
-            self.board.add_histogram_raw(name, *bounds, *map(float, numbers), edges, counts.tolist(), step)
+            sums = [(counts * values**power).sum().item() for power in (0, 1, 2)]  # number, sum, sum of squares
+            low, high = values[counts > 0][[0, -1]].tolist()
+            self.board.add_histogram_raw(name, low, high, *sums, (values + 0.5).tolist(), counts.tolist(), step)
 
     def sync(self) -> None:
         """Flush the logs to disk, so that they survive a machine failure like the checkpoint that follows."""
