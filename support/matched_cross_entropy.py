@@ -75,7 +75,8 @@ class _ImageGroup(NamedTuple):
 
 def _image_groups(matches, max_rows):
     """Split a batch into groups of consecutive images with at most `max_rows` tokens per network, or of one image."""
-    teacher_end, student_end = (count.cumsum(0).tolist() for count in (matches.teacher_count, matches.student_count))
+    counts = (matches.teacher_count, matches.student_count)
+    teacher_end, student_end = (count.numpy().cumsum().tolist() for count in counts)
     groups, t0, s0 = [], 0, 0
     # The group ends with an image if the next one, or the end of the batch, does not fit any more.
     for t1, s1, t2, s2 in zip(teacher_end, student_end, teacher_end[1:] + [inf], student_end[1:] + [inf], strict=True):

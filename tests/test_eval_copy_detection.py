@@ -129,7 +129,7 @@ def test_bad_input_is_named(copydays_folder, tmp_path, capsys):
     assert "200101.jpg has no original: expected" in message(tmp_path)
     assert "cannot read" in message(copydays_folder, "--whitening_path", tmp_path / "absent")
     (tmp_path / "list.txt").write_text("one.jpg\n")
-    assert "1 of its 1 images are missing, the first is" in message(
+    assert "lists 1 images, 1 are missing; the first:" in message(
         copydays_folder, "--distractors_path", tmp_path / "list.txt"
     )
     Image.new("RGB", (9, 9)).save(tmp_path / "one.jpg")
