@@ -1,9 +1,12 @@
+import fcntl
 import json
 import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the workers of pytest -n share the cores
 
 import numpy as np
 import pytest
@@ -138,11 +141,17 @@ def cifar10_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory, run_script):
-    """Return the folder of an undisturbed run of two processes."""
-    folder = tmp_path_factory.mktemp("two")
-    _, *launcher = torchrun()
-    words = [*RUN, "--batch_size_per_gpu", 4, "--output_dir", folder]
-    run_script(*words, launcher=launcher, CUDA_VISIBLE_DEVICES="")
+    """Return the folder of an undisturbed run of two processes, which all workers of pytest -n share."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "two"
+    done = folder.with_suffix(".done")
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            _, *launcher = torchrun()
+            words = [*RUN, "--batch_size_per_gpu", 4, "--output_dir", folder]
+            run_script(*words, launcher=launcher, CUDA_VISIBLE_DEVICES="")
+            done.touch()
     return folder
 
 
