@@ -1,8 +1,8 @@
 """The scripts as a user starts them: by their `__main__` block, alone and under torchrun."""
 
 import json
-import socket
 
+import digits_run
 import pytest
 import torch
 
@@ -17,12 +17,9 @@ TINY = (
 ).split()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def torchrun():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    return ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    return digits_run.torchrun()[1:]
 
 
 def steps(output):
@@ -76,21 +73,63 @@ def test_retrieval_of_two_processes_is_that_of_one(retrieval_folder, tmp_path, r
     assert [one[kind] for kind in ("map", "mp", "aps")] == [two[kind] for kind in ("map", "mp", "aps")]
 
 
-@pytest.mark.parametrize("more", [[], ["--cache_features"]])
-def test_linear_evaluation_of_two_processes_is_that_of_one(
-    photo_folder, tmp_path, run_main, run_script, torchrun, more
-):
-    """12 images in steps of 10: in the last step the second process has none."""
+@pytest.fixture(scope="module")
+def linear_of_two(photo_folder, tmp_path_factory, run_script, torchrun):
+    """Return the options of a linear evaluation, and its result in two processes with a batch of 5 each."""
     options = ["--data_path", photo_folder, "--num_workers", 1, "--pretrained_weights", "none", "--arch", "vit_micro"]
-    options += ["--crop_size", 32, "--epochs", 3, "--lr", 2, *more]
-    run_main("eval_linear.py", *options, "--batch_size_per_gpu", 10, "--output_dir", tmp_path / "one")
-    two = ["--batch_size_per_gpu", 5, "--output_dir", tmp_path / "two"]
-    run_script("eval_linear.py", *options, *two, launcher=torchrun)
-    one, two = (json.loads((tmp_path / name / "linear_folder.json").read_text()) for name in ("one", "two"))
+    options += ["--crop_size", 32, "--epochs", 3, "--lr", 2]
+    folder = tmp_path_factory.mktemp("linear")
+    words = [*options, "--batch_size_per_gpu", 5, "--output_dir", folder]
+    run_script("eval_linear.py", *words, launcher=torchrun)
+    return options, json.loads((folder / "linear_folder.json").read_text())
+
+
+def assert_same_linear(one, two):
     for a, b in zip(one["history"], two["history"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["top1"] == pytest.approx(b["top1"], abs=0.1)
     assert one["history"][0]["loss"] != one["history"][2]["loss"]
+
+
+@pytest.mark.xdist_group("linear_of_two")
+def test_linear_evaluation_of_two_processes_is_that_of_one(tmp_path, run_main, linear_of_two):
+    """12 images in steps of 10: in the last step the second process has none."""
+    options, two = linear_of_two
+    run_main("eval_linear.py", *options, "--batch_size_per_gpu", 10, "--output_dir", tmp_path)
+    assert_same_linear(json.loads((tmp_path / "linear_folder.json").read_text()), two)
+
+
+@pytest.mark.xdist_group("linear_of_two")
+def test_linear_evaluation_on_cached_features_of_two_processes_is_that_of_one(
+    tmp_path, run_main, run_script, torchrun, linear_of_two
+):
+    options = [*linear_of_two[0], "--cache_features"]
+    run_main("eval_linear.py", *options, "--batch_size_per_gpu", 10, "--output_dir", tmp_path / "one")
+    two = ["--batch_size_per_gpu", 5, "--output_dir", tmp_path / "two"]
+    run_script("eval_linear.py", *options, *two, launcher=torchrun)
+    assert_same_linear(*(json.loads((tmp_path / n / "linear_folder.json").read_text()) for n in ("one", "two")))
+
+
+@pytest.mark.xdist_group("linear_of_two")
+def test_a_linear_evaluation_in_two_processes_goes_on(tmp_path, run_script, torchrun, linear_of_two):
+    options, undisturbed = linear_of_two
+    options = [*options, "--batch_size_per_gpu", 5, "--output_dir", tmp_path]
+    script = tmp_path / "stopped.py"  # after two epochs
+    script.write_text(
+        "import sys; sys.path.insert(0, '.')\n"
+        "import eval_linear\n"
+        "from support import checkpoints\n"
+        "save = checkpoints.save\n"
+        "def save_and_stop(contents, path):\n"
+        "    save(contents, path)\n"
+        "    if contents['epoch'] == 2: sys.exit(3)\n"
+        "checkpoints.save = save_and_stop\n"
+        "eval_linear.main(sys.argv[1:])\n"
+    )
+    assert run_script(script, *options, launcher=torchrun, check=False).returncode != 0
+    run_script("eval_linear.py", *options, launcher=torchrun)
+    resumed = json.loads((tmp_path / "linear_folder.json").read_text())
+    assert undisturbed["history"] == resumed["history"]
 
 
 def test_features_of_uneven_parts_keep_their_order(photo_folder, tmp_path, run_script, torchrun):
@@ -177,28 +216,3 @@ def test_user_errors_exit_with_2_and_one_line(photo_folder, tmp_path, run_main, 
         process = run_script(*words, check=False, launcher=torchrun, timeout=120)
         assert process.returncode != 0
         assert f"{words[0]}: error: {message}" in process.stderr
-
-
-def test_a_linear_evaluation_in_two_processes_goes_on(photo_folder, tmp_path, run_script, torchrun):
-    options = ["--data_path", photo_folder, "--num_workers", 0, "--pretrained_weights", "none", "--arch", "vit_micro"]
-    options += ["--crop_size", 32, "--epochs", 3, "--lr", 2, "--batch_size_per_gpu", 5]
-    run_script("eval_linear.py", *options, "--output_dir", tmp_path / "undisturbed", launcher=torchrun)
-    script = tmp_path / "stopped.py"  # after two epochs
-    script.write_text(
-        "import sys; sys.path.insert(0, '.')\n"
-        "import eval_linear\n"
-        "from support import checkpoints\n"
-        "save = checkpoints.save\n"
-        "def save_and_stop(contents, path):\n"
-        "    save(contents, path)\n"
-        "    if contents['epoch'] == 2: sys.exit(3)\n"
-        "checkpoints.save = save_and_stop\n"
-        "eval_linear.main(sys.argv[1:])\n"
-    )
-    stopped = run_script(script, *options, "--output_dir", tmp_path / "resumed", launcher=torchrun, check=False)
-    assert stopped.returncode != 0
-    run_script("eval_linear.py", *options, "--output_dir", tmp_path / "resumed", launcher=torchrun)
-    undisturbed, resumed = (
-        json.loads((tmp_path / name / "linear_folder.json").read_text()) for name in ("undisturbed", "resumed")
-    )
-    assert undisturbed["history"] == resumed["history"]
