@@ -91,7 +91,6 @@ def assert_same_linear(one, two):
     assert one["history"][0]["loss"] != one["history"][2]["loss"]
 
 
-@pytest.mark.xdist_group("linear_of_two")
 def test_linear_evaluation_of_two_processes_is_that_of_one(tmp_path, run_main, linear_of_two):
     """12 images in steps of 10: in the last step the second process has none."""
     options, two = linear_of_two
@@ -99,7 +98,6 @@ def test_linear_evaluation_of_two_processes_is_that_of_one(tmp_path, run_main, l
     assert_same_linear(json.loads((tmp_path / "linear_folder.json").read_text()), two)
 
 
-@pytest.mark.xdist_group("linear_of_two")
 def test_linear_evaluation_on_cached_features_of_two_processes_is_that_of_one(
     tmp_path, run_main, run_script, torchrun, linear_of_two
 ):
@@ -110,7 +108,6 @@ def test_linear_evaluation_on_cached_features_of_two_processes_is_that_of_one(
     assert_same_linear(*(json.loads((tmp_path / n / "linear_folder.json").read_text()) for n in ("one", "two")))
 
 
-@pytest.mark.xdist_group("linear_of_two")
 def test_a_linear_evaluation_in_two_processes_goes_on(tmp_path, run_script, torchrun, linear_of_two):
     options, undisturbed = linear_of_two
     options = [*options, "--batch_size_per_gpu", 5, "--output_dir", tmp_path]

@@ -13,7 +13,7 @@ import torch
 from digits_run import ROOT, RUN, steps
 from kill_and_resume import fingerprint
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slow
 
 OPTIONS = [*RUN[1:], "--batch_size_per_gpu", "4"]
 JOB = "--gpus_per_node 0 --tasks_per_node 2 --cpus_per_task 1 --timeout 60".split()
