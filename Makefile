@@ -27,10 +27,10 @@ pictures: .venv/installed-dev
 	$(PY) visualize.py neighbours china flower rocket --patch 175 235 --k 12 --image_size 320 $(PHOTOGRAPHS) --output assets/neighbours.png
 
 test: .venv/installed-dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 test-slow: .venv/installed-dev
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m slow
 
 style: .venv/installed-dev
 	.venv/bin/ruff check .

@@ -1,9 +1,14 @@
+import fcntl
 import json
 import os
 import pickle
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the workers of pytest -n share the cores
 
 import numpy as np
 import pytest
@@ -138,11 +143,17 @@ def cifar10_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory, run_script):
-    """Return the folder of an undisturbed run of two processes."""
-    folder = tmp_path_factory.mktemp("two")
-    _, *launcher = torchrun()
-    words = [*RUN, "--batch_size_per_gpu", 4, "--output_dir", folder]
-    run_script(*words, launcher=launcher, CUDA_VISIBLE_DEVICES="")
+    """Return the folder of an undisturbed run of two processes, which all workers of pytest -n share."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "two"
+    done = folder.with_suffix(".done")
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            _, *launcher = torchrun()
+            words = [*RUN, "--batch_size_per_gpu", 4, "--output_dir", folder]
+            run_script(*words, launcher=launcher, CUDA_VISIBLE_DEVICES="")
+            done.touch()
     return folder
 
 
@@ -156,6 +167,30 @@ def run_script():
         process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
         if check:
             assert process.returncode == 0, process.stdout + process.stderr
+        return process
+
+    return run
+
+
+@pytest.fixture
+def run_main(capfd, monkeypatch):
+    """Run a script as run_script does, but in this process, which takes no seconds for the imports."""
+
+    def run(script, *words, check=True):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        handler = signal.getsignal(signal.SIGCHLD)
+        capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as error:
+            code = error.code or 0
+        finally:
+            signal.signal(signal.SIGCHLD, handler)  # one_line_errors resets it
+        process = subprocess.CompletedProcess([script, *words], code, *capfd.readouterr())
+        if check:
+            assert code == 0, process.stdout + process.stderr
         return process
 
     return run

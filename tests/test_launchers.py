@@ -1,8 +1,8 @@
-"""The scripts as a user starts them: in processes of their own, alone and under torchrun."""
+"""The scripts as a user starts them: by their `__main__` block, alone and under torchrun."""
 
 import json
-import socket
 
+import digits_run
 import pytest
 import torch
 
@@ -17,12 +17,9 @@ TINY = (
 ).split()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def torchrun():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    return ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    return digits_run.torchrun()[1:]
 
 
 def steps(output):
@@ -30,9 +27,9 @@ def steps(output):
 
 
 @pytest.mark.parametrize("loss", ["mean", "cls"])
-def test_two_processes_equal_one_with_twice_the_batch(photo_folder, tmp_path, run_script, torchrun, loss):
+def test_two_processes_equal_one_with_twice_the_batch(photo_folder, tmp_path, run_main, run_script, torchrun, loss):
     options = [*TINY, "--geometry", "image", "--drop_path_rate", 0, "--data_path", photo_folder, "--loss", loss]
-    run_script("main_lgssl.py", *options, "--batch_size_per_gpu", 4, "--output_dir", tmp_path / "one")
+    run_main("main_lgssl.py", *options, "--batch_size_per_gpu", 4, "--output_dir", tmp_path / "one")
     parts = [1, "--accum_steps", 2] if loss == "mean" else [2]
     two = ["--batch_size_per_gpu", *parts, "--output_dir", tmp_path / "two"]
     run_script("main_lgssl.py", *options, *two, launcher=torchrun)
@@ -48,47 +45,88 @@ def test_two_processes_equal_one_with_twice_the_batch(photo_folder, tmp_path, ru
     assert list(a["student"]) == list(b["student"])
 
 
-def test_knn_of_two_processes_is_that_of_one(photo_folder, tmp_path, run_script, torchrun):
+def test_knn_of_two_processes_is_that_of_one(photo_folder, tmp_path, run_main, run_script, torchrun):
     options = ["--data_path", photo_folder, "--nb_knn", 1, 5, "--num_workers", 0, "--pretrained_weights", "none"]
     options += ["--arch", "vit_micro", "--batch_size_per_gpu", 5, "--crop_size", 64]
-    run_script("eval_knn.py", *options, "--output_dir", tmp_path / "one")
+    run_main("eval_knn.py", *options, "--output_dir", tmp_path / "one")
     run_script("eval_knn.py", *options, "--output_dir", tmp_path / "two", launcher=torchrun)
     one, two = (json.loads((tmp_path / name / "knn_folder.json").read_text()) for name in ("one", "two"))
     assert one["knn"] == two["knn"]
 
 
-def test_copy_detection_of_two_processes_is_that_of_one(copydays_folder, tmp_path, run_script, torchrun):
+def test_copy_detection_of_two_processes_is_that_of_one(copydays_folder, tmp_path, run_main, run_script, torchrun):
     options = ["--data_path", copydays_folder / "copydays", "--whitening_path", copydays_folder / "whitening"]
     options += ["--distractors_path", copydays_folder / "distractors", "--imsize", 64, "--num_workers", 1]
     options += ["--pretrained_weights", "none", "--arch", "vit_micro", "--batch_size_per_gpu", 5]
-    run_script("eval_copy_detection.py", *options, "--output_dir", tmp_path / "one")
+    run_main("eval_copy_detection.py", *options, "--output_dir", tmp_path / "one")
     run_script("eval_copy_detection.py", *options, "--output_dir", tmp_path / "two", launcher=torchrun)
     one, two = (json.loads((tmp_path / name / "copydays.json").read_text()) for name in ("one", "two"))
     assert one["map"] == two["map"]
 
 
-def test_retrieval_of_two_processes_is_that_of_one(retrieval_folder, tmp_path, run_script, torchrun):
+def test_retrieval_of_two_processes_is_that_of_one(retrieval_folder, tmp_path, run_main, run_script, torchrun):
     options = ["--data_path", retrieval_folder, "--dataset", "rparis6k", "--num_workers", 1]
     options += ["--pretrained_weights", "none", "--arch", "vit_micro"]
-    run_script("eval_image_retrieval.py", *options, "--output_dir", tmp_path / "one")
+    run_main("eval_image_retrieval.py", *options, "--output_dir", tmp_path / "one")
     run_script("eval_image_retrieval.py", *options, "--output_dir", tmp_path / "two", launcher=torchrun)
     one, two = (json.loads((tmp_path / name / "rparis6k.json").read_text()) for name in ("one", "two"))
     assert [one[kind] for kind in ("map", "mp", "aps")] == [two[kind] for kind in ("map", "mp", "aps")]
 
 
-@pytest.mark.parametrize("more", [[], ["--cache_features"]])
-def test_linear_evaluation_of_two_processes_is_that_of_one(photo_folder, tmp_path, run_script, torchrun, more):
-    """12 images in steps of 10: in the last step the second process has none."""
+@pytest.fixture(scope="module")
+def linear_of_two(photo_folder, tmp_path_factory, run_script, torchrun):
+    """Return the options of a linear evaluation, and its result in two processes with a batch of 5 each."""
     options = ["--data_path", photo_folder, "--num_workers", 1, "--pretrained_weights", "none", "--arch", "vit_micro"]
-    options += ["--crop_size", 32, "--epochs", 3, "--lr", 2, *more]
-    run_script("eval_linear.py", *options, "--batch_size_per_gpu", 10, "--output_dir", tmp_path / "one")
-    two = ["--batch_size_per_gpu", 5, "--output_dir", tmp_path / "two"]
-    run_script("eval_linear.py", *options, *two, launcher=torchrun)
-    one, two = (json.loads((tmp_path / name / "linear_folder.json").read_text()) for name in ("one", "two"))
+    options += ["--crop_size", 32, "--epochs", 3, "--lr", 2]
+    folder = tmp_path_factory.mktemp("linear")
+    words = [*options, "--batch_size_per_gpu", 5, "--output_dir", folder]
+    run_script("eval_linear.py", *words, launcher=torchrun)
+    return options, json.loads((folder / "linear_folder.json").read_text())
+
+
+def assert_same_linear(one, two):
     for a, b in zip(one["history"], two["history"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["top1"] == pytest.approx(b["top1"], abs=0.1)
     assert one["history"][0]["loss"] != one["history"][2]["loss"]
+
+
+def test_linear_evaluation_of_two_processes_is_that_of_one(tmp_path, run_main, linear_of_two):
+    """12 images in steps of 10: in the last step the second process has none."""
+    options, two = linear_of_two
+    run_main("eval_linear.py", *options, "--batch_size_per_gpu", 10, "--output_dir", tmp_path)
+    assert_same_linear(json.loads((tmp_path / "linear_folder.json").read_text()), two)
+
+
+def test_linear_evaluation_on_cached_features_of_two_processes_is_that_of_one(
+    tmp_path, run_main, run_script, torchrun, linear_of_two
+):
+    options = [*linear_of_two[0], "--cache_features"]
+    run_main("eval_linear.py", *options, "--batch_size_per_gpu", 10, "--output_dir", tmp_path / "one")
+    two = ["--batch_size_per_gpu", 5, "--output_dir", tmp_path / "two"]
+    run_script("eval_linear.py", *options, *two, launcher=torchrun)
+    assert_same_linear(*(json.loads((tmp_path / n / "linear_folder.json").read_text()) for n in ("one", "two")))
+
+
+def test_a_linear_evaluation_in_two_processes_goes_on(tmp_path, run_script, torchrun, linear_of_two):
+    options, undisturbed = linear_of_two
+    options = [*options, "--batch_size_per_gpu", 5, "--output_dir", tmp_path]
+    script = tmp_path / "stopped.py"  # after two epochs
+    script.write_text(
+        "import sys; sys.path.insert(0, '.')\n"
+        "import eval_linear\n"
+        "from support import checkpoints\n"
+        "save = checkpoints.save\n"
+        "def save_and_stop(contents, path):\n"
+        "    save(contents, path)\n"
+        "    if contents['epoch'] == 2: sys.exit(3)\n"
+        "checkpoints.save = save_and_stop\n"
+        "eval_linear.main(sys.argv[1:])\n"
+    )
+    assert run_script(script, *options, launcher=torchrun, check=False).returncode != 0
+    run_script("eval_linear.py", *options, launcher=torchrun)
+    resumed = json.loads((tmp_path / "linear_folder.json").read_text())
+    assert undisturbed["history"] == resumed["history"]
 
 
 def test_features_of_uneven_parts_keep_their_order(photo_folder, tmp_path, run_script, torchrun):
@@ -110,9 +148,9 @@ def test_features_of_uneven_parts_keep_their_order(photo_folder, tmp_path, run_s
     assert torch.equal(features, torch.arange(7.0)[:, None].expand(7, 3))
 
 
-def test_compiled_backbones_train_alike(photo_folder, tmp_path, run_script):
+def test_compiled_backbones_train_alike(photo_folder, tmp_path, run_main, run_script):
     options = [*TINY, "--drop_path_rate", 0, "--data_path", photo_folder, "--batch_size_per_gpu", 4]
-    run_script("main_lgssl.py", *options, "--output_dir", tmp_path / "plain")
+    run_main("main_lgssl.py", *options, "--output_dir", tmp_path / "plain")
     run_script("main_lgssl.py", *options, "--compile", "--output_dir", tmp_path / "compiled")
     for a, b in zip(steps(tmp_path / "plain"), steps(tmp_path / "compiled"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
@@ -120,11 +158,11 @@ def test_compiled_backbones_train_alike(photo_folder, tmp_path, run_script):
     assert list(plain["student"]) == list(compiled["student"])
 
 
-def test_papers_crops_on_photographs(photo_folder, tmp_path, run_script):
+def test_papers_crops_on_photographs(photo_folder, tmp_path, run_main):
     options = ["--data_path", photo_folder, "--arch", "vit_tiny", "--epochs", 1, "--batch_size_per_gpu", 6]
-    run_script("main_lgssl.py", *options, "--num_workers", 1, "--output_dir", tmp_path)
+    run_main("main_lgssl.py", *options, "--num_workers", 1, "--output_dir", tmp_path)
     checkpoint = tmp_path / "checkpoint.pth"
-    output = run_script(
+    output = run_main(
         "eval_knn.py", "--data_path", photo_folder, "--pretrained_weights", checkpoint, "--nb_knn", 3
     ).stdout
     assert "k-NN (K=3): top-1" in output
@@ -141,11 +179,11 @@ def test_papers_crops_on_photographs(photo_folder, tmp_path, run_script):
         "visualize.py matches",
     ],
 )
-def test_help_is_complete(run_script, command):
-    assert "default:" in run_script(*command.split(), "--help").stdout
+def test_help_is_complete(run_main, command):
+    assert "default:" in run_main(*command.split(), "--help").stdout
 
 
-def test_user_errors_exit_with_2_and_one_line(photo_folder, tmp_path, run_script, torchrun):
+def test_user_errors_exit_with_2_and_one_line(photo_folder, tmp_path, run_main, run_script, torchrun):
     (tmp_path / "bad").mkdir()
     for i in range(4):
         (tmp_path / "bad" / f"{i}.png").write_bytes(b"broken")
@@ -164,7 +202,8 @@ def test_user_errors_exit_with_2_and_one_line(photo_folder, tmp_path, run_script
         (["reproduce.py", "lists", photo_folder], ""),
     ]  # fmt: skip
     for words, message in cases:
-        process = run_script(*words, check=False)
+        run = run_script if words is cases[1][0] else run_main  # a data-loading process must not keep it from ending
+        process = run(*words, check=False)
         assert process.returncode == 2
         lines = process.stderr.strip().splitlines()
         assert len(lines) == 1, process.stderr
@@ -174,28 +213,3 @@ def test_user_errors_exit_with_2_and_one_line(photo_folder, tmp_path, run_script
         process = run_script(*words, check=False, launcher=torchrun, timeout=120)
         assert process.returncode != 0
         assert f"{words[0]}: error: {message}" in process.stderr
-
-
-def test_a_linear_evaluation_in_two_processes_goes_on(photo_folder, tmp_path, run_script, torchrun):
-    options = ["--data_path", photo_folder, "--num_workers", 0, "--pretrained_weights", "none", "--arch", "vit_micro"]
-    options += ["--crop_size", 32, "--epochs", 3, "--lr", 2, "--batch_size_per_gpu", 5]
-    run_script("eval_linear.py", *options, "--output_dir", tmp_path / "undisturbed", launcher=torchrun)
-    script = tmp_path / "stopped.py"  # after two epochs
-    script.write_text(
-        "import sys; sys.path.insert(0, '.')\n"
-        "import eval_linear\n"
-        "from support import checkpoints\n"
-        "save = checkpoints.save\n"
-        "def save_and_stop(contents, path):\n"
-        "    save(contents, path)\n"
-        "    if contents['epoch'] == 2: sys.exit(3)\n"
-        "checkpoints.save = save_and_stop\n"
-        "eval_linear.main(sys.argv[1:])\n"
-    )
-    stopped = run_script(script, *options, "--output_dir", tmp_path / "resumed", launcher=torchrun, check=False)
-    assert stopped.returncode != 0
-    run_script("eval_linear.py", *options, "--output_dir", tmp_path / "resumed", launcher=torchrun)
-    undisturbed, resumed = (
-        json.loads((tmp_path / name / "linear_folder.json").read_text()) for name in ("undisturbed", "resumed")
-    )
-    assert undisturbed["history"] == resumed["history"]

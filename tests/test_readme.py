@@ -223,7 +223,7 @@ def test_python_marked_as_runnable_runs(workplace, tmp_path, photo_folder, monke
 def test_the_demo_runs(tmp_path):
     """`make demo`, as the Makefile has it, with few epochs."""
     command = ["make", "--old-file=.venv/installed", "demo", f"PY={sys.executable}", f"RUN={tmp_path}/run"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.run(
         [*command, "OPTIONS=--epochs 3 --warmup_epochs 1 --knn_every 1"],
         cwd=ROOT,
