@@ -18,7 +18,7 @@ demo: .venv/installed
 	$(PY) visualize.py map --dataset digits --pretrained_weights $(RUN)/checkpoint.pth --output $(RUN)/map.png
 	@echo "log $(RUN)/log.txt, checkpoint $(RUN)/checkpoint.pth, figures $(RUN)/matches.png and map.png, curves: .venv/bin/tensorboard --logdir runs"
 
-# The README's pictures
+# The pictures in README.md and docs/visualizing.md
 pictures: .venv/installed-dev
 	$(PY) main_lgssl.py @recipes/photographs.args --output_dir runs/photographs
 	$(PY) visualize.py matches coffee --seed 51 $(PHOTOGRAPHS) --output assets/matches.png
@@ -35,6 +35,7 @@ test-slow: .venv/installed-dev
 style: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 10) and f"error: Python 3.10 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12")'

@@ -64,7 +64,7 @@ MODULES = (main_lgssl, *EVALUATIONS.values())
 SCRIPTS = {f"{module.__name__}.py": module for module in MODULES} | {"reproduce.py": sys.modules[__name__]}
 # Arguments that depend on the location of the data or on the number of processes. They are not settings of a run.
 PLACES = "data_path whitening_path distractors_path classes pretrained_weights output_dir".split()
-PLACES += "batch_size_per_gpu accum_steps num_workers".split()
+PLACES += "batch_size_per_gpu accum_steps num_workers use_cuda".split()
 # Numbers of images behind the paper's numbers, per data set.
 IMAGES = {
     "cifar10": {"train": 50000, "val": 10000},
