@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def one_hot_knn(train_features, train_labels, test_features, test_labels, k, temperature=0.07) -> tuple:
-    """Return (top1, top5) in per cent, like `knn_accuracy`."""
+    """Return (top1, top5) in percent, like `knn_accuracy`."""
     classes, correct1, correct5 = 1000, 0.0, 0.0  # DINO's number of columns, whatever the data set has
     size = max(len(test_features) // 100, 1)
     for features, labels in zip(test_features.split(size), test_labels.split(size), strict=True):

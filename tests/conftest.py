@@ -43,7 +43,7 @@ def photographs():
 
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory, photographs):
-    """Return a folder with train and val, each with the classes china and flower: cuttings of the two photographs."""
+    """Return a folder with train and val, each with the classes china and flower: crops of the two photographs."""
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for split, count in (("train", 6), ("val", 3)):
@@ -124,7 +124,7 @@ def retrieval_folder(tmp_path_factory, photographs):
 def cifar10_folder(tmp_path, monkeypatch):
     """Return a folder with CIFAR-10 in its true format, 12 images a batch: noise around a colour of the class.
 
-    Only torchvision's check of the files' sums is left out.
+    Only torchvision's check of the files' checksums is disabled.
     """
     folder = tmp_path / "cifar10/cifar-10-batches-py"
     folder.mkdir(parents=True)

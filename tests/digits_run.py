@@ -1,4 +1,4 @@
-"""The run on the digits that the tests of faults and of SLURM disturb."""
+"""The run on the digits that the tests of faults and of SLURM interrupt."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Read mutated checkpoints, pickles and images, and see that each is read or refused, and nothing is executed.
+"""Read mutated checkpoints, pickles and images. Each must be read or refused, and none may execute code.
 
     python tests/fuzz_files.py --count 2000
 
@@ -40,7 +40,7 @@ TOKENS = [
 
 
 class Payload:
-    """Makes a program start, or a file appear, where it is unpickled."""
+    """Starts a program or creates a file when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = str(marker)
@@ -55,7 +55,7 @@ class OtherPayload(Payload):
 
 
 class Executed(BaseException):
-    """A file made the process do what reading does not need."""
+    """A file made the process do something that reading does not need."""
 
 
 class Slow(BaseException):
@@ -63,7 +63,7 @@ class Slow(BaseException):
 
 
 def seeds(folder):
-    """Return (kind, contents) of files that are whole, of all formats that are read."""
+    """Return (kind, contents) of intact files of all formats that are read."""
     state = vit_micro(8, img_size=32).state_dict()
     args = argparse.Namespace(arch="vit_micro", patch_size=8)
     files = []
@@ -100,7 +100,7 @@ def seeds(folder):
 
 
 def mutated(rng, contents):
-    """Return a damaged copy: bytes changed, cut out, doubled, put in, or the file cut short."""
+    """Return a damaged copy: bytes changed, removed, duplicated or inserted, or the file truncated."""
     data = bytearray(contents)
     for _ in range(rng.choice([1, 1, 2, 8, 64])):
         # Headers and directories, at both ends, are hit as often as the rest.
@@ -126,7 +126,7 @@ def mutated(rng, contents):
 
 
 def mutated_archive(rng, contents):
-    """Return a checkpoint whose inner pickle is damaged, with check sums that are right."""
+    """Return a checkpoint with a damaged inner pickle and correct checksums."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(contents)) as old, zipfile.ZipFile(buffer, "w") as new:
         for name in old.namelist():
@@ -136,7 +136,7 @@ def mutated_archive(rng, contents):
 
 
 def hostile(rng, kind, contents, marker):
-    """Return a whole file of this kind that executes something where it is not read with care."""
+    """Return an intact file of this kind that executes code if it is read carelessly."""
     payload = rng.choice([Payload, OtherPayload])(marker)
     if kind == "pickle":
         harmless = pickle.loads(contents)
@@ -168,7 +168,7 @@ def read(kind, path, original):
 
 
 def batch(numbers, seed, files, folder):
-    """Read the files of these numbers in a process of their own, and return an exit code."""
+    """Read the files with these numbers in a separate process and return its exit code."""
 
     def forbid(event, _):
         if event.startswith(FORBIDDEN):

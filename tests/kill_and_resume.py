@@ -35,7 +35,7 @@ def start(folder, workers=1):
 
 
 def fingerprint(folder):
-    """Return a hash of weights, optimizer, center and logs, all but the times."""
+    """Return a hash of weights, optimizer, center and logs, except for times."""
     checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
     digest = hashlib.sha256()
 
@@ -62,7 +62,7 @@ def fingerprint(folder):
 
 
 def wait_for(condition, process, seconds):
-    """Wait until something is so or the process has ended; return whether it is so."""
+    """Wait until a condition holds or the process has ended; return whether it holds."""
     deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline:
         if condition():

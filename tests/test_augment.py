@@ -62,7 +62,7 @@ def test_color_jitter_is_torchvisions_within_2_levels(photographs):
 
 
 class Dice:
-    """A generator whose random() says in turn yes or no to each operation, and whose values are fixed."""
+    """A generator whose random() enables or disables each operation in turn, with fixed values."""
 
     def __init__(self, *answers):
         self.answers = list(answers)
@@ -207,7 +207,7 @@ def test_views_are_functions_of_their_keys(images):
     assert not same(batch(images, [4, 5, 6], 0, 9), batch(images, [4, 5, 6], 0, 10))
     assert not same(batch(images, [4, 5, 6], 0, 9, rank=0), batch(images, [4, 5, 6], 0, 9, rank=1))
     first, again = batch(images, [4, 5, 6], 0, 9), batch(images, [4, 5, 6], 1, 9)
-    assert torch.equal(first[0].boxes, again[0].boxes)  # the crop depends on the step alone
+    assert torch.equal(first[0].boxes, again[0].boxes)  # the crop depends only on the step
     assert not torch.equal(first[0].pixels, again[0].pixels)  # the colours on the epoch
 
     image = MultiCrop(32, 16, local_number=1, geometry="image")

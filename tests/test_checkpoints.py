@@ -29,7 +29,7 @@ def test_a_checkpoint_that_would_execute_code_is_refused(tmp_path):
 @pytest.mark.parametrize("form", ["zip", "before PyTorch 1.6"])
 @pytest.mark.parametrize("numpy_module", [b"numpy._core.multiarray", b"numpy.core.multiarray"])
 def test_dinos_full_checkpoints_are_read(tmp_path, form, numpy_module):
-    """Their structure: arguments as a Namespace, and learning rates from a NumPy schedule in the optimizer's state."""
+    """DINO's structure: arguments as a Namespace, and learning rates of a NumPy schedule in the optimizer state."""
     network = vit_micro(8, img_size=32)
     optimizer = torch.optim.AdamW(network.parameters(), lr=np.float64(0.0005))
     contents = {

@@ -1,4 +1,4 @@
-"""What a run survives: kills, signals, full disks, dead processes. The promises of the README's "What survives"."""
+"""What a run survives: kills, signals, full disks, dead processes. The promises of docs/robustness.md."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a run in the background, and kill what is left of it at the end."""
+    """Start a run in the background, and kill its remaining processes at the end."""
     processes = []
 
     def start(*words, folder, launcher=(sys.executable,), batch_size=None, **environment):
@@ -75,7 +75,7 @@ def test_a_signal_to_one_process_is_a_code_of_its_own_and_a_checkpoint(tmp_path,
 
 
 def script(tmp_path, text):
-    """Return the words that run main_lgssl.py after some lines of Python."""
+    """Return the command line that runs some lines of Python and then main_lgssl.py."""
     path = tmp_path / "script.py"
     path.write_text(
         "import sys, time\n"
@@ -186,7 +186,7 @@ def test_two_machines(tmp_path, start, two_processes):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_ends_with_a_line(tmp_path, start):
-    """A limit to the size of its files stands for the full disk."""
+    """A limit on file sizes simulates a full disk."""
     folder = tmp_path / "run"
     process = start(folder=folder)
     checkpoint = folder / "checkpoint.pth"

@@ -18,7 +18,7 @@ SCRIPTS = sorted(
 
 @pytest.fixture
 def parser_of(monkeypatch):
-    """Run a script as far as to the parsing of its arguments, and return its parser."""
+    """Run a script up to the parsing of its arguments and return its parser."""
 
     class Parses(Exception):
         pass

@@ -83,7 +83,7 @@ def test_truncated_image_is_named(tmp_path, photographs):
 
 
 def png_header(width, height):
-    """Return a PNG that says it has so many pixels, and holds hardly any."""
+    """Return a PNG whose header claims many pixels, with hardly any data."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -93,7 +93,7 @@ def png_header(width, height):
 
 
 def test_hostile_images_have_their_documented_outcome(tmp_path, gradient, monkeypatch):
-    """The table of read_image's docstring; what other tests here look at is left out."""
+    """The table of read_image's docstring; except for the cases of other tests."""
     image = Image.fromarray(gradient)
     other = Image.fromarray(255 - gradient)
     image.save(tmp_path / "animated.gif", save_all=True, append_images=[other, other])
@@ -293,7 +293,7 @@ def test_no_module_of_the_root_is_called_like_a_well_known_package():
 
 
 def test_datasets_of_hugging_face_is_found_from_the_root(tmp_path):
-    """A package of that name lies behind the root on the path, as an installed one does."""
+    """A package of that name comes after the root on sys.path, like an installed one."""
     package = tmp_path / "installed/datasets/__init__.py"
     package.parent.mkdir(parents=True)
     package.touch()

@@ -1,4 +1,4 @@
-"""The scripts as a user starts them: by their `__main__` block, alone and under torchrun."""
+"""The scripts as a user starts them, by their `__main__` block: in one process and under torchrun."""
 
 import json
 
@@ -130,7 +130,7 @@ def test_a_linear_evaluation_in_two_processes_goes_on(tmp_path, run_script, torc
 
 
 def test_features_of_uneven_parts_keep_their_order(photo_folder, tmp_path, run_script, torchrun):
-    """7 images on 2 processes in batches of 3, gathered two from each at a time."""
+    """7 images on 2 processes in batches of 3, gathered two per process at a time."""
     script = tmp_path / "extract.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(photo_folder.parent)!r}); sys.path.insert(0, '.')\n"

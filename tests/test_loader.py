@@ -10,7 +10,7 @@ from utils import UserError
 
 @pytest.mark.parametrize(("world_size", "accum_steps"), [(1, 1), (2, 1), (3, 1), (1, 2), (3, 2)])
 def test_a_step_takes_the_same_samples_however_many_ranks_and_micro_batches_share_it(world_size, accum_steps):
-    step_size, steps = 6, range(6)  # 3 steps an epoch: the incomplete batch is left out
+    step_size, steps = 6, range(6)  # 3 steps per epoch: the incomplete batch is dropped
     shares = step_size // world_size // accum_steps
     ranks = [BatchSampler(20, shares, steps, accum_steps, rank, world_size, seed=3) for rank in range(world_size)]
     reference = list(BatchSampler(20, step_size, steps, seed=3))

@@ -20,7 +20,7 @@ def token_output(bottleneck, prototypes, scale=None, mean=None):
 
 
 def golden_case(golden, name):
-    """Lay a golden file out as the criterion wants it: (data, teacher's logits, student's logits, Matches)."""
+    """Arrange a golden file for the criterion: (data, teacher's logits, student's logits, Matches)."""
     data = golden(name)
     meta = data["meta"]
     teacher, student_global, student_local = (
@@ -84,7 +84,7 @@ def test_the_example_in_the_docstring_runs():
 
 
 class Case:
-    """Random vectors, prototypes, scales and pairs in float64, some weights being 0 and some pairs there twice."""
+    """Random vectors, prototypes, scales and pairs in float64, with some weights of 0 and some pairs twice."""
 
     def __init__(self, seed=0, dim=5, out_dim=7, teachers=6, students=9, pairs=20, images=3, center="position"):
         generator = torch.Generator().manual_seed(seed)
@@ -133,7 +133,7 @@ LARGE = {"teachers": 60, "students": 200, "pairs": 500, "images": 4, "out_dim": 
 
 
 @pytest.mark.parametrize("center", ["position", "shared"])
-@pytest.mark.parametrize("chunk_memory", [None, 1])  # of 1 byte: 16 rows at a time, each image alone
+@pytest.mark.parametrize("chunk_memory", [None, 1])  # 1 byte: 16 rows at a time, one image per group
 @pytest.mark.parametrize(
     ("sizes", "dtype", "tolerance"),
     [({}, torch.float64, 1e-12), (LARGE, torch.float64, 1e-12), (LARGE, torch.float32, 1e-6)],
@@ -196,7 +196,7 @@ def test_large_logits_stay_finite():
 
 
 class WideMemory(TorchDispatchMode):
-    """Follow the bytes that tensors of K columns hold, all those that operations return and that still live."""
+    """Track the memory of all live tensors with K columns that operations returned, in bytes."""
 
     def __init__(self, K):
         super().__init__()
@@ -306,7 +306,7 @@ def test_the_center_is_moved_once_a_step_and_by_update_center_alone():
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_micro_batches_add_up_to_the_batch(loss):
-    """Two halves of a batch, each divided by two, against the whole: loss, gradient and center."""
+    """Compare two half batches, each divided by two, with the whole batch: loss, gradient and center."""
     K, D, tokens = 11, 5, 4
     _, (student_out, teacher_out, matches) = batch_case(4, K, D, tokens)
     counts = matches.num_matched + torch.arange(matches.num_matched.shape[1]) % (2 * tokens)
@@ -343,7 +343,7 @@ def test_micro_batches_add_up_to_the_batch(loss):
 
 
 def test_targets_and_statistics_stay_in_full_precision_under_autocast():
-    """Logits that bf16 can hold: the identity as prototypes, and vectors of whole numbers over 8."""
+    """Logits that bf16 represents exactly: identity prototypes, and vectors of multiples of 1/8."""
     case = Case()
     generator = torch.Generator().manual_seed(0)
     case.student_z, case.teacher_z = (torch.randint(-15, 16, (n, 7), generator=generator) / 8 for n in (9, 6))

@@ -73,11 +73,8 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# --- one batch
-
-
 def naive_loss(student, teacher, views, rule, temperature, loss, center):
-    """Algorithm 1 with a center [1+P, K]: all tokens through the head, then those of each pair of views selected.
+    """Algorithm 1 with a center [1+P, K]: all tokens pass through the head, then the matched ones of each pair are selected.
 
     Returns the loss and the mean of the teacher's logits [1+P, K].
     """
@@ -138,9 +135,6 @@ def test_loss_gradient_and_center_of_a_batch_equal_algorithm_1(photo_folder, los
     criterion.update_center()
     updated = 0.9 * center + 0.1 * mean_logits
     torch.testing.assert_close(criterion.center.double(), updated[: len(criterion.center)], rtol=0, atol=1e-6)
-
-
-# --- one update
 
 
 def test_each_gradient_is_clipped_by_itself():
@@ -310,7 +304,7 @@ def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_report(
 
 
 class Waits(TorchDispatchMode):
-    """Count how often the CPU asks for a value on the device, as .item(), float() or an `if` do."""
+    """Count how often the CPU reads a value from the device, through .item(), float() or `if`."""
 
     count = 0
 
@@ -346,9 +340,6 @@ def test_stochastic_depth_differs_between_steps_ranks_and_micro_steps():
     keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]  # seed, step, rank, micro-step
     assert len({draw(*key) for key in keys}) == len(keys)
     assert draw(*keys[1]) == draw(*keys[1])
-
-
-# --- whole runs
 
 
 def test_gradient_checkpointing_changes_nothing(photo_folder, tmp_path, monkeypatch):
@@ -424,7 +415,7 @@ def assert_same_state(a, b):
 
 
 def assert_same_run(a, b):
-    """Compare checkpoints and logs, all but the times, bit by bit."""
+    """Compare checkpoints and logs bit by bit, except for times."""
     one, other = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (a, b))
     assert_same_state(one, other)
     assert read(a / "log.txt") == read(b / "log.txt")
@@ -433,7 +424,7 @@ def assert_same_run(a, b):
 
 
 class Killed(BaseException):
-    """Stands for a SIGKILL: nothing that comes after a step is done."""
+    """Simulates SIGKILL: nothing after the step is executed."""
 
 
 SIX_STEPS = ("--epochs", 2, "--warmup_epochs", 0, "--lr", 0.05)
@@ -488,7 +479,7 @@ def test_a_signal_ends_the_step_and_saves(photo_folder, tmp_path, monkeypatch, u
     assert_same_state(*(torch.load(f / "checkpoint.pth", weights_only=True) for f in (tmp_path, undisturbed)))
 
 
-# What version 0.9.0 was started with for tests/golden/checkpoint_0.9.0.pth: two epochs, of which it holds the first
+# What version 0.9.0 was started with for tests/golden/checkpoint_0.9.0.pth: two epochs, and holds the state after the first
 OLD_RUN = (
     "--dataset digits --arch vit_nano --patch_size 8 --image_size 36 --global_crops_size 32 --local_crops_size 16 "
     "--local_crops_number 2 --out_dim 8 --head_hidden_dim 8 --num_workers 0 --log_every 2 --optimizer sgd --lr 0.002 "
@@ -499,7 +490,7 @@ OLD_RUN = (
 
 @pytest.fixture
 def old_checkpoint(tmp_path, monkeypatch):
-    """Return the folder of a run that version 0.9.0 left after its first epoch."""
+    """Return the folder of a run of version 0.9.0 after its first epoch."""
 
     def vit_nano(patch_size=16, **kwargs):
         return VisionTransformer(patch_size=patch_size, embed_dim=12, depth=2, num_heads=3, **kwargs)
@@ -510,7 +501,7 @@ def old_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_run_of_an_older_version_goes_on_as_there(old_checkpoint, golden):
-    """Against the rest of the run by version 0.9.0, in fp32."""
+    """Compare with the same run continued by version 0.9.0, in fp32."""
     expected = golden("checkpoint_0.9.0.json")
     main_lgssl.main([*OLD_RUN, "--output_dir", str(old_checkpoint)])
     steps = read(old_checkpoint / "steps.jsonl")
@@ -712,15 +703,12 @@ def test_no_local_views(photo_folder, tmp_path):
     train(photo_folder, tmp_path, "--epochs", 1, "--local_crops_number", 0)
 
 
-# --- arguments
-
-
 class Stop(Exception):
     pass
 
 
 def test_every_option_reaches_what_it_is_for(tmp_path, monkeypatch):
-    """Run with all options off their defaults and look at what the parts of the training were given."""
+    """Run with no option at its default and inspect the arguments of each part of the training."""
     given = {"networks": [], "schedules": {}, "precisions": []}
 
     def record(name, module=main_lgssl):
@@ -836,7 +824,7 @@ def test_defaults_that_follow_from_others():
 
 
 def test_recipe_of_dino_has_dinos_defaults():
-    """Those of main_dino.py, of which only the precision depends on the machine here."""
+    """The defaults of main_dino.py. Only the precision depends on the machine here."""
     args = vars(parse_arguments(["@recipes/dino.args"]))
     expected = {
         "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True, "momentum_teacher": 0.996,

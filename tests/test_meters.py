@@ -60,7 +60,7 @@ def test_quantities_are_those_of_a_naive_computation(rule):
         assert float(found[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
 
 
-# Two views of an image, of which nothing but CLS is matched
+# Two views of an image in which only CLS is matched
 CLS_ALONE = match_views([[[0, 0, 8, 8]]] * 2, [[False]] * 2, [(2, 2)] * 2, 1, rule=None)
 
 

@@ -39,9 +39,6 @@ def test_due():
     assert not any(is_due(e, 0, 7) for e in range(7))
 
 
-# --- online k-NN
-
-
 def test_knn_is_that_of_the_evaluation(photo_folder, tmp_path, capsys):
     train(photo_folder, tmp_path, "--epochs", 2, *WATCHED)
     logged = [epoch["knn_top1"] for epoch in read(tmp_path / "log.txt")]
@@ -121,9 +118,6 @@ def test_watching_changes_no_weight(photo_folder, tmp_path):
         torch.testing.assert_close(watched[name], plain[name], rtol=0, atol=0)
 
 
-# --- pictures
-
-
 @pytest.mark.parametrize("loss", ["mean", "cls"])
 def test_pictures_show_the_matched_patches(photo_folder, loss):
     rule = None if loss == "cls" else "paper"
@@ -182,9 +176,6 @@ def test_histogram_counts_pairs_of_views():
         # Of each of 3 images: the two global views with each other, each with the quarter, and with nothing in common.
         assert {n: int(c) for n, c in enumerate(counts) if c} == {0: 6, 4: 6, 16: 6}
         assert not m.end_epoch()[1].any()
-
-
-# --- provenance
 
 
 def test_environment_of_each_start_is_stored(photo_folder, tmp_path):

@@ -81,7 +81,7 @@ def pickled_array(dtype, shape, raw, state=b"(I3\nS'<'\nNNNI-1\nI-1\nI0\ntb"):
     ],
 )
 def test_made_up_arrays_are_refused(tmp_path, contents):
-    """NumPy's own unpickling would read memory outside their contents."""
+    """NumPy's own unpickling would read memory out of bounds."""
     (tmp_path / "p.pkl").write_bytes(contents)
     with pytest.raises(UserError, match="cannot read .*; expected only plain containers"):
         read_plain_pickle(tmp_path / "p.pkl")

@@ -1,4 +1,4 @@
-"""run_with_submitit.py on a real SLURM of this one machine, where it can be started, and without one."""
+"""run_with_submitit.py on a real SLURM on this machine, if it can be started, and without SLURM."""
 
 import importlib
 import json
@@ -23,7 +23,7 @@ JOB = "--gpus_per_node 0 --tasks_per_node 2 --cpus_per_task 1 --timeout 60".spli
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    """Start a SLURM, and return a function that runs one of its commands."""
+    """Start SLURM and return a function that runs one of its commands."""
     missing = [name for name in ("sbatch", "srun", "slurmctld", "slurmd", "munged") if shutil.which(name) is None]
     if missing:
         pytest.skip(f"no {missing[0]}: install slurm-wlm and munge")
@@ -43,7 +43,7 @@ def slurm(tmp_path_factory):
 
 
 def submit(folder, *more):
-    """Submit a run from another folder than the repository; return the job's number and its output folder."""
+    """Submit a run from a folder outside the repository; return the job number and the output folder."""
     words = [sys.executable, ROOT / "run_with_submitit.py", *JOB, *OPTIONS, *more, "--output_dir", folder / "%j"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.run(list(map(str, words)), cwd=folder, env=env, capture_output=True, text=True, timeout=300)
@@ -64,7 +64,7 @@ def wait_until(condition, folder, seconds=180):
 
 
 def state(slurm, job):
-    """Return a job's state in the queue, as PENDING or RUNNING; nothing once it has left it."""
+    """Return the state of a job in the queue, such as PENDING or RUNNING, or "" after it has left the queue."""
     return slurm("squeue", "--noheader", "--format=%T", f"--jobs={job}", "--states=all").strip()
 
 

@@ -248,7 +248,7 @@ def test_grid_of_the_position_embedding_is_read_from_the_weights(tmp_path):
 
 @pytest.mark.parametrize(("arch", "patch_size"), [("vit_micro", 8), ("vit_tiny", 32)])
 def test_architecture_and_patch_size_are_read_from_the_shapes(tmp_path, arch, patch_size):
-    """DINO's and timm's files of a backbone alone say neither."""
+    """Backbone files of DINO and timm store neither."""
     network = ARCHITECTURES[arch](patch_size, img_size=64)
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     backbone, _ = load_backbone(tmp_path / "model.safetensors")
