@@ -83,8 +83,8 @@ def copydays_lists(root, num_whitening=20000, num_distractors=10000, seed=0, cla
     """
     folder = ImageFolder(root)
     excluded = {path.name for path in listed_folders(folder.root, classes)}
-    labelled = zip(folder.paths, folder.labels, strict=True)
-    paths = [path for path, label in labelled if label >= 0 and folder.classes[label] not in excluded]
+    labeled = zip(folder.paths, folder.labels, strict=True)
+    paths = [path for path, label in labeled if label >= 0 and folder.classes[label] not in excluded]
     count = num_whitening + num_distractors
     if len(paths) < count:
         raise UserError(f"{root} has {len(paths)} images outside the classes of {classes}, expected at least {count}")
@@ -101,7 +101,7 @@ def copy_features(backbone, images) -> torch.Tensor:
 
 
 class Whitening:
-    """PCA whitening as in DINO, fitted on other images. The covariance is that of the uncentred features.
+    """PCA whitening as in DINO, fitted on other images. The covariance is that of the uncentered features.
 
     Eigenvalues below 1e-5 of the largest are raised to that value.
 

@@ -89,7 +89,7 @@ class RevisitedRetrieval:
 
 
 def retrieval_features(backbone, images, multiscale) -> torch.Tensor:
-    """Return the L2-normalised CLS tokens of images: [B, 3, H, W] -> [B, D].
+    """Return the L2-normalized CLS tokens of images: [B, 3, H, W] -> [B, D].
 
     `multiscale` averages the CLS tokens at 1, 1/√2 and 1/2 of the size. Scales smaller than a patch are skipped.
     """
@@ -133,7 +133,7 @@ def score(similarity, relevance, protocol) -> dict:
 
 
 class Shrink:
-    """Shrink a PIL image to at most `side` pixels, keeping the aspect, and normalise it: float [3, H, W]."""
+    """Shrink a PIL image to at most `side` pixels, keeping the aspect, and normalize it: float [3, H, W]."""
 
     def __init__(self, side):
         self.side, self.to_pixels = side, to_pixels()
@@ -145,7 +145,7 @@ class Shrink:
 
 
 class RetrievalImages(ImageList):
-    """Images of a benchmark, normalised after shrinking.
+    """Images of a benchmark, normalized after shrinking.
 
     Args:
         boxes: per image, the part to crop, (left, top, right, bottom) in pixels, or None. A crop is shrunk by the

@@ -6,7 +6,7 @@ writes `model.safetensors` and `config.json`, which timm (1.0.16 or newer) reads
 
     timm.create_model("local-dir:EXPORT", pretrained=True)
 
-and, with --onnx, `model.onnx`: images [B, 3, S, S], normalised as `config.json` says, -> tokens [B, 1+P, D] for any B.
+and, with --onnx, `model.onnx`: images [B, 3, S, S], normalized as `config.json` says, -> tokens [B, 1+P, D] for any B.
 S is the side for which the position embedding was made. At other sizes timm interpolates the position embedding with
 antialiasing and without DINO's offset of the sampling points, so that its tokens differ from those of this repository.
 """

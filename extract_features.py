@@ -3,7 +3,7 @@
     python extract_features.py --data_path FOLDER --pretrained_weights OUT/checkpoint.pth --output features.npz
 
 The images are resized and cropped as in eval_knn.py, which also ignores their EXIF orientation. The features are not
-normalised. Runs on GPUs or CPUs, in one process or under torchrun. The suffix of --output chooses the format:
+normalized. Runs on GPUs or CPUs, in one process or under torchrun. The suffix of --output chooses the format:
 
 | `.npz`, by `numpy.load` | `.safetensors` | contents |
 |---|---|---|

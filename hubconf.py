@@ -2,7 +2,7 @@
 
     torch.hub.load(FOLDER, "lgssl_vit_small16", source="local", weights="OUT/checkpoint.pth")
 
-FOLDER is this repository. Images are normalised with ImageNet's mean and standard deviation. `weights` takes the same
+FOLDER is this repository. Images are normalized with ImageNet's mean and standard deviation. `weights` takes the same
 files as --pretrained_weights; without it the weights are random.
 """
 

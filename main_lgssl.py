@@ -208,7 +208,7 @@ def pretrain(args, stop) -> signal.Signals | None:
 
         # Loss and gradients, accumulated over micro-batches
         for micro_step in range(args.accum_steps):
-            batch = next(batches)  # normalised views and their matches, on the device
+            batch = next(batches)  # normalized views and their matches, on the device
             seed_networks(args.seed, step, rank, micro_step)
             is_last = micro_step == args.accum_steps - 1
             with nullcontext() if is_last or world_size == 1 else ddp_student.no_sync():

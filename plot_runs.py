@@ -73,7 +73,7 @@ def settings(runs) -> dict:
 
     Returns:
         {label: runs}. The label lists the arguments that differ between the groups, or the loss if none differs. A run
-        without arguments is a group of its own, labelled by its folder.
+        without arguments is a group of its own, labeled by its folder.
 
     Raises:
         UserError: two runs have the same arguments and the same seed.
@@ -96,11 +96,11 @@ def settings(runs) -> dict:
     found = [dict(key) for key in groups]
     names = [*defaults, *sorted({name for setting in found for name in setting} - {*defaults, ""})]
     differing = [name for name in names if len({s[name] for s in found if name in s}) > 1] or ["loss"]
-    labelled = {}
+    labeled = {}
     for setting, members in zip(found, groups.values(), strict=True):
         words = [f"{'λ' if name == 'lambda_cls' else name} {setting[name]}" for name in differing if name in setting]
-        labelled[setting.get("", ", ".join(words))] = list(members.values())
-    return labelled
+        labeled[setting.get("", ", ".join(words))] = list(members.values())
+    return labeled
 
 
 def _text(value):
@@ -118,10 +118,10 @@ def mean_curve(curves) -> np.ndarray:
     return np.array(rows).reshape(-1, 4).T
 
 
-def last_values(labelled) -> list:
+def last_values(labeled) -> list:
     """Return the lines of a table with the last loss and k-NN accuracy per setting, mean ± standard deviation."""
     rows = [("setting", "seeds", "epochs", "loss", "k-NN top-1 in %")]
-    for label, runs in labelled.items():
+    for label, runs in labeled.items():
         row, ends = [], []
         for name, digits in (("loss", 3), ("knn_top1", 1)):
             last = [list(run.curves[name].items())[-1] for run in runs if run.curves[name]]
@@ -154,13 +154,13 @@ def main(argv=None) -> None:
     figures.check_output(args.output)
     folders = {Path(folder).resolve(): Path(folder) for folder in args.runs}
     runs = [read_run(folder) for folder in folders.values()]
-    labelled, curves = settings(runs), {}
-    for label, members in labelled.items():
+    labeled, curves = settings(runs), {}
+    for label, members in labeled.items():
         curve = {name: mean_curve([run.curves[name] for run in members]) for name in NAMES}
         seeds = span(np.concatenate([values[3] for values in curve.values()]))
         curves[f"{label} ({seeds} {'seed' if seeds == '1' else 'seeds'})"] = curve
     figures.save(figures.draw_curves(curves), args.output)
-    print("\n".join([*last_values(labelled), f"drawn in {args.output}"]))
+    print("\n".join([*last_values(labeled), f"drawn in {args.output}"]))
 
 
 if __name__ == "__main__":

@@ -252,7 +252,7 @@ def study_steps(row, seed, runs, extra=()) -> list:
 
 
 def raw_pixels(linear, knn) -> None:
-    """Take the steps of both evaluations with the digits' 8×8 pixels as features, normalised as for a network."""
+    """Take the steps of both evaluations with the digits' 8×8 pixels as features, normalized as for a network."""
     pixels, data = to_pixels(), {}
     for split in ("train", "val"):
         dataset = build_dataset("digits", split=split, transform=lambda image: pixels(image)[0].flatten())

@@ -90,14 +90,14 @@ def show_attention(args, backbone, made_with, img_size) -> tuple:
 
 
 def show_features(args, backbone, made_with, img_size) -> tuple:
-    """Draw the principal components of the patch features as colours."""
+    """Draw the principal components of the patch features as colors."""
     images = open_images(args.images, args, backbone, img_size)
     tokens = [features.patch_features(backbone, image) for image in images.values()]
     count = sum(f.shape[0] * f.shape[1] for f in tokens)
     if count < 4:
         raise UserError(f"found {count} patches, expected at least 4: give a larger --image_size or more images")
-    colours, explained = features.principal_colours(tokens)
-    figure = figures.draw_features(images, colours, patch_side(backbone), explained)
+    colors, explained = features.principal_colors(tokens)
+    figure = figures.draw_features(images, colors, patch_side(backbone), explained)
     return figure, f"patch features of {', '.join(images)}"
 
 
@@ -140,7 +140,7 @@ def show_matches(args, backbone, made_with, img_size) -> tuple:
 
 
 def plain_crop(image, box, flip, size) -> np.ndarray:
-    """Return a view without colour distortion: uint8 [H, W, 3] -> [size, size, 3]."""
+    """Return a view without color distortion: uint8 [H, W, 3] -> [size, size, 3]."""
     crop = crop_and_resize(image[None], box, size)[0]
     return crop[:, ::-1] if flip else crop
 
@@ -185,7 +185,7 @@ def show_patch_neighbours(args, query, backbone, img_size) -> tuple:
 
 
 def show_map(args, backbone, made_with, img_size) -> tuple:
-    """Draw a map of a labelled data set, by t-SNE."""
+    """Draw a map of a labeled data set, by t-SNE."""
     from sklearn.manifold import TSNE  # takes a second
 
     transform = features.eval_transform(img_size)
@@ -207,7 +207,7 @@ def show_map(args, backbone, made_with, img_size) -> tuple:
 
 
 def cls_features(backbone, dataset, num_workers) -> torch.Tensor:
-    """Return the L2-normalised CLS features [n, D] of a data set."""
+    """Return the L2-normalized CLS features [n, D] of a data set."""
     device = backbone.cls_token.device
     return features.extract_features(features.normalized_cls(backbone), dataset, device, num_workers=num_workers)
 
@@ -301,13 +301,13 @@ def parse_arguments(argv=None) -> Namespace:
     add("--threshold", type=number(float, 0, 1), default=0.6, help="share of the attention in the bright patches")
     images(sub)
 
-    sub, _ = command(show_features, "features", "the principal components of the patch features as colours")
+    sub, _ = command(show_features, "features", "the principal components of the patch features as colors")
     images(sub)
 
     text = "the matches of two views, by geometry and, given weights, by learned features"
     sub, add = command(show_matches, "matches", text, "boxes and flips, and of ", weights_required=False)
     sub.description += " Without --pretrained_weights no network is built and the views are plain crops and flips."
-    sub.description += " With --pretrained_weights the views have the training's colour distortion."
+    sub.description += " With --pretrained_weights the views have the training's color distortion."
     text = "file, or name of a photograph in scikit-image"
     sub.add_argument_group("images").add_argument("image", nargs="?", default="china", metavar="IMAGE", help=text)
     add("--matching", choices=RULES, default="paper", help="how geometry matches patches, see patch_matching.py")
@@ -325,7 +325,7 @@ def parse_arguments(argv=None) -> Namespace:
     point = {"type": number(int, 0), "nargs": 2, "metavar": ("X", "Y")}
     add_nearest("--patch", help="point of the query in pixels: draw the patches nearest to the one there", **point)
 
-    text = "a map of labelled images, by t-SNE of their CLS features"
+    text = "a map of labeled images, by t-SNE of their CLS features"
     sub, add_map = command(show_map, "map", text, "t-SNE, of the sampling of images, and of ")
     add = evaluation.add_data_arguments(sub)
     add("--split", choices=("train", "val"), default="val", help="part of the data set to draw")

@@ -30,11 +30,11 @@ def main() -> None:
     print(f"{machine()}; {args.train} training and {args.test} test features of {args.dim}, k = {args.k}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(args.classes, args.dim, generator=generator)
+    centers = torch.randn(args.classes, args.dim, generator=generator)
     data = []
     for n in (args.train, args.test):
         labels = torch.randint(args.classes, (n,), generator=generator)
-        features = F.normalize(centres[labels] + 5 * torch.randn(n, args.dim, generator=generator), dim=1)
+        features = F.normalize(centers[labels] + 5 * torch.randn(n, args.dim, generator=generator), dim=1)
         data += [features.to(device), labels.to(device)]
     sides, seconds, accuracy = {"lgssl": knn_accuracy, "DINO": one_hot_knn}, {}, {}
     for _ in range(args.rounds):

@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_views
 
-From decoded photographs of 500×375 pixels to uint8 views. JPEG decoding and normalisation are timed separately.
+From decoded photographs of 500×375 pixels to uint8 views. JPEG decoding and normalization are timed separately.
 """
 
 import random
@@ -61,7 +61,7 @@ def main() -> None:
     pil = [Image.fromarray(view[0].permute(1, 2, 0).numpy()) for view in views]
     own = min(seconds_of(lambda: [normalize(view) for view in views], 10)) / args.batch_size * 1e3
     plain = min(seconds_of(lambda: [by_image(view) for view in pil], 10)) * 1e3
-    print(f"normalisation, not counted: {own:.2f} ms per image here, on the device; {plain:.2f} ms as in DINO\n")
+    print(f"normalization, not counted: {own:.2f} ms per image here, on the device; {plain:.2f} ms as in DINO\n")
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +76,7 @@ def main() -> None:
 def plain_multi_crop() -> Callable:
     """Return a function from a PIL image to 2 + 8 views [3, S, S], with DINO's parameters."""
     jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
-    flip_and_colour = [transforms.RandomHorizontalFlip(), jitter, transforms.RandomGrayscale(p=0.2)]
+    flip_and_color = [transforms.RandomHorizontalFlip(), jitter, transforms.RandomGrayscale(p=0.2)]
 
     def blur(image):
         return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
@@ -85,7 +85,7 @@ def plain_multi_crop() -> Callable:
         crop = transforms.RandomResizedCrop(size, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC)
         blurred = transforms.RandomApply([transforms.Lambda(blur)], p=blur_prob)
         solarized = transforms.RandomApply([transforms.Lambda(ImageOps.solarize)], p=solarize_prob)
-        return transforms.Compose([crop, *flip_and_colour, blurred, solarized, transforms.PILToTensor()])
+        return transforms.Compose([crop, *flip_and_color, blurred, solarized, transforms.PILToTensor()])
 
     views = [view(224, (0.4, 1.0), 1.0, 0.0), view(224, (0.4, 1.0), 0.1, 0.2)] + [view(96, (0.05, 0.4), 0.5, 0.0)] * 8
     return lambda image: [view(image) for view in views]

@@ -144,7 +144,7 @@ def features_of_all(network, datasets, device, batch_size, num_workers, dtype=to
 
     Args:
         network: images [B, 3, H, W] -> features [B, D].
-        datasets: {name: data set of (normalised image, label)}.
+        datasets: {name: data set of (normalized image, label)}.
         batch_size, num_workers, dtype: as in `extract_features`.
 
     Returns:
@@ -162,7 +162,7 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k, te
     """Classify test features by a weighted vote of their k most similar training features (paper, section 4.2).
 
     Each neighbour votes for its class with exp(similarity / temperature). The similarity is the dot product:
-    L2-normalise the features first to get the cosine. Top-1 counts a hit if the true class ranks first by votes, top-5
+    L2-normalize the features first to get the cosine. Top-1 counts a hit if the true class ranks first by votes, top-5
     if it ranks among the first min(5, k). A class without votes is never a hit, even if fewer than five classes have
     votes. DINO sorts 1,000 columns of votes: classes without votes tie at 0 with all columns that the data set does not
     use, in unspecified order, and practically never count.

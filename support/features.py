@@ -18,12 +18,12 @@ GATHERED_NUMBERS = 2**23  # numbers per process that are gathered at a time
 
 
 def to_pixels() -> T.Compose:
-    """Return the transform PIL image -> normalised float [3, H, W]."""
+    """Return the transform PIL image -> normalized float [3, H, W]."""
     return T.Compose([T.PILToTensor(), T.ToDtype(torch.float32, scale=True), T.Normalize(MEAN, STD)])
 
 
 def eval_transform(crop_size) -> T.Compose:
-    """Return DINO's evaluation transform: PIL image -> normalised float [3, crop_size, crop_size].
+    """Return DINO's evaluation transform: PIL image -> normalized float [3, crop_size, crop_size].
 
     The shorter side is resized to 8/7 of `crop_size`, then the center is cropped: 256 and 224 by default in DINO.
     """
@@ -32,7 +32,7 @@ def eval_transform(crop_size) -> T.Compose:
 
 
 def normalized_cls(backbone) -> Callable:
-    """Return a network: images [B, 3, H, W] -> L2-normalised CLS tokens [B, D], whose dot product is the cosine."""
+    """Return a network: images [B, 3, H, W] -> L2-normalized CLS tokens [B, D], whose dot product is the cosine."""
     return lambda images: F.normalize(backbone(images)[:, 0])
 
 
@@ -47,7 +47,7 @@ def extract_features(
 
     Args:
         network: images [B, 3, H, W] -> features [B, D].
-        dataset: data set of (normalised image, label). Images of different sizes need a batch size of 1.
+        dataset: data set of (normalized image, label). Images of different sizes need a batch size of 1.
         title: text of the progress bar; None: no progress bar.
         dtype: dtype of the result.
         worker_init_fn: called in each data-loading process, as in DataLoader.
@@ -95,7 +95,7 @@ def _gather_interleaved(features, total, rank, world_size, device, dtype):
 
 
 def network_input(image, device) -> torch.Tensor:
-    """Convert an image to a network's input: uint8 [H, W, 3] -> normalised float [1, 3, H, W] on `device`."""
+    """Convert an image to a network's input: uint8 [H, W, 3] -> normalized float [1, 3, H, W] on `device`."""
     return normalize(torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None])
 
 
@@ -122,14 +122,14 @@ def patch_features(backbone, image) -> torch.Tensor:
     return tokens[0, 1:].unflatten(0, (-1, columns)).cpu()
 
 
-def principal_colours(features) -> tuple[list[np.ndarray], np.ndarray]:
-    """Map patch features to colours: the first three principal components over the patches of all images.
+def principal_colors(features) -> tuple[list[np.ndarray], np.ndarray]:
+    """Map patch features to colors: the first three principal components over the patches of all images.
 
     Args:
         features: list of [rows, columns, D].
 
     Returns:
-        (colours, explained): per image uint8 [rows, columns, 3], with the middle 98 % of each component's values scaled
+        (colors, explained): per image uint8 [rows, columns, 3], with the middle 98 % of each component's values scaled
         to 0-255; and the share of the variance that each component explains, [3]
     """
     everything = torch.cat([f.flatten(0, 1) for f in features]).double()

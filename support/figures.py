@@ -21,10 +21,10 @@ from matplotlib.transforms import Bbox
 import utils
 from utils import UserError
 
-# Colour-blind safe palette of Okabe and Ito.
+# Color-blind safe palette of Okabe and Ito.
 TEACHER, STUDENT, OVERLAP, WRONG = "#E69F00", "#0072B2", "#009E73", "#D55E00"
-COLOURS = (STUDENT, WRONG, OVERLAP, "#CC79A7", TEACHER, "#56B4E9", "#000000", "#F0E442")
-LINE_COLOURS = COLOURS[:-1]  # yellow is too light for lines on white
+COLORS = (STUDENT, WRONG, OVERLAP, "#CC79A7", TEACHER, "#56B4E9", "#000000", "#F0E442")
+LINE_COLORS = COLORS[:-1]  # yellow is too light for lines on white
 MARKERS = "o^sDvP*X"
 LINE_STYLES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1.5, 1, 1.5)))
 PANELS = {  # logged value: (title, unit)
@@ -81,13 +81,13 @@ def enlarge(cells, patch_size) -> np.ndarray:
 
 
 def heat_map(values, patch_size) -> np.ndarray:
-    """Turn an attention map [rows, columns] into colours, uint8 [H, W, 3], scaled to the map's maximum."""
-    colours = colormaps["inferno"](values / max(values.max(), 1e-12))[..., :3]
-    return enlarge((255 * colours).round().astype(np.uint8), patch_size)
+    """Turn an attention map [rows, columns] into colors, uint8 [H, W, 3], scaled to the map's maximum."""
+    colors = colormaps["inferno"](values / max(values.max(), 1e-12))[..., :3]
+    return enlarge((255 * colors).round().astype(np.uint8), patch_size)
 
 
 def tint_patches(image, tokens, columns, patch_size) -> np.ndarray:
-    """Tint patches of an image, each in its own colour. Pictures with equally many tokens use the same colours.
+    """Tint patches of an image, each in its own color. Pictures with equally many tokens use the same colors.
 
     Args:
         image: uint8 [H, W, 3].
@@ -98,10 +98,10 @@ def tint_patches(image, tokens, columns, patch_size) -> np.ndarray:
         uint8 [H, W, 3]
     """
     tint, share = np.zeros((*image.shape[:2], 3)), np.zeros((*image.shape[:2], 1))
-    colours = 255 * colormaps["turbo"](np.linspace(0.05, 0.95, len(tokens)))[:, :3]
-    for row, column, colour in zip(*_place(tokens, columns), colours, strict=True):
+    colors = 255 * colormaps["turbo"](np.linspace(0.05, 0.95, len(tokens)))[:, :3]
+    for row, column, color in zip(*_place(tokens, columns), colors, strict=True):
         cell = slice(row * patch_size, (row + 1) * patch_size), slice(column * patch_size, (column + 1) * patch_size)
-        tint[cell], share[cell] = colour, 0.6
+        tint[cell], share[cell] = color, 0.6
     return (image * (1 - share) + tint * share).round().astype(np.uint8)
 
 
@@ -147,16 +147,16 @@ def draw_attention(images, attentions, masks, patch_size, threshold) -> Figure:
     return _draw_panels(lines, "Attention of CLS in the last block", 0.22, "CC")
 
 
-def draw_features(images, colours, patch_size, explained) -> Figure:
-    """Draw images above their patch features as colours, up to four images in a row.
+def draw_features(images, colors, patch_size, explained) -> Figure:
+    """Draw images above their patch features as colors, up to four images in a row.
 
     Args:
         images: {name: uint8 [H, W, 3]}.
-        colours: uint8 [rows, columns, 3] per image, the first three principal components.
+        colors: uint8 [rows, columns, 3] per image, the first three principal components.
         explained: share of the variance per component, [3].
     """
-    pairs = zip(images.items(), colours, strict=True)
-    panels = [(shown(name), image, enlarge(colour, patch_size)) for (name, image), colour in pairs]
+    pairs = zip(images.items(), colors, strict=True)
+    panels = [(shown(name), image, enlarge(color, patch_size)) for (name, image), color in pairs]
     shares = ", ".join(f"{share:.0%}" for share in explained)
     title = f"Patch features: first three principal components as red, green, blue ({shares} of the variance)"
     return _draw_panels([panels[start : start + 4] for start in range(0, len(panels), 4)], title, 0.2, "SN")
@@ -199,12 +199,12 @@ def _figure(height, title=None, **pads):
     return figure
 
 
-def _bare(axis, title="", colour=None):
-    """Remove the ticks of an axis, set its title, and frame it in a colour."""
+def _bare(axis, title="", color=None):
+    """Remove the ticks of an axis, set its title, and frame it in a color."""
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=8)
-    if colour is not None:
-        axis.spines[:].set(color=colour, linewidth=2)
+    if color is not None:
+        axis.spines[:].set(color=color, linewidth=2)
 
 
 def draw_matches(image, crops, boxes, flips, patch_size, idx_a, idx_b, found_a=None, distance=None) -> Figure:
@@ -223,27 +223,27 @@ def draw_matches(image, crops, boxes, flips, patch_size, idx_a, idx_b, found_a=N
     Returns:
         the image with both boxes and their intersection, the pairs by geometry, and the pairs by features, each with
         the teacher's crop above the student's. The two patches of a pair have the same number and a line between them.
-        The colour of a pair by features shows its distance from geometry.
+        The color of a pair by features shows its distance from geometry.
     """
     columns = [("By geometry", idx_a, colormaps["plasma"](np.linspace(0, 0.95, len(idx_a))))]
     width_ratios, height = [1.7, 1], 5.4
     if found_a is not None:
-        colours = (STUDENT, OVERLAP, WRONG)
+        colors = (STUDENT, OVERLAP, WRONG)
         title = "By features" + (f": {(distance == 0).mean():.0%} the same" if len(distance) else "")
-        columns.append((title, found_a, [colours[min(d, 2)] for d in distance]))
+        columns.append((title, found_a, [colors[min(d, 2)] for d in distance]))
         width_ratios, height = [1.25, 1, 1], 4.4
     figure = _figure(height, w_pad=0.04, h_pad=0.02, hspace=0.06, wspace=0.02)
     grid = figure.add_gridspec(2, len(width_ratios), width_ratios=width_ratios)
     _draw_boxes(figure.add_subplot(grid[:, 0]), image, boxes)
-    for number, (title, tokens_a, pair_colours) in enumerate(columns, start=1):
+    for number, (title, tokens_a, pair_colors) in enumerate(columns, start=1):
         axes = [figure.add_subplot(grid[row, number]) for row in (0, 1)]
-        _draw_pairs(figure, axes, crops, patch_size, tokens_a, idx_b, pair_colours)
+        _draw_pairs(figure, axes, crops, patch_size, tokens_a, idx_b, pair_colors)
         axes[0].set_title(title, fontsize=8)
     for axis, whose, crop, flip in zip(figure.axes[1:3], ("teacher", "student"), crops, flips, strict=True):
         label = f"{whose}’s view\n{crop.shape[0]}×{crop.shape[1]}"
         axis.set_ylabel(label + (", mirrored" if flip else ""), fontsize=8)
     if found_a is not None:
-        handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
+        handles = [Rectangle((0, 0), 1, 1, color=color) for color in colors]
         labels = ("same patch as by geometry", "adjacent patch", "other patch")
         figure.legend(handles, labels, loc="outside lower right", ncols=3, fontsize=8, frameon=False)
     return figure
@@ -253,8 +253,8 @@ def _draw_boxes(axis, image, boxes):
     """Draw an image with the boxes of its two crops and their intersection."""
     axis.imshow(image)
     looks = (("teacher’s view", TEACHER), ("student’s view", STUDENT))
-    for (top, left, height, width), (label, colour) in zip(boxes, looks, strict=True):
-        style = {"fill": False, "edgecolor": colour, "linewidth": 2, "label": label}
+    for (top, left, height, width), (label, color) in zip(boxes, looks, strict=True):
+        style = {"fill": False, "edgecolor": color, "linewidth": 2, "label": label}
         axis.add_patch(Rectangle((left, top), width, height, **style))
     both = Bbox.intersection(*(Bbox.from_bounds(left, top, width, height) for top, left, height, width in boxes))
     if both is not None and both.width and both.height:
@@ -264,24 +264,24 @@ def _draw_boxes(axis, image, boxes):
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.03), fontsize=8, frameon=False)
 
 
-def _draw_pairs(figure, axes, crops, patch_size, tokens_a, tokens_b, colours):
+def _draw_pairs(figure, axes, crops, patch_size, tokens_a, tokens_b, colors):
     """Draw the teacher's and the student's crop, and per pair its two patches, equally numbered, and a line."""
-    for axis, crop, colour in zip(axes, crops, (TEACHER, STUDENT), strict=True):
+    for axis, crop, color in zip(axes, crops, (TEACHER, STUDENT), strict=True):
         axis.imshow(crop)
-        _bare(axis, colour=colour)
+        _bare(axis, color=color)
     outline = [withStroke(linewidth=1, foreground="black")]
-    for number, (token_a, token_b, colour) in enumerate(zip(tokens_a, tokens_b, colours, strict=True), start=1):
-        centres = []
+    for number, (token_a, token_b, color) in enumerate(zip(tokens_a, tokens_b, colors, strict=True), start=1):
+        centers = []
         for axis, crop, token in zip(axes, crops, (token_a, token_b), strict=True):
             columns = crop.shape[1] // patch_size
-            square = _square(axis, *_place(token, columns), patch_size, facecolor=colour, alpha=0.3, edgecolor="none")
+            square = _square(axis, *_place(token, columns), patch_size, facecolor=color, alpha=0.3, edgecolor="none")
             style = {"color": "white", "fontsize": min(6.0, 100 / columns), "ha": "center", "va": "center"}
             # Texts of the figure, not of the axis, so that they lie above the figure's lines.
             place = {"transform": axis.transData, "zorder": 3, "path_effects": outline}
             figure.text(*square.get_center(), str(number), **place, **style)
-            centres.append(square.get_center())
-        line = {"color": colour, "linewidth": 0.8, "alpha": 0.7}
-        figure.add_artist(ConnectionPatch(*centres, "data", "data", axesA=axes[0], axesB=axes[1], **line))
+            centers.append(square.get_center())
+        line = {"color": color, "linewidth": 0.8, "alpha": 0.7}
+        figure.add_artist(ConnectionPatch(*centers, "data", "data", axesA=axes[0], axesB=axes[1], **line))
 
 
 def _place(tokens, columns):
@@ -353,8 +353,8 @@ def draw_patch_neighbours(images, similarities, patch, nearest, patch_size) -> F
         heat = lower.imshow(enlarge(similarity, patch_size), **scale)
         _bare(lower)
     frames = [(axes[0, i], row, column, STUDENT) for i, row, column in nearest]
-    for axis, row, column, colour in [*frames, *((axis, *patch, WRONG) for axis in axes[:, 0])]:
-        _square(axis, row, column, patch_size, fill=False, edgecolor=colour, linewidth=1.2)
+    for axis, row, column, color in [*frames, *((axis, *patch, WRONG) for axis in axes[:, 0])]:
+        _square(axis, row, column, patch_size, fill=False, edgecolor=color, linewidth=1.2)
     bar = figure.colorbar(heat, ax=axes, location="bottom", fraction=0.04, aspect=50, pad=0.01)
     bar.set_label("cosine to the query patch", fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -362,7 +362,7 @@ def draw_patch_neighbours(images, similarities, patch, nearest, patch_size) -> F
 
 
 def draw_map(points, labels, classes, title) -> Figure:
-    """Draw labelled points in the plane; colour and marker show the class.
+    """Draw labeled points in the plane; color and marker show the class.
 
     Args:
         points: [n, 2].
@@ -375,9 +375,9 @@ def draw_map(points, labels, classes, title) -> Figure:
     counts = np.bincount(labels, minlength=len(classes))
     in_legend = np.argsort(-counts, kind="stable")[:MAX_CLASSES]
     for label in np.flatnonzero(counts):
-        colour, marker = COLOURS[label % len(COLOURS)], MARKERS[label // len(COLOURS) % len(MARKERS)]
+        color, marker = COLORS[label % len(COLORS)], MARKERS[label // len(COLORS) % len(MARKERS)]
         name = shown(str(classes[label])) if label in in_legend else None
-        style = {"color": colour, "marker": marker, "s": 14, "linewidths": 0.3, "edgecolors": "white"}
+        style = {"color": color, "marker": marker, "s": 14, "linewidths": 0.3, "edgecolors": "white"}
         axis.scatter(*points[labels == label].T, label=name, **style)
     _bare(axis)
     axis.set_title(title, fontsize=9)
@@ -400,9 +400,9 @@ def draw_curves(curves) -> Figure:
     # 0.45 inches for the axis label and margins, 1.2 per panel, 0.13 per line of the legend
     figure = Figure(figsize=(3.35, 0.45 + 1.2 * len(names) + 0.13 * lines), dpi=300, layout="constrained")
     axes = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
-    # Line styles tell the curves apart in print without colours.
-    styles = zip(curves, cycle(LINE_COLOURS), cycle(LINE_STYLES))
-    looks = [{"color": colour, "linestyle": style, "linewidth": 1.1} for _, colour, style in styles]
+    # Line styles tell the curves apart in print without colors.
+    styles = zip(curves, cycle(LINE_COLORS), cycle(LINE_STYLES))
+    looks = [{"color": color, "linestyle": style, "linewidth": 1.1} for _, color, style in styles]
     for axis, name in zip(axes, names, strict=True):
         for look, curve in zip(looks, curves.values(), strict=True):
             epochs, mean, deviation, _ = curve[name]

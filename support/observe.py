@@ -160,11 +160,11 @@ def training_pictures(backbone, view_batches, key) -> dict[str, np.ndarray]:
     resized = resize(image[None], (size, size), "bicubic")[0]
     heads = features.cls_attention(backbone, resized)
     maps = [figures.heat_map(head, patch_size) for head in (*heads, heads.mean(0))]
-    (colours,), _ = features.principal_colours([features.patch_features(backbone, resized)])
+    (colors,), _ = features.principal_colors([features.patch_features(backbone, resized)])
     return {
         "views": figures.tile([above, below]),
         "attention": figures.tile([[resized, *maps]]),
-        "features": figures.tile([[resized, figures.enlarge(colours, patch_size)]]),
+        "features": figures.tile([[resized, figures.enlarge(colors, patch_size)]]),
     }
 
 

@@ -122,17 +122,17 @@ def retrieval_folder(tmp_path_factory, photographs):
 
 @pytest.fixture
 def cifar10_folder(tmp_path, monkeypatch):
-    """Return a folder with CIFAR-10 in its true format, 12 images a batch: noise around a colour of the class.
+    """Return a folder with CIFAR-10 in its true format, 12 images a batch: noise around a color of the class.
 
     Only torchvision's check of the files' checksums is disabled.
     """
     folder = tmp_path / "cifar10/cifar-10-batches-py"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    colours = rng.integers(0, 256, (3, 3))  # of the classes that occur
+    colors = rng.integers(0, 256, (3, 3))  # of the classes that occur
     for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
         labels = np.arange(12) % 3
-        pixels = rng.normal(colours[labels].repeat(1024, 1), 40).clip(0, 255).astype(np.uint8)  # [12, 3 * 32 * 32]
+        pixels = rng.normal(colors[labels].repeat(1024, 1), 40).clip(0, 255).astype(np.uint8)  # [12, 3 * 32 * 32]
         (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": labels.tolist()}))
     names = "airplane automobile bird cat deer dog frog horse ship truck".split()
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))

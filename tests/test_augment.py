@@ -208,7 +208,7 @@ def test_views_are_functions_of_their_keys(images):
     assert not same(batch(images, [4, 5, 6], 0, 9, rank=0), batch(images, [4, 5, 6], 0, 9, rank=1))
     first, again = batch(images, [4, 5, 6], 0, 9), batch(images, [4, 5, 6], 1, 9)
     assert torch.equal(first[0].boxes, again[0].boxes)  # the crop depends only on the step
-    assert not torch.equal(first[0].pixels, again[0].pixels)  # the colours on the epoch
+    assert not torch.equal(first[0].pixels, again[0].pixels)  # the colors on the epoch
 
     image = MultiCrop(32, 16, local_number=1, geometry="image")
     assert same(image(images, [4, 5, 6], 0, 9), image(images, [4, 5, 6], 0, 10, rank=1))

@@ -36,9 +36,9 @@ def naive_knn(train, train_labels, test, test_labels, k, temperature):
 
 def test_agrees_with_the_naive_protocol_in_chunks_and_for_few_images(monkeypatch):
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(8, 6))
+    centers = rng.normal(size=(8, 6))
     labels = rng.integers(0, 8, 90)
-    features = centres[labels] + rng.normal(size=(90, 6))
+    features = centers[labels] + rng.normal(size=(90, 6))
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     test, test_labels = features[60:83], labels[60:83]  # 23 images, fewer than DINO's 100 chunks
     expected = naive_knn(features[:60], labels[:60], test, test_labels, 20, 0.07)
@@ -67,10 +67,10 @@ def dinos_knn(train, train_labels, test, test_labels, k, temperature=0.07, colum
 
 
 def noisy_classes(classes, noise, seed, train=300, test=100):
-    """Return unit features around a centre per class, and labels: train, train_labels, test, test_labels."""
+    """Return unit features around a center per class, and labels: train, train_labels, test, test_labels."""
     rng = np.random.default_rng(seed)
-    centres, labels = rng.normal(size=(classes, 16)), rng.integers(0, classes, train + test)
-    features = centres[labels] + noise * rng.normal(size=(train + test, 16))
+    centers, labels = rng.normal(size=(classes, 16)), rng.integers(0, classes, train + test)
+    features = centers[labels] + noise * rng.normal(size=(train + test, 16))
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     return features[:train], labels[:train], features[train:], labels[train:]
 

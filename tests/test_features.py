@@ -11,7 +11,7 @@ from support.features import (
     extract_features,
     network_input,
     patch_features,
-    principal_colours,
+    principal_colors,
 )
 from support.images import build_dataset
 from vision_transformer import vit_micro
@@ -30,7 +30,7 @@ def image(photographs):
 
 
 def normal(image):
-    """Normalise pixels as ImageNet's, in float64: uint8 [H, W, 3] -> [1, 3, H, W]."""
+    """Normalize pixels as ImageNet's, in float64: uint8 [H, W, 3] -> [1, 3, H, W]."""
     mean, std = (torch.tensor(x, dtype=torch.float64) for x in (MEAN, STD))
     return ((torch.tensor(image).double() / 255 - mean) / std).permute(2, 0, 1)[None]
 
@@ -53,7 +53,7 @@ def test_features_keep_the_order_of_the_data_set(photo_folder):
     torch.testing.assert_close(features, expected)
 
 
-def test_network_input_is_normalised(image):
+def test_network_input_is_normalized(image):
     for pixels in (image, image[:, ::-1], np.asfortranarray(image)):
         batch = network_input(pixels, "cpu")
         assert (batch.shape, batch.dtype) == ((1, 3, 32, 48), torch.float32)
@@ -77,17 +77,17 @@ def test_attention_is_that_of_the_last_block(backbone, image):
         np.testing.assert_allclose(attention[head].ravel(), expected.detach(), atol=1e-6)
 
 
-def test_colours_are_principal_components_that_the_images_share(backbone, image):
+def test_colors_are_principal_components_that_the_images_share(backbone, image):
     images = [image, image[:16, ::-1]]
     features = [patch_features(backbone, x) for x in images]
     tokens = backbone(normal(images[1].copy()).float())[0, 1:]
     torch.testing.assert_close(features[1], tokens.detach().unflatten(0, (2, 6)), atol=1e-5, rtol=1e-5)
-    colours, explained = principal_colours(features)
-    assert [c.shape for c in colours] == [(4, 6, 3), (2, 6, 3)]
+    colors, explained = principal_colors(features)
+    assert [c.shape for c in colors] == [(4, 6, 3), (2, 6, 3)]
     everything = torch.cat([f.flatten(0, 1) for f in features]).double().numpy()
     pca = PCA(3).fit(everything)
     np.testing.assert_allclose(explained, pca.explained_variance_ratio_, rtol=1e-6)
-    shown = np.concatenate([c.reshape(-1, 3) for c in colours]).astype(float)
+    shown = np.concatenate([c.reshape(-1, 3) for c in colors]).astype(float)
     for component, values in enumerate(pca.transform(everything).T):
         low, high = np.quantile(values, (0.01, 0.99))
         expected = 255 * ((values - low) / (high - low)).clip(0, 1)

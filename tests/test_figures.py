@@ -6,7 +6,7 @@ from matplotlib.patches import ConnectionPatch, Rectangle
 
 from patch_matching import match_patches
 from support.figures import (
-    LINE_COLOURS,
+    LINE_COLORS,
     OVERLAP,
     STUDENT,
     TEACHER,
@@ -37,19 +37,19 @@ def tokens_at(points, columns):
     return [1 + int(y // 16) * columns + int(x // 16) for x, y in points]
 
 
-def test_matched_patches_have_the_same_number_and_colour_and_a_line(photographs):
+def test_matched_patches_have_the_same_number_and_color_and_a_line(photographs):
     figure, (idx_a, idx_b) = draw(photographs)
     assert len(idx_a) > 0
     assert [text.get_text() for text in figure.texts] == [str(n + 1) for n in range(len(idx_a)) for _ in "ab"]
     lines = [artist for artist in figure.artists if isinstance(artist, ConnectionPatch)]
-    colours = [line.get_edgecolor()[:3] for line in lines]
-    assert len(set(colours)) == len(idx_a)
+    colors = [line.get_edgecolor()[:3] for line in lines]
+    assert len(set(colors)) == len(idx_a)
     for i, (axis, idx, columns) in enumerate(zip(figure.axes[1:], (idx_a, idx_b), (14, 6), strict=True)):
         assert tokens_at([text.get_position() for text in figure.texts[i::2]], columns) == idx.tolist()
         assert tokens_at([(line.xy1, line.xy2)[i] for line in lines], columns) == idx.tolist()
         assert [line.axesA if i == 0 else line.axesB for line in lines] == [axis] * len(idx)
         assert tokens_at([(patch.get_x() + 1, patch.get_y() + 1) for patch in axis.patches], columns) == idx.tolist()
-        assert [patch.get_facecolor()[:3] for patch in axis.patches] == colours
+        assert [patch.get_facecolor()[:3] for patch in axis.patches] == colors
 
 
 def test_crops_say_whose_they_are(photographs):
@@ -60,7 +60,7 @@ def test_crops_say_whose_they_are(photographs):
     assert frames == [to_hex(box.get_edgecolor()).upper() for box in figure.axes[0].patches[:2]] == [TEACHER, STUDENT]
 
 
-def test_pairs_by_features_are_coloured_by_their_distance(photographs):
+def test_pairs_by_features_are_colored_by_their_distance(photographs):
     figure, (idx_a, _) = draw(photographs, found_a=lambda idx: idx - torch.arange(len(idx)) % 3)  # 0 to 2 to the left
     assert ((idx_a - 1) % 14 >= 2).all()  # so that all shifted patches stay in their row
     lines = figure.artists[len(idx_a) :]
@@ -111,14 +111,14 @@ def run_curves(level, seeds=3):
     return {name: curve(level, seeds) for name in names}
 
 
-def test_curves_are_told_apart_by_colour_and_style():
+def test_curves_are_told_apart_by_color_and_style():
     axes = draw_curves({f"setting {i}": run_curves(i + 10) for i in range(28)}).axes
     assert [axis.get_ylabel() for axis in axes] == ["nats", "top-1 accuracy (%)", "share of ln K", "per pair of views"]
     assert axes[-1].get_xlabel() == "epochs"
     for axis in axes:
         looks = {(line.get_color(), str(line._dash_pattern)) for line in axis.lines}
         assert len(looks) == 28
-        assert {colour for colour, _ in looks} == set(LINE_COLOURS)
+        assert {color for color, _ in looks} == set(LINE_COLORS)
         assert len(axis.collections) == 28
 
 

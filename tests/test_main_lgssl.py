@@ -74,7 +74,7 @@ def read(path):
 
 
 def naive_loss(student, teacher, views, rule, temperature, loss, center):
-    """Algorithm 1 with a center [1+P, K]: all tokens pass through the head, then the matched ones of each pair are selected.
+    """Algorithm 1 with a center [1+P, K]: all tokens pass through the head, matched ones are selected per pair.
 
     Returns the loss and the mean of the teacher's logits [1+P, K].
     """
@@ -479,7 +479,7 @@ def test_a_signal_ends_the_step_and_saves(photo_folder, tmp_path, monkeypatch, u
     assert_same_state(*(torch.load(f / "checkpoint.pth", weights_only=True) for f in (tmp_path, undisturbed)))
 
 
-# What version 0.9.0 was started with for tests/golden/checkpoint_0.9.0.pth: two epochs, and holds the state after the first
+# Options of the run of version 0.9.0 in tests/golden/checkpoint_0.9.0.pth, which holds the state after epoch 1 of 2
 OLD_RUN = (
     "--dataset digits --arch vit_nano --patch_size 8 --image_size 36 --global_crops_size 32 --local_crops_size 16 "
     "--local_crops_number 2 --out_dim 8 --head_hidden_dim 8 --num_workers 0 --log_every 2 --optimizer sgd --lr 0.002 "

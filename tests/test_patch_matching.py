@@ -48,7 +48,7 @@ def test_paper_rule_agrees_with_its_text_patch_by_patch(box_a, grid_a, box_b, gr
 
 @given(boxes, grids, boxes, grids)
 @settings(max_examples=200, deadline=None)
-def test_nearest_rule_agrees_with_centres(box_a, grid_a, box_b, grid_b):
+def test_nearest_rule_agrees_with_centers(box_a, grid_a, box_b, grid_b):
     pairs = [(0, 0)]
     for r in range(grid_b[0]):
         for c in range(grid_b[1]):

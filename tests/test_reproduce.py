@@ -310,8 +310,8 @@ def data_root(tmp_path, copydays_folder, retrieval_folder):
             folder = tmp_path / "data/imagenet" / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                colour = tuple(int(name[1:]) * (7 + i) // (1 + 50 * c) % 256 for c in range(3))
-                Image.new("RGB", (40, 40), colour).save(folder / f"{i}.JPEG")
+                color = tuple(int(name[1:]) * (7 + i) // (1 + 50 * c) % 256 for c in range(3))
+                Image.new("RGB", (40, 40), color).save(folder / f"{i}.JPEG")
     (tmp_path / "data/copydays").symlink_to(copydays_folder / "copydays")
     for name in ("roxford5k", "rparis6k"):
         (tmp_path / "data" / name).symlink_to(retrieval_folder / name)

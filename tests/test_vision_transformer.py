@@ -111,7 +111,7 @@ def test_sizes_are_the_papers(build, dim, heads, millions):
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-def test_initialisation_is_dinos():
+def test_initialization_is_dinos():
     network = vit_small(16)
     for parameter in (network.cls_token, network.pos_embed, network.blocks[3].mlp.fc1.weight):
         assert parameter.std().item() == pytest.approx(0.02, rel=0.15)

@@ -98,11 +98,11 @@ def test_features_are_drawn_below_their_images(drawn):
     assert [axis.get_title() for axis in above] == ["china", "flower"]
     backbone = visualize.evaluation.open_model("none", "vit_micro", 8, "teacher", 0)[0]
     images = visualize.open_images(["china", "flower"], Namespace(max_images=2, image_size=64), backbone, 224).values()
-    colours, explained = visualize.features.principal_colours(
+    colors, explained = visualize.features.principal_colors(
         [visualize.features.patch_features(backbone, x) for x in images]
     )
-    for axis, colour in zip(below, colours, strict=True):
-        assert (np.asarray(axis.images[0].get_array())[4::8, 4::8] == colour).all()
+    for axis, color in zip(below, colors, strict=True):
+        assert (np.asarray(axis.images[0].get_array())[4::8, 4::8] == color).all()
     assert f"({explained[0]:.0%}, " in drawn[0].get_suptitle()
 
 
@@ -139,10 +139,10 @@ def test_matches_draws_and_counts_the_agreement(drawn, capsys):
     tokens = ends_of(lines, 8, 4, 8)
     idx_a, idx_b, found = first
     assert tokens == list(zip(idx_a, idx_b, strict=True)) + list(zip(found, idx_b, strict=True))
-    colours = [line.get_edgecolor()[:3] for line in lines[len(idx_a) :]]
+    colors = [line.get_edgecolor()[:3] for line in lines[len(idx_a) :]]
     found_rows, rows = (np.array([[(i - 1) // 8, (i - 1) % 8] for i in tokens]) for tokens in (found, idx_a))
     far = np.abs(found_rows - rows).max(1).clip(max=2).tolist()
-    assert colours == [to_rgb((figures.STUDENT, figures.OVERLAP, figures.WRONG)[i]) for i in far]
+    assert colors == [to_rgb((figures.STUDENT, figures.OVERLAP, figures.WRONG)[i]) for i in far]
     assert len(set(far)) > 1
     assert f"By features: {share:.0%} the same" in [axis.get_title() for axis in figure.axes]
 
@@ -254,8 +254,8 @@ def test_map_has_a_point_for_each_image(drawn, photo_folder, capsys):
     assert [len(points.get_offsets()) for points in axis.collections] == [6, 6]
     assert [points.get_label() for points in axis.collections] == ["china", "flower"]
     assert axis.get_title() == "t-SNE of the CLS features of 12 images of 2 classes"
-    colours = {tuple(points.get_facecolor()[0]) for points in axis.collections}
-    assert len(colours) == 2
+    colors = {tuple(points.get_facecolor()[0]) for points in axis.collections}
+    assert len(colors) == 2
     # Even an untrained network separates crops of two such different photographs.
     a, b = (points.get_offsets().data for points in axis.collections)
     nearest = [np.argsort(np.linalg.norm(np.concatenate([a, b]) - p, axis=1))[1] for p in np.concatenate([a, b])]
