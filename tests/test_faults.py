@@ -41,7 +41,7 @@ def start(tmp_path):
         process.wait()
 
 
-def wait_until(condition, process, seconds=120):
+def wait_until(condition, process, seconds=180):
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "the run has ended"
@@ -70,7 +70,7 @@ def test_a_signal_to_one_process_is_a_code_of_its_own_and_a_checkpoint(tmp_path,
     process = start("--save_every_steps", 0, folder=tmp_path / "run")
     wait_until(lambda: len(steps(tmp_path / "run")) >= 2, process)
     process.send_signal(getattr(signal, name))
-    assert process.wait(60) == 75
+    assert process.wait(180) == 75
     assert 10 <= torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["step"] < 87
 
 
@@ -99,14 +99,14 @@ def test_ctrl_c_twice_ends_at_once(tmp_path, start):
     process.send_signal(signal.SIGINT)
     wait_until(lambda: "SIGINT: stopping after this step; Ctrl-C ends at once" in output.read_text(), process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == -signal.SIGINT
+    assert process.wait(30) == -signal.SIGINT
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unforeseen_error_ends_the_run(tmp_path, start, workers):
     fail = "def seed_networks(seed, step, rank, part):\n    if step == 3: raise KeyError('unforeseen')"
     process = start("--num_workers", workers, folder=tmp_path / "run", launcher=script(tmp_path, fail))
-    assert process.wait(60) == 1
+    assert process.wait(180) == 1
     assert "KeyError: 'unforeseen'" in (tmp_path / "output.txt").read_text()
 
 
@@ -117,7 +117,7 @@ def test_a_run_ends_though_something_holds_its_data_loading_process(tmp_path, st
         "DataLoader.__iter__ = lambda self: held.append(iterate(self)) or held[-1]\n"
         "seed_networks = original"
     )
-    assert start("--epochs", 1, folder=tmp_path / "run", launcher=script(tmp_path, hold)).wait(60) == 0
+    assert start("--epochs", 1, folder=tmp_path / "run", launcher=script(tmp_path, hold)).wait(180) == 0
     assert "done: " in (tmp_path / "output.txt").read_text()
 
 
@@ -126,7 +126,7 @@ def test_sigterm_to_torchrun_stops_all_ranks_after_the_same_step(tmp_path, start
     process = start(folder=folder, launcher=torchrun(), batch_size=4)
     wait_until(lambda: len(steps(folder)) >= 3, process)
     process.send_signal(signal.SIGTERM)
-    process.wait(60)
+    process.wait(180)
     stopped = torch.load(folder / "checkpoint.pth", weights_only=True)["step"]
     assert "run the same command to resume from" in (tmp_path / "output.txt").read_text()
     assert 15 <= stopped < 87
@@ -139,7 +139,7 @@ def test_a_signal_to_one_rank_stops_both(tmp_path, start):
     process = start(folder=folder, launcher=torchrun("--max-restarts=0"), batch_size=4)
     wait_until(lambda: len(steps(folder)) >= 2, process)
     os.kill(ranks(process)[1], signal.SIGUSR2)
-    assert process.wait(60) == 0
+    assert process.wait(180) == 0
     assert torch.load(folder / "checkpoint.pth", weights_only=True)["step"] < 87
 
 
@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_ends_with_a_line(tmp_path, s
     wait_until(checkpoint.exists, process)
     half = checkpoint.stat().st_size // 2
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (half, half))
-    assert process.wait(60) == 2
+    assert process.wait(180) == 2
     last = (tmp_path / "output.txt").read_text().strip().splitlines()[-1]
     assert last.startswith(f"main_lgssl.py: error: cannot save {checkpoint}: File too large; the last saved")
     assert torch.load(checkpoint, weights_only=True)["step"] % 10 == 0
@@ -205,7 +205,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_ends_with_a_line(tmp_path, s
 
 def test_no_room_for_the_smallest_file_is_one_line(tmp_path, start):
     limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "-", sys.executable]  # 1 KiB, less than args.json
-    assert start(folder=tmp_path / "run", launcher=limited).wait(60) == 2
+    assert start(folder=tmp_path / "run", launcher=limited).wait(180) == 2
     last = (tmp_path / "output.txt").read_text().strip().splitlines()[-1]
     assert last.startswith(f"main_lgssl.py: error: cannot save {tmp_path / 'run' / 'args.json'}: File too large")
 
@@ -216,7 +216,7 @@ def test_a_dead_data_loading_process_is_reported_as_that(tmp_path, start):
     wait_until(lambda: len(steps(folder)) >= 2, process)
     (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(worker), signal.SIGKILL)
-    assert process.wait(60) == 2
+    assert process.wait(180) == 2
     last = (tmp_path / "output.txt").read_text().strip().splitlines()[-1]
     assert last.startswith("main_lgssl.py: error: a data-loading worker died, probably because memory ran out")
 
