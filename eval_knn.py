@@ -29,7 +29,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--nb_knn", type=number(int, 1), nargs="+", default=[10, 20], help="numbers of neighbours K")
     add("--temperature", type=number(float, 1e-6), default=0.07, help="temperature of the votes")
     # The default is None, not True: reproduce.py compares it with earlier results, which lack the option.
-    add("--use_cuda", type=bool_flag, help="search neighbours on the GPU; false: in CPU memory; default: true")
+    add("--use_cuda", type=bool_flag, help="search neighbours on the GPU if available; default: true")
     hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     add("--dump_features", "--load_features", type=refuse_features, **hidden)
     evaluation.add_data_arguments(parser)

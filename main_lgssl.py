@@ -50,8 +50,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--loss", choices=LOSSES, default="mean", help="loss of section 3.4; cls is DINO")
     add("--lambda_cls", type=fraction, default=0.5, help="λ, weight of CLS with --loss lambda")
     add("--matching", choices=RULES, default="paper", help="rule that matches patches, see patch_matching.py")
-    add("--geometry", choices=("batch", "image"), help="draw crops per batch or image; default: batch, for cls: image")
-    add("--center", choices=("position", "shared"), default="position", help="per token position, or one shared by all")
+    add("--geometry", choices=("batch", "image"), help="draw crops and flips once per batch (section 4.1.2) or per "
+        "image, as DINO does. Default: batch; with --loss cls: image")
+    add("--center", choices=("position", "shared"), default="position", help="one center per token position, as "
+        "in the authors' code, or one for all tokens, as in Algorithm 1")
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", type=architecture, default="vit_small", help="one of " + ", ".join(ARCHITECTURES))
@@ -73,20 +75,21 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--batch_size_per_gpu", type=natural, default=40, help="images per process and micro-batch")
     add("--accum_steps", type=natural, default=1, help="micro-batches per step; N equal one batch N times as large")
     add("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="optimizer, with DINO's settings")
-    add("--lr", type=amount, default=5e-4, help="peak learning rate at a total batch of 256; scaled with the batch")
+    add("--lr", type=amount, default=5e-4, help="peak learning rate for a total batch of 256, scaled linearly")
     add("--min_lr", type=amount, default=1e-6, help="final learning rate, not scaled")
     add("--warmup_epochs", type=count, default=10, help="epochs of linear warm-up of the learning rate")
     add("--weight_decay", type=amount, default=0.04, help="initial weight decay")
     add("--weight_decay_end", type=amount, default=0.4, help="final weight decay, on a cosine")
     add("--clip_grad", type=amount, default=3.0, help="maximum gradient norm of each parameter (0: no clipping)")
     add("--freeze_last_layer", type=count, default=1, help="epochs in which the prototypes are not updated")
-    add("--precision", choices=AUTOCAST, help="precision of autocast. Default: see --use_fp16")
-    add("--use_fp16", type=bool_flag, help="true: fp16, false: fp32. Default: true on a GPU")
+    add("--precision", choices=AUTOCAST, help="precision of autocast. Default: fp16 on a GPU, fp32 on a CPU")
+    add("--use_fp16", type=bool_flag, help="DINO's option for --precision fp16 (true) or fp32 (false)")
     add("--grad_checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
     add("--compile", action="store_true", help="compile the backbones with torch.compile")
 
     add = parser.add_argument_group("views").add_argument
-    add("--image_size", type=count, help="resize images to this side first (0: do not); default: 256, for cls: 0")
+    add("--image_size", type=count, help="resize images to this side in pixels before cropping (0: do not; needs "
+        "--geometry image). Default: 256; with --loss cls --geometry image: 0")
     add("--global_crops_size", type=natural, default=224, help="side of the two global views in pixels")
     add("--local_crops_size", type=natural, default=96, help="side of the local views in pixels")
     area = {"type": fraction, "nargs": 2, "metavar": ("LOW", "HIGH"), "help": "area as a fraction of the image"}
@@ -117,12 +120,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--local_rank", "--local-rank", type=int, help="ignored; taken from the environment")
     # fmt: on
     args = parser.parse_args(argv)
-    if args.geometry is None:
-        args.geometry = "image" if args.loss == "cls" else "batch"
+    args.geometry = args.geometry or ("image" if args.loss == "cls" else "batch")
     if args.image_size is None:
         args.image_size = 0 if (args.loss, args.geometry) == ("cls", "image") else 256
-    if args.precision is None:
-        args.precision = "fp16" if args.use_fp16 or (args.use_fp16 is None and torch.cuda.is_available()) else "fp32"
+    use_fp16 = torch.cuda.is_available() if args.use_fp16 is None else args.use_fp16
+    args.precision = args.precision or ("fp16" if use_fp16 else "fp32")
     del args.use_fp16
 
     parser.check_crops(args)
@@ -343,10 +345,11 @@ def build_loader(args, dataset, steps, rank, world_size, device) -> DataLoader:
     sizes, scales = (args.global_crops_size, args.local_crops_size), (args.global_crops_scale, args.local_crops_scale)
     multi_crop = MultiCrop(*sizes, *scales, args.local_crops_number, args.flip_prob, args.geometry, args.seed)
     rule = None if args.loss == "cls" else args.matching
-    batch_size, accum_steps = args.batch_size_per_gpu, args.accum_steps
     return DataLoader(
         ViewBatches(dataset, multi_crop, args.patch_size, rule, rank, skip_bad=args.on_bad_image == "skip"),
-        sampler=BatchSampler(len(dataset), batch_size, steps, accum_steps, rank, world_size, args.seed),
+        sampler=BatchSampler(
+            len(dataset), args.batch_size_per_gpu, steps, args.accum_steps, rank, world_size, args.seed
+        ),
         batch_size=None,  # each key of the sampler is a whole batch
         num_workers=args.num_workers,
         pin_memory=device.type == "cuda",

@@ -83,8 +83,7 @@ def _explain(error):
     """Return a one-line explanation of an error for the user, or None for an unexpected error."""
     text = first_line(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        name = error.filename or "a file"
-        return f"cannot write {name}: {error.strerror}; free some space and run the command again"
+        return f"cannot write {error.filename or 'a file'}: {error.strerror}; free some space and run the command again"
     if isinstance(error, torch.OutOfMemoryError):
         return "GPU out of memory: use a smaller --batch_size_per_gpu and more --accum_steps, or --grad_checkpointing"
     # PyTorch raises the death of a worker in a signal handler; the interrupted code may raise another error after it.

@@ -88,10 +88,7 @@ class OnlineKNN:
         if not len(chosen["train"][1]):
             raise UserError(f"found {len(train)} images, too few for online k-NN")
         self.labels = {split: torch.tensor(images.labels)[indices] for split, (images, indices) in chosen.items()}
-        self.splits = {
-            split: BlackForBad(Subset(images, indices.tolist()), crop_size)
-            for split, (images, indices) in chosen.items()
-        }
+        self.splits = {s: BlackForBad(Subset(x, i.tolist()), crop_size) for s, (x, i) in chosen.items()}
         self.batch_size, self.num_workers = batch_size, num_workers
 
     def __call__(self, backbone, device):

@@ -82,8 +82,7 @@ class Report:
         for name, values in (("arguments", args), ("environment", environment)):
             self.board.add_text(name, "    " + json.dumps(values, indent=2).replace("\n", "\n    "), 0)
         print(headline, flush=True)
-        hidden = not sys.stderr.isatty()
-        self.bar = tqdm(total=self.total_steps, initial=self.start_step, unit="step", disable=hidden)
+        self.bar = tqdm(total=self.total_steps, initial=self.start_step, unit="step", disable=not sys.stderr.isatty())
 
     def step(self) -> None:
         """Advance the progress bar by one step."""
