@@ -1,6 +1,6 @@
 """Measure time and peak memory of a training step against a naive Algorithm 1 and against `--loss cls`.
 
-    python -m benchmarks.bench_step                                                  the README's numbers
+    python -m benchmarks.bench_step                                                  the figures of docs/performance.md
     python -m benchmarks.bench_step --arch vit_small --batch_size 40 --patch_size 8 --out_dim 4096 65536
 
 Each side runs in fresh processes on the same views, with the same networks, optimizer and EMA, in fp32. The time is
@@ -40,7 +40,7 @@ SIDES = {  # options of main_lgssl.py
     "naive": "--loss mean --geometry batch",
     "cls": "--loss cls --geometry batch --image_size 256",
 }
-README = [  # (arch, patch size, batch size, K, sides)
+DOCUMENTED = [  # (arch, patch size, batch size, K, sides)
     ("vit_tiny", 16, 10, 4096, ("lgssl", "naive", "cls")),
     ("vit_tiny", 16, 10, 10000, ("lgssl", "naive", "cls")),
     ("vit_tiny", 16, 10, 65536, tuple(SIDES)),
@@ -54,7 +54,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     natural = number(int, 1)
     add = parser.add_argument_group("cases: all combinations, only with --arch").add_argument
-    add("--arch", nargs="+", choices=ARCHITECTURES, help="networks; default: the README's cases")
+    add("--arch", nargs="+", choices=ARCHITECTURES, help="networks; default: the cases of docs/performance.md")
     add("--patch_size", nargs="+", type=natural, default=[16], help="sides of a patch in pixels")
     add("--batch_size", nargs="+", type=natural, default=[10], help="images per step")
     add("--out_dim", nargs="+", type=natural, default=[4096, 10000, 65536], help="K, numbers of prototypes")
@@ -69,7 +69,7 @@ def main() -> None:
         return
 
     print(machine())
-    cases = README
+    cases = DOCUMENTED
     if args.arch:
         cases = [
             (arch, patch, batch, K, args.sides)
