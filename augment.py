@@ -96,6 +96,10 @@ def distort(rng: np.random.Generator, image: np.ndarray, blur_prob: float, solar
 
     Color jitter (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1, in random order) with probability 0.8,
     grayscale with probability 0.2, Gaussian blur with σ from 0.1 to 2 pixels, solarization with threshold 128.
+
+    Args:
+        rng: random generator.
+        blur_prob, solarize_prob: probabilities of blur and solarization, which differ between views.
     """
     if rng.random() < 0.8:
         brightness, contrast, saturation = rng.uniform((0.6, 0.6, 0.8), (1.4, 1.4, 1.2))

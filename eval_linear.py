@@ -105,7 +105,12 @@ def augmented_batches(sampler, dataset, network, device, num_workers) -> Iterato
 
 @torch.no_grad()
 def accuracy(classifier, features, labels, chunk=4096) -> tuple[float, float]:
-    """Return (top1, top5) in percent. With fewer than five classes, top-5 counts all of them."""
+    """Return (top1, top5) in percent. With fewer than five classes, top-5 counts all of them.
+
+    Args:
+        features, labels: [n, D] and LongTensor [n].
+        chunk: number of features per forward pass.
+    """
     correct = torch.zeros(2, dtype=torch.long, device=labels.device)
     for some_features, truth in zip(features.split(chunk), labels.split(chunk), strict=True):
         logits = classifier(some_features)
@@ -142,15 +147,15 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = evaluation.model_parser(__doc__)
     add = parser.add_argument_group("protocol").add_argument
-    add("--n_last_blocks", type=number(int, 1), help="last blocks whose CLS tokens are used; default: 4, vit_base: 1")
+    add("--n_last_blocks", type=number(int, 1), help="number of last blocks to use; default: 4, vit_base: 1")
     add("--avgpool_patchtokens", type=bool_flag, help="also use the mean patch token; default: false, vit_base: true")
     add("--epochs", type=number(int, 1), default=100, help="epochs of training")
     add("--lr", type=number(float, 0), default=0.001, help="initial learning rate at a total batch of 256, on a cosine")
     add("--flip_prob", type=number(float, 0, 1), help="flip probability; default: that of the pretraining, or 0.5")
-    add("--cache_features", action="store_true", help="do not augment: fast, but not the paper's protocol")
+    add("--cache_features", action="store_true", help="do not augment training images: not the paper's protocol")
     add("--num_labels", type=number(int, 1), help="outputs of the classifier; default: number of classes")
     add("--val_freq", type=number(int, 1), default=1, help="validate every N epochs and after the last one")
-    add("--evaluate", nargs="?", const=True, metavar="FILE", help="only validate FILE, or the run in --output_dir")
+    add("--evaluate", nargs="?", const=True, metavar="FILE", help="validate the weights in FILE or --output_dir")
     evaluation.add_data_arguments(parser)
     evaluation.add_computation_arguments(parser, batch_size=128)
     return parser.parse_args(argv)
@@ -194,7 +199,7 @@ def main(argv=None) -> None:
     batch_size = args.batch_size_per_gpu * world_size
     if state and not args.evaluate and state["batch_size"] != batch_size:
         trained = f"{path.with_suffix('.pth')} was trained with {state['batch_size']} images per step"
-        raise UserError(f"{trained}, found {batch_size}: give the earlier --batch_size_per_gpu on as many processes")
+        raise UserError(f"{trained}, found {batch_size}: use the batch and number of processes of that run")
     backbone.to(device)
 
     @torch.no_grad()

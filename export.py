@@ -2,7 +2,7 @@
 
     python export.py --pretrained_weights OUT/checkpoint.pth --output_dir EXPORT --onnx
 
-writes `model.safetensors` and `config.json`, which timm (1.0.16 or newer) reads with
+This command writes `model.safetensors` and `config.json`, which timm (1.0.16 or newer) reads with
 
     timm.create_model("local-dir:EXPORT", pretrained=True)
 

@@ -14,11 +14,11 @@ from support.matched_cross_entropy import matched_cross_entropy
 from utils import all_reduce_mean
 
 # Weight of a matched token pair, by --loss. Each function takes
-#   is_cls: booleans, whether the pair is CLS with CLS,
-#   num_matched: number of matched tokens in the same pair of views, including CLS; 0 marks padding, whose weight is
-#       ignored and may be infinite,
-#   lambda_cls: λ
-# and returns a tensor of weights of the same shape.
+#   is_cls: booleans [M, Ns], whether the pair is CLS with CLS,
+#   num_matched: LongTensor [M, Ns], number of matched tokens in the same pair of views, including CLS; 0 marks padding,
+#       whose weight is ignored and may be infinite,
+#   lambda_cls: λ, a float
+# and returns weights [M, Ns] in fp32. patch_matching.Matches defines M and Ns.
 LOSSES = {
     "cls": lambda is_cls, num_matched, lambda_cls: is_cls.float(),  # DINO
     "mean": lambda is_cls, num_matched, lambda_cls: 1 / num_matched.float(),

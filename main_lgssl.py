@@ -47,9 +47,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     natural, count, amount, fraction = number(int, 1), number(int, 0), number(float, 0), number(float, 0, 1)
     # fmt: off
     add = parser.add_argument_group("method").add_argument
-    add("--loss", choices=LOSSES, default="mean", help="loss of section 3.4; cls is DINO")
-    add("--lambda_cls", type=fraction, default=0.5, help="λ, weight of CLS with --loss lambda")
-    add("--matching", choices=RULES, default="paper", help="rule that matches patches, see patch_matching.py")
+    add("--loss", choices=LOSSES, default="mean", help="loss (section 3.4 of the paper); cls is DINO")
+    add("--lambda_cls", type=fraction, default=0.5, help="λ, weight of the CLS token with --loss lambda")
+    add("--matching", choices=RULES, default="paper", help="section 3.3, the authors' rounding, or the nearest patch")
     add("--geometry", choices=("batch", "image"), help="draw crops and flips once per batch (section 4.1.2) or per "
         "image, as DINO does. Default: batch; with --loss cls: image")
     add("--center", choices=("position", "shared"), default="position", help="one center per token position, as "
@@ -66,13 +66,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
     add = parser.add_argument_group("teacher").add_argument
     add("--momentum_teacher", type=fraction, default=0.996, help="initial EMA momentum; increases to 1 on a cosine")
-    add("--warmup_teacher_temp", type=number(float, 1e-6), default=0.04, help="initial τ_t")
-    add("--teacher_temp", type=number(float, 1e-6), default=0.07, help="τ_t after its warm-up")
+    add("--warmup_teacher_temp", type=number(float, 1e-6), default=0.04, help="initial temperature τ_t of the teacher")
+    add("--teacher_temp", type=number(float, 1e-6), default=0.07, help="τ_t, temperature of the teacher after warm-up")
     add("--warmup_teacher_temp_epochs", type=count, default=30, help="epochs of linear warm-up of τ_t")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=natural, default=200, help="number of epochs")
-    add("--batch_size_per_gpu", type=natural, default=40, help="images per process and micro-batch")
+    add("--batch_size_per_gpu", type=natural, default=40, help="images per micro-batch in each process")
     add("--accum_steps", type=natural, default=1, help="micro-batches per step; N equal one batch N times as large")
     add("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="optimizer, with DINO's settings")
     add("--lr", type=amount, default=5e-4, help="peak learning rate for a total batch of 256, scaled linearly")
@@ -81,32 +81,32 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--weight_decay", type=amount, default=0.04, help="initial weight decay")
     add("--weight_decay_end", type=amount, default=0.4, help="final weight decay, on a cosine")
     add("--clip_grad", type=amount, default=3.0, help="maximum gradient norm of each parameter (0: no clipping)")
-    add("--freeze_last_layer", type=count, default=1, help="epochs in which the prototypes are not updated")
+    add("--freeze_last_layer", type=count, default=1, help="first epochs, in which the prototypes are not updated")
     add("--precision", choices=AUTOCAST, help="precision of autocast. Default: fp16 on a GPU, fp32 on a CPU")
     add("--use_fp16", type=bool_flag, help="DINO's option for --precision fp16 (true) or fp32 (false)")
     add("--grad_checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
     add("--compile", action="store_true", help="compile the backbones with torch.compile")
 
     add = parser.add_argument_group("views").add_argument
-    add("--image_size", type=count, help="resize images to this side in pixels before cropping (0: do not; needs "
+    add("--image_size", type=count, help="resize images to squares of this side before cropping (0: do not; needs "
         "--geometry image). Default: 256; with --loss cls --geometry image: 0")
     add("--global_crops_size", type=natural, default=224, help="side of the two global views in pixels")
     add("--local_crops_size", type=natural, default=96, help="side of the local views in pixels")
-    area = {"type": fraction, "nargs": 2, "metavar": ("LOW", "HIGH"), "help": "area as a fraction of the image"}
-    add("--global_crops_scale", default=[0.4, 1.0], **area)
-    add("--local_crops_scale", default=[0.05, 0.4], **area)
+    area = {"type": fraction, "nargs": 2, "metavar": ("LOW", "HIGH")}
+    add("--global_crops_scale", default=[0.4, 1.0], help="area of a global view as a fraction of the image", **area)
+    add("--local_crops_scale", default=[0.05, 0.4], help="area of a local view as a fraction of the image", **area)
     add("--local_crops_number", type=count, default=8, help="number of local views")
     add("--flip_prob", type=fraction, default=0.5, help="flip probability; use 0 if mirroring changes the class")
 
     add = parser.add_argument_group("data and output").add_argument
-    add("--dataset", choices=DATASETS, default="folder", help="data set, see support/images.py")
+    add("--dataset", choices=DATASETS, default="folder", help="source of images; digits and photographs need no path")
     add("--data_path", help="folder of images, or of CIFAR-10")
     add("--classes", help="file with the class folders to use, one per line")
     add("--download", action="store_true", help="download CIFAR-10 if it is missing")
     add("--on_bad_image", choices=("error", "skip"), default="error", help="stop at an unreadable image, or skip it")
     add("--max_bad_images", type=fraction, default=0.01, help="maximum fraction of images that may be skipped")
     add("--output_dir", default=".", help="folder for checkpoints and logs")
-    add("--saveckp_freq", type=count, default=20, help="keep a checkpoint every N epochs (0: only the last one)")
+    add("--saveckp_freq", type=count, default=20, help="keep a checkpoint every N epochs, from epoch 1 on (0: none)")
     add("--save_every_steps", type=count, default=0, help="also save every N steps (0: only after each epoch)")
     add("--keep_last", type=count, default=0, help="keep the last N checkpoints of --saveckp_freq (0: all)")
     add("--log_every", type=natural, default=10, help="log every N steps")

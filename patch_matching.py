@@ -27,7 +27,8 @@ class Matches(NamedTuple):
     teacher_row: torch.Tensor  # [Nt] rows of the teacher's output
     teacher_position: torch.Tensor  # [Nt] index of each token in its view; 0 is CLS
     student_row: torch.Tensor  # [Ns] rows of the student's output
-    # M is the largest number of matches of a student token. If a token has no m-th match, both entries are 0: padding.
+    # M is the largest number of matches of a student token. If a token has no m-th match, row m of teacher_idx and of
+    # num_matched is 0: padding.
     teacher_idx: torch.Tensor  # [M, Ns] m-th match of each student token, as an index into teacher_row
     num_matched: torch.Tensor  # [M, Ns] number of tokens matched in the same pair of views, including CLS
     teacher_count: torch.Tensor  # [B] number of teacher tokens per image

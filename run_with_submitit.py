@@ -32,7 +32,7 @@ def parse_arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument_group("machines").add_argument
     add("--cluster", choices=("slurm", "local"), default="slurm", help="local: run on this machine, without SLURM")
     add("--nodes", type=natural, default=1, help="number of machines")
-    add("--gpus_per_node", "--ngpus", type=number(int, 0), help="0 runs on CPUs; default: 8, with --cluster local all")
+    add("--gpus_per_node", "--ngpus", type=number(int, 0), help="GPUs per machine, 0: CPUs; default: 8, locally all")
     add("--tasks_per_node", type=natural, help="processes per machine; default: one per GPU, or one")
     add("--cpus_per_task", type=natural, default=10, help="CPU cores per process")
     add("--mem_gb", type=natural, help="memory per machine in GB; default: that of the partition")

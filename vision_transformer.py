@@ -172,6 +172,11 @@ class Prototypes(nn.Module):
 
     `forward` returns weights [K, D] and scale [K]; logits are `z @ (scale * weights.T)`. The product of the two is not
     formed: it would be a copy of the largest layer, in the student and in the teacher.
+
+    Args:
+        dim: width of the bottleneck.
+        count: K, number of prototypes.
+        learn_norm: learn the norm of each prototype instead of fixing it to 1.
     """
 
     def __init__(self, dim: int, count: int, learn_norm: bool):

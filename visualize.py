@@ -292,7 +292,7 @@ def parse_arguments(argv=None) -> Namespace:
         add = sub.add_argument_group("images").add_argument
         if query:
             add("query", metavar="QUERY", help="query image")
-        default, text = [] if query else ["china", "flower"], "files, folders, or names of photographs in scikit-image"
+        default, text = [] if query else ["china", "flower"], "files, folders, or photographs of scikit-learn or -image"
         add("images", nargs="*", default=default, metavar="IMAGE", help=text)
         add("--image_size", type=natural, help="shorter side in pixels; default: twice the pretraining's, or 448")
         add("--max_images", type=natural, default=8, help="number of images to draw, the first ones")
@@ -308,15 +308,15 @@ def parse_arguments(argv=None) -> Namespace:
     sub, add = command(show_matches, "matches", text, "boxes and flips, and of ", weights_required=False)
     sub.description += " Without --pretrained_weights no network is built and the views are plain crops and flips."
     sub.description += " With --pretrained_weights the views have the training's color distortion."
-    text = "file, or name of a photograph in scikit-image"
+    text = "file, or name of a photograph of scikit-learn or scikit-image"
     sub.add_argument_group("images").add_argument("image", nargs="?", default="china", metavar="IMAGE", help=text)
     add("--matching", choices=RULES, default="paper", help="how geometry matches patches, see patch_matching.py")
     for name, whose in (("global", "teacher"), ("local", "student")):
         size, (low, high) = CROPS[f"{name}_crops_size"], CROPS[f"{name}_crops_scale"]
-        text = "of the {}'s crop; default: the pretraining's, or {}"
-        add(f"--{name}_crops_size", type=natural, help="side in pixels " + text.format(whose, size))
-        scale = {"type": number(float, 1e-6, 1), "nargs": 2, "metavar": ("LOW", "HIGH")}
-        add(f"--{name}_crops_scale", help="share of the image's area " + text.format(whose, f"{low} {high}"), **scale)
+        default, scale = "default: the pretraining's, or", {"type": number(float, 1e-6, 1), "nargs": 2}
+        add(f"--{name}_crops_size", type=natural, help=f"side of the {whose}'s crop in pixels; {default} {size}")
+        text = f"area of the {whose}'s crop as a fraction of the image; {default} {low} {high}"
+        add(f"--{name}_crops_scale", metavar=("LOW", "HIGH"), help=text, **scale)
     add("--pairs", type=natural, default=1, help="number of pairs of views whose matches are counted; draws the first")
 
     sub, add_nearest = command(show_neighbours, "neighbours", "the nearest images, or the nearest patches")

@@ -157,7 +157,7 @@ def refuse_other_run(earlier, args, defaults, may_change, path) -> None:
     if names:
         differences = ", ".join(f"--{name} {earlier.get(name, 'unknown')} there, {args[name]} here" for name in names)
         raise UserError(
-            f"{path} is of another run: {differences}; use its arguments to resume, or another --output_dir"
+            f"{path} belongs to a run with other arguments: {differences}; use those to resume, or another --output_dir"
         )
 
 

@@ -43,7 +43,7 @@ def add_data_arguments(parser, layout="folder with train/CLASS and val/CLASS, or
         the argument group's `add_argument`
     """
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="folder", help="kind of data set, see support/images.py")
+    add("--dataset", choices=DATASETS, default="folder", help="source of images; digits and photographs need no path")
     add("--data_path", help=layout)
     add("--classes", help="file with the class folders to use, one per line; imagenet100 has its own list")
     add("--download", action="store_true", help="download CIFAR-10 if it is missing")
@@ -164,8 +164,8 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k, te
     Each neighbour votes for its class with exp(similarity / temperature). The similarity is the dot product:
     L2-normalize the features first to get the cosine. Top-1 counts a hit if the true class ranks first by votes, top-5
     if it ranks among the first min(5, k). A class without votes is never a hit, even if fewer than five classes have
-    votes. DINO sorts 1,000 columns of votes: classes without votes tie at 0 with all columns that the data set does not
-    use, in unspecified order, and practically never count.
+    votes. DINO sorts 1,000 columns of votes, of which a data set with fewer classes leaves some unused: a class without
+    votes ties at 0 with the unused columns and is almost never counted as a hit.
 
     Test features are processed in chunks of at most 2^26 similarities (256 MiB). ImageNet-1K with ViT-B needs 3.9 GB
     for the 1.28 M training features of 768 numbers, 0.15 GB for the test features, and up to 1 GB of scratch memory.

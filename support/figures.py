@@ -129,8 +129,9 @@ def draw_attention(images, attentions, masks, patch_size, threshold) -> Figure:
 
     Args:
         images: {name: uint8 [H, W, 3]}.
-        attentions: [heads, rows, columns] per image, from CLS to the patches; the last map is the mean over heads.
+        attentions: [heads + 1, rows, columns] per image, from CLS to the patches; the last map is the mean over heads.
         masks: booleans of the same shape, the patches that hold most of the attention.
+        patch_size: side of a patch in pixels.
         threshold: share of the attention that a mask holds, for the label.
 
     Returns:

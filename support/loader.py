@@ -43,6 +43,10 @@ class BatchSampler(Sampler):
         num_samples: size of the data set.
         batch_size: number of samples per key.
         steps: range of the steps to yield, counted through all epochs.
+        accum_steps: micro-batches per step.
+        rank, world_size: rank of this process and number of processes.
+        seed: seed of the shuffling.
+        drop_last: drop the incomplete last step of an epoch.
 
     Attributes:
         steps_per_epoch: number of steps per epoch.

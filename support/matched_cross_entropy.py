@@ -2,8 +2,9 @@
 
 Two facts make it cheap:
 
-- The targets of a student token with several matches add up to a single mixture. With w = Σ_t w_t and
-  m = Σ_t (w_t / w)·t, its part of the loss is w·(logsumexp(s) - m·s), and the gradient of its logits is
+- The targets of a student token with several matches add up to a single mixture. Let s be the logits of the token
+  divided by τ_s, and t the teacher's distributions that it is matched with, with weights w_t. With w = Σ_t w_t and the
+  mixture m = Σ_t (w_t / w)·t, the token adds w·(logsumexp(s) - m·s) to the loss, and the gradient with respect to s is
   w·(softmax(s) - m).
 - All pairs lie inside one image. Tensors of K columns are needed for only one image at a time: the targets of its
   teacher tokens, and one chunk of student tokens, whose logits are turned into gradients in place.
@@ -27,7 +28,7 @@ def matched_cross_entropy(
 
     Args:
         student_out, teacher_out: `bottleneck` [N, D], `prototypes` [K, D] and `scale` [K] of the matched tokens; logits
-            are `bottleneck @ (scale * prototypes).T`. The teacher gets no gradient.
+            are `bottleneck @ (scale * prototypes.T)`. The teacher gets no gradient.
         matches: patch_matching.Matches.
         weight: [M, Ns], weight w of each match; 0 for padding.
         center: [1, K], or [1+P, K] with one center per token position.
@@ -171,7 +172,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _logits(z, prototypes, scale, out):
-    """Write the logits z @ (scale * prototypes).T to `out`; on a CPU in blocks of columns that fit the cache."""
+    """Write the logits z @ (scale * prototypes.T) to `out`; on a CPU in blocks of columns that fit the cache."""
     step = 2048 if z.device.type == "cpu" else len(prototypes)
     for start in range(0, len(prototypes), step):
         k = slice(start, start + step)

@@ -14,7 +14,7 @@ SAMPLE = 8  # number of images per batch whose outputs over all K prototypes are
 
 
 class Meters:
-    """Sums over the steps since the last report, and over the reports of an epoch, of one process.
+    """Accumulates the metrics of one process: over the steps since the last report, and over the reports of an epoch.
 
     Checkpoints hold the meters, so that a resumed run reports what an uninterrupted one would. Adding does not wait for
     the device.
@@ -47,8 +47,8 @@ class Meters:
         """Add a micro-batch.
 
         Args:
-            loss: its share of the loss of the step.
-            matches: its patch_matching.Matches.
+            loss: 0-d tensor, the loss of the micro-batch divided by `accum_steps`.
+            matches: patch_matching.Matches of the micro-batch.
             bad_images: {sample index: error message}.
             accum_steps: number of micro-batches per step.
         """

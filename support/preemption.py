@@ -15,8 +15,9 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped early, the same command res
 class StopRequest:
     """Turns SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 into a request to stop after the current step.
 
-    A context manager that restores the signal handlers. A second SIGINT kills the process. Under torchrun it does so
-    only a second after the first, because torchrun forwards the SIGINT that the terminal sent to all processes.
+    A context manager that restores the signal handlers on exit. A second SIGINT kills the process. Under torchrun, a
+    SIGINT within one second of the first is ignored: torchrun forwards the SIGINT that the terminal has sent to all
+    processes.
 
     Attributes:
         signal: first signal that this process received, or None.

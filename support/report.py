@@ -23,9 +23,9 @@ WATCH_FROM = 2000  # the watch for a collapse starts at this step, or at the end
 COLLAPSES = {
     "uniform outputs": (
         lambda v: v["entropy_share"] > 0.99,
-        "the teacher's CLS outputs have {entropy_share:.1%} of the maximum entropy, ln K. DINO's loss stays there; the "
-        "other losses may still learn from patches. Try a lower --warmup_teacher_temp and --teacher_temp, a lower "
-        "--momentum_teacher for small data sets, another --lr, or --use_bn_in_head true",
+        "the teacher's CLS outputs have {entropy_share:.1%} of the maximum entropy, ln K. With --loss cls, the loss "
+        "stays at ln K; other losses may still learn from patches. Try a lower --warmup_teacher_temp and "
+        "--teacher_temp, a lower --momentum_teacher for small data sets, another --lr, or --use_bn_in_head true",
     ),
     "one output for all images": (
         lambda v: v["entropy_share"] <= 0.99 and v["output_information"] < 0.05,

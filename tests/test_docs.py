@@ -204,7 +204,7 @@ def test_what_is_marked_as_runnable_runs(page, workplace, tmp_path, monkeypatch)
     if "OUT3" in PAGES[page]:  # three runs of two settings
         for i, loss in enumerate(("mean", "mean", "sum"), start=1):
             run_python("main_lgssl.py", *data, "--loss", loss, "--seed", i, "--output_dir", f"OUT{i}")
-    found = {}
+    found = {"__name__": "__main__"}
     for runnable, language, text in BLOCKS[page]:
         text = filled(text, workplace) if runnable else ""
         if language == "bash":

@@ -530,7 +530,7 @@ def test_an_argument_that_an_older_version_lacked_has_its_default(old_checkpoint
     for name in ("flip_prob", "center", "drop_path_rate", "dist_timeout"):
         del checkpoint["args"][name]
     torch.save(checkpoint, path)
-    with pytest.raises(UserError, match="is of another run: --flip_prob 0.5 there, 0.25 here"):
+    with pytest.raises(UserError, match="belongs to a run with other arguments: --flip_prob 0.5 there, 0.25 here"):
         main_lgssl.main([*OLD_RUN, "--output_dir", str(old_checkpoint), "--flip_prob", "0.25"])
     main_lgssl.main([*OLD_RUN, "--output_dir", str(old_checkpoint)])
     assert torch.load(path, weights_only=True)["step"] == 10
@@ -612,12 +612,13 @@ def test_other_arguments_never_overwrite_a_run(photo_folder, tmp_path):
     train(photo_folder, tmp_path, "--epochs", 1)
     before = (tmp_path / "checkpoint.pth").read_bytes()
     with pytest.raises(
-        UserError, match=r"checkpoint.pth is of another run: --loss mean there, sum here, --lr 0.0005 there"
+        UserError,
+        match=r"checkpoint.pth belongs to a run with other arguments: --loss mean there, sum here, --lr 0.0005 there",
     ):
         train(photo_folder, tmp_path, "--epochs", 1, "--loss", "sum", "--lr", 0.1)
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
     (tmp_path / "checkpoint.pth").unlink()  # stopped in its first epoch
-    with pytest.raises(UserError, match="args.json is of another run"):
+    with pytest.raises(UserError, match="args.json belongs to a run with other arguments"):
         train(photo_folder, tmp_path, "--epochs", 1, "--seed", 5)
 
 
