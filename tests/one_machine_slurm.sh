@@ -16,6 +16,7 @@ if [ "$action" = stop ]; then
 fi
 
 mkdir -p "$folder/controller" "$folder/node"
+cores=$(env -u OMP_NUM_THREADS nproc)  # nproc obeys the variable, which the tests set to 1
 memory=$(($(awk '/MemTotal/ {print $2}' /proc/meminfo) / 1024 - 512))
 cat > "$SLURM_CONF" <<EOF
 ClusterName=tests
@@ -40,7 +41,7 @@ JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
 JobRequeue=1
 KillWait=10
-NodeName=localhost CPUs=$(nproc) RealMemory=$memory State=UNKNOWN
+NodeName=localhost CPUs=$cores RealMemory=$memory State=UNKNOWN
 PartitionName=main Nodes=localhost Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
 EOF
 # A munge of its own: key, socket and log in the folder, so that one of the machine is left alone.
