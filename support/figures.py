@@ -345,7 +345,7 @@ def draw_patch_neighbours(images, similarities, patch, nearest, patch_size) -> F
     ratio = max(image.shape[0] / image.shape[1] for image in images.values())
     height = 2 * WIDTH / max(len(images), 2) * ratio + 0.9
     title = f"A patch (red frame) and its {len(nearest)} nearest (blue frames)"
-    figure = _figure(height, title, w_pad=0.02, h_pad=0.03, hspace=0.0, wspace=0.0)
+    figure = _figure(height, title, w_pad=0.02, h_pad=0.05, hspace=0.0, wspace=0.0)
     axes = figure.subplots(2, len(images), squeeze=False)
     scale = {"cmap": "cividis", "vmin": min(similarity.min() for similarity in similarities), "vmax": 1}
     for upper, lower, name, similarity in zip(*axes, images, similarities, strict=True):
