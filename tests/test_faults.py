@@ -61,7 +61,7 @@ def ranks(process):
 
 
 def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(run_script):
-    output = run_script("tests/kill_and_resume.py", "--cycles", 4, timeout=600).stdout
+    output = run_script("tests/kill_and_resume.py", "--cycles", 3, timeout=600).stdout
     assert "runs ended as the undisturbed one: {" in output.splitlines()[-1]
 
 
