@@ -271,9 +271,10 @@ def pretrain(args, stop) -> signal.Signals | None:
                     report.histogram("matched_patches_per_pair", matched_counts, step)
 
         if ends_epoch or stop.agreed or (args.save_every_steps and (step + 1) % args.save_every_steps == 0):
-            meters.stop_at_bad_step(student)
-            if args.on_bad_image == "skip":
-                meters.share_bad_images()
+            if not is_report_step:  # a report has done both
+                meters.stop_at_bad_step(student)
+                if args.on_bad_image == "skip":
+                    meters.share_bad_images()
             meters_state = meters.state_dict()
             if rank == 0:
                 report.sync()

@@ -125,12 +125,11 @@ def show_matches(args, backbone, made_with, img_size) -> tuple:
             crops = [figures.to_picture(view.pixels[0]) for view in views]
             found_a = nearest_tokens(*(features.patch_features(backbone, crop) for crop in crops), idx_b)
             distances.append(figures.patch_distance(found_a, idx_a, grid_a[1]))
-            found = found_a, distances[-1]
         else:
             crops = [plain_crop(image, box, flip, size) for box, flip, size in zip(boxes, flips, sizes, strict=True)]
-            found = ()
+            found_a = None
         if pair == 0:
-            figure = figures.draw_matches(image, crops, boxes, flips, patch_size, idx_a, idx_b, *found)
+            figure = figures.draw_matches(image, crops, boxes, flips, patch_size, idx_a, idx_b, found_a)
     text = f"{num_matched} matched patches in {'one pair' if args.pairs == 1 else f'{args.pairs} pairs'} of views"
     if backbone and num_matched:
         distance = np.concatenate(distances)

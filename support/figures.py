@@ -208,7 +208,7 @@ def _bare(axis, title="", color=None):
         axis.spines[:].set(color=color, linewidth=2)
 
 
-def draw_matches(image, crops, boxes, flips, patch_size, idx_a, idx_b, found_a=None, distance=None) -> Figure:
+def draw_matches(image, crops, boxes, flips, patch_size, idx_a, idx_b, found_a=None) -> Figure:
     """Draw two crops of an image and their matched patches (the paper's Figures 2 and 3).
 
     Args:
@@ -219,7 +219,6 @@ def draw_matches(image, crops, boxes, flips, patch_size, idx_a, idx_b, found_a=N
         patch_size: side of a patch in pixels of the crops.
         idx_a, idx_b: ints [n], tokens of the teacher's and the student's patches that geometry matches, without CLS.
         found_a: ints [n], the teacher's patch nearest in feature space to each of `idx_b`. None draws geometry only.
-        distance: ints [n], see `patch_distance`, from `found_a` to `idx_a`.
 
     Returns:
         the image with both boxes and their intersection, the pairs by geometry, and the pairs by features, each with
@@ -229,6 +228,7 @@ def draw_matches(image, crops, boxes, flips, patch_size, idx_a, idx_b, found_a=N
     columns = [("By geometry", idx_a, colormaps["plasma"](np.linspace(0, 0.95, len(idx_a))))]
     width_ratios, height = [1.7, 1], 5.4
     if found_a is not None:
+        distance = patch_distance(found_a, idx_a, crops[0].shape[1] // patch_size)
         colors = (STUDENT, OVERLAP, WRONG)
         title = "By features" + (f": {(distance == 0).mean():.0%} the same" if len(distance) else "")
         columns.append((title, found_a, [colors[min(d, 2)] for d in distance]))

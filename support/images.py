@@ -103,7 +103,7 @@ class ImageFolder(ImageList):
             loose = [str(entry) for entry in entries if has_image_name(entry.name) and not entry.is_dir()]
         found = [(path, -1) for path in loose]
         for label, folder in enumerate(folders):
-            # os.walk does not query the status of each file, of which there may be a million.
+            # os.walk does not stat each file, which would be slow for a million files.
             below = [os.path.join(top, name) for top, _, names in os.walk(folder, followlinks=True) for name in names]
             found += [(path, label) for path in sorted(below) if has_image_name(os.path.basename(path))]
         if not found:

@@ -109,9 +109,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_z, student_prototypes, student_scale, work):
         device, K = student_z.device, len(student_prototypes)
-        compute_dtype = torch.promote_types(
-            student_z.dtype, torch.float32
-        )  # of logits and everything derived from them
+        compute_dtype = torch.promote_types(student_z.dtype, torch.float32)  # of logits and what is derived from them
         autocast = torch.is_autocast_enabled(device.type)
         matmul_dtype = torch.get_autocast_dtype(device.type) if autocast else compute_dtype
         needs_z, needs_prototypes, needs_scale = ctx.needs_input_grad[:3]

@@ -55,9 +55,7 @@ class Meters:
         self.loss += loss
         self.new_bad_images |= bad_images
         is_cls = matches.is_cls()
-        matched = (
-            matches.num_matched - 1
-        ) * is_cls  # [M, Ns] number of matched patches, at one entry per pair of views
+        matched = (matches.num_matched - 1) * is_cls  # [M, Ns] matched patches, at one entry per pair of views
         self.matched += matched.sum() / is_cls.sum() / accum_steps
         counts = is_cls.flatten().to(self.matched_counts.dtype)
         self.matched_counts.scatter_add_(0, matched.flatten().clamp(max=len(self.matched_counts) - 1), counts)

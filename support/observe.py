@@ -177,7 +177,10 @@ def environment() -> dict:
             return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
         return None
 
-    installed = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    packages = dict.fromkeys(PACKAGES.split())
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # another one may provide the same modules
+            packages[name] = importlib.metadata.version(name)
     own = git("rev-parse", "--show-toplevel") == str(root.resolve())  # False inside another repository
     changes = git("status", "--porcelain", "--untracked-files=no") if own else None
     return {
@@ -187,7 +190,7 @@ def environment() -> dict:
         "git_commit": git("rev-parse", "HEAD") if own else None,
         "git_changed": bool(changes) if changes is not None else None,
         "python": platform.python_version(),
-        "packages": {name: installed.get(name) for name in PACKAGES.split()},
+        "packages": packages,
         "system": platform.platform(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_cores": os.cpu_count(),

@@ -29,8 +29,8 @@ def draw(photographs, boxes=BOXES, found_a=None):
     ]
     idx_a, idx_b = match_patches(boxes[0], FLIPS[0], (14, 14), boxes[1], FLIPS[1], (6, 6))
     idx_a, idx_b = idx_a[1:], idx_b[1:]
-    found = () if found_a is None else (found_a(idx_a), patch_distance(found_a(idx_a), idx_a, 14))
-    return draw_matches(np.array(photographs[0]), crops, boxes, FLIPS, 16, idx_a, idx_b, *found), (idx_a, idx_b)
+    found = None if found_a is None else found_a(idx_a)
+    return draw_matches(np.array(photographs[0]), crops, boxes, FLIPS, 16, idx_a, idx_b, found), (idx_a, idx_b)
 
 
 def tokens_at(points, columns):
