@@ -91,7 +91,9 @@ def crop_and_resize(images: np.ndarray, box: Sequence[int], size: int) -> np.nda
     return resize(images[:, top : top + height, left : left + width], (size, size), "bicubic")
 
 
-def distort(rng: np.random.Generator, image: np.ndarray, blur_prob: float, solarize_prob: float) -> np.ndarray:
+def distort(
+    rng: np.random.Generator, image: np.ndarray, blur_prob: float, solarize_prob: float, strength: float = 1.0
+) -> np.ndarray:
     """Apply DINO's photometric distortion to one image, uint8 [height, width, 3].
 
     Color jitter (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1, in random order) with probability 0.8,
@@ -100,18 +102,21 @@ def distort(rng: np.random.Generator, image: np.ndarray, blur_prob: float, solar
     Args:
         rng: random generator.
         blur_prob, solarize_prob: probabilities of blur and solarization, which differ between views.
+        strength: in [0, 1], scales the four amounts of jitter and the probabilities of grayscale, blur and
+            solarization. Not in the paper or in DINO, which have 1.
     """
     if rng.random() < 0.8:
-        brightness, contrast, saturation = rng.uniform((0.6, 0.6, 0.8), (1.4, 1.4, 1.2))
-        hue = rng.uniform(-0.1, 0.1)
+        amounts = strength * np.array((0.4, 0.4, 0.2))
+        brightness, contrast, saturation = rng.uniform(1 - amounts, 1 + amounts)
+        hue = rng.uniform(-0.1 * strength, 0.1 * strength)
         image = color_jitter(image, brightness, contrast, saturation, hue, rng.permutation(4))
-    if rng.random() < 0.2:
+    if rng.random() < 0.2 * strength:
         image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    if rng.random() < blur_prob:
+    if rng.random() < blur_prob * strength:
         sigma = rng.uniform(0.1, 2.0)
         kernel = cv2.getGaussianKernel(2 * math.ceil(3 * sigma) + 1, sigma, cv2.CV_32F)
         image = cv2.sepFilter2D(image, -1, kernel, kernel)  # twice as fast as GaussianBlur
-    if rng.random() < solarize_prob:
+    if rng.random() < solarize_prob * strength:
         image = cv2.LUT(image, _SOLARIZED)
     return image
 
@@ -176,6 +181,7 @@ class MultiCrop:
         geometry: "batch" draws each crop and flip once per batch, whose images must have one size (section 4.1.2);
             "image" draws them per image. Photometric distortion is always drawn per image.
         seed: seed of all random numbers.
+        distortion: strength of the photometric distortion, see `distort`.
     """
 
     def __init__(
@@ -188,12 +194,13 @@ class MultiCrop:
         flip_prob: float = 0.5,
         geometry: str = "batch",
         seed: int = 0,
+        distortion: float = 1.0,
     ):
         if geometry not in ("batch", "image"):
             raise ValueError(f"unknown geometry {geometry!r}, expected batch or image")
         # Each worker has one core, and OpenCV's thread pool does not survive a fork.
         cv2.setNumThreads(0)
-        self.flip_prob, self.geometry, self.seed = flip_prob, geometry, seed
+        self.flip_prob, self.geometry, self.seed, self.distortion = flip_prob, geometry, seed, distortion
         # (size, scale, blur probability, solarization probability) of each view
         self.view_specs = [(global_size, global_scale, 1.0, 0.0), (global_size, global_scale, 0.1, 0.2)]
         self.view_specs += [(local_size, local_scale, 0.5, 0.0)] * local_number
@@ -237,5 +244,5 @@ class MultiCrop:
         pixels = np.empty((len(photometry), size, size, 3), np.uint8)
         for i, (rng, crop, flip) in enumerate(zip(photometry, crops, itertools.cycle(flips), strict=False)):
             crop = cv2.flip(crop, 1) if flip else np.ascontiguousarray(crop)
-            pixels[i] = distort(rng, crop, blur_prob, solarize_prob)
+            pixels[i] = distort(rng, crop, blur_prob, solarize_prob, self.distortion)
         return View(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(boxes), torch.tensor(flips))

@@ -12,8 +12,8 @@ import torch
 import utils
 from support import evaluation
 from support.arguments import bool_flag, number
-from support.evaluation import knn_accuracy
-from support.features import eval_transform, normalized_cls
+from support.evaluation import classification_metrics, describe, knn_votes
+from support.features import normalized_cls
 from utils import UserError
 
 
@@ -24,7 +24,7 @@ def refuse_features(_) -> None:
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = evaluation.model_parser(__doc__)
+    parser = evaluation.model_parser(__doc__, evaluation.PIXELS)
     add = parser.add_argument_group("protocol").add_argument
     add("--nb_knn", type=number(int, 1), nargs="+", default=[10, 20], help="numbers of neighbours K")
     add("--temperature", type=number(float, 1e-6), default=0.07, help="temperature of the votes")
@@ -40,9 +40,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     """Extract the features on all processes, then classify on rank 0."""
     args = parse_arguments(argv)
-    backbone, made_with, crop_size = evaluation.open_model(*evaluation.model_options(args), args.seed, args.crop_size)
-    transforms = dict.fromkeys(("train", "val"), eval_transform(crop_size))
-    datasets = evaluation.open_splits(args.dataset, args.data_path, transforms, args.classes, args.download)
+    backbone, made_with, crop_size, datasets = evaluation.open_classification(args)
     if max(args.nb_knn) > len(datasets["train"]):
         raise UserError(f"--nb_knn {max(args.nb_knn)} is more than the {len(datasets['train'])} training images")
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, f"knn_{args.dataset}")
@@ -53,14 +51,13 @@ def main(argv=None) -> None:
     if rank > 0:
         return
     search_device = torch.device("cpu") if args.use_cuda is False else device
-    arrays = []
-    for split, dataset in datasets.items():
-        arrays += [features.pop(split).to(search_device), torch.tensor(dataset.labels, device=search_device)]
+    labels = {split: torch.tensor(dataset.labels, device=search_device) for split, dataset in datasets.items()}
+    train, val = (features.pop(split).to(search_device) for split in ("train", "val"))
     result = {"images": {split: len(d) for split, d in datasets.items()}, "crop_size": crop_size, "knn": {}}
     for k in args.nb_knn:
-        top1, top5 = knn_accuracy(*arrays, k, args.temperature)
-        result["knn"][k] = {"top1": top1, "top5": top5}
-        print(f"k-NN (K={k}): top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
+        votes = knn_votes(train, labels["train"], val, len(datasets["train"].classes), k, args.temperature)
+        result["knn"][k] = classification_metrics(votes, labels["val"])
+        print(f"k-NN (K={k}): {describe(result['knn'][k])}", flush=True)
     evaluation.write_result(path, result, made_with, args)
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import utils
 from support import checkpoints, evaluation
 from support.arguments import bool_flag, number
-from support.features import eval_transform, extract_features, to_pixels
+from support.features import extract_features, to_pixels
 from support.loader import BatchSampler
 from utils import UserError, cosine_schedule
 
@@ -104,19 +104,15 @@ def augmented_batches(sampler, dataset, network, device, num_workers) -> Iterato
 
 
 @torch.no_grad()
-def accuracy(classifier, features, labels, chunk=4096) -> tuple[float, float]:
-    """Return (top1, top5) in percent. With fewer than five classes, top-5 counts all of them.
+def validate(classifier, features, labels, chunk=4096) -> dict[str, float]:
+    """Return the metrics of `classification_metrics` of a classifier.
 
     Args:
         features, labels: [n, D] and LongTensor [n].
         chunk: number of features per forward pass.
     """
-    correct = torch.zeros(2, dtype=torch.long, device=labels.device)
-    for some_features, truth in zip(features.split(chunk), labels.split(chunk), strict=True):
-        logits = classifier(some_features)
-        hits = logits.topk(min(5, logits.shape[1])).indices == truth[:, None]
-        correct += torch.stack([hits[:, 0].sum(), hits.sum()])
-    return tuple((100 * correct.double() / len(labels)).tolist())
+    probabilities = [classifier(some_features).softmax(1) for some_features in features.split(chunk)]
+    return evaluation.classification_metrics(torch.cat(probabilities), labels)
 
 
 class AugmentedBatches(Dataset):
@@ -145,7 +141,7 @@ class AugmentedBatches(Dataset):
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = evaluation.model_parser(__doc__)
+    parser = evaluation.model_parser(__doc__, evaluation.PIXELS)
     add = parser.add_argument_group("protocol").add_argument
     add("--n_last_blocks", type=number(int, 1), help="number of last blocks to use; default: 4, vit_base: 1")
     add("--avgpool_patchtokens", type=bool_flag, help="also use the mean patch token; default: false, vit_base: true")
@@ -167,14 +163,14 @@ def protocol_of(args, backbone, made_with, num_classes) -> dict:
     Raises:
         UserError: --n_last_blocks exceeds the network's blocks, or --num_labels is less than the number of classes.
     """
-    base = backbone.embed_dim == 768
-    protocol = {"n_last_blocks": 1 if base else 4, "avgpool_patchtokens": base}
+    blocks = len(backbone.blocks)  # raw pixels: 1
+    base = backbone.embed_dim == 768 and blocks > 1
+    protocol = {"n_last_blocks": 1 if base else min(4, blocks), "avgpool_patchtokens": base}
     protocol |= {"flip_prob": made_with.get("flip_prob", 0.5), "num_labels": num_classes}
     protocol |= {name: vars(args)[name] for name in protocol if vars(args)[name] is not None}
-    blocks, outputs = protocol["n_last_blocks"], protocol["num_labels"]
-    if blocks > len(backbone.blocks):
-        raise UserError(f"--n_last_blocks {blocks} is more than the network's {len(backbone.blocks)}")
-    if outputs < num_classes:
+    if protocol["n_last_blocks"] > blocks:
+        raise UserError(f"--n_last_blocks {protocol['n_last_blocks']} is more than the network's {blocks}")
+    if (outputs := protocol["num_labels"]) < num_classes:
         raise UserError(f"--num_labels {outputs} is fewer than the {num_classes} classes of the data set")
     return protocol
 
@@ -182,10 +178,7 @@ def protocol_of(args, backbone, made_with, num_classes) -> dict:
 def main(argv=None) -> None:
     """Train and validate the classifier, or only validate it with --evaluate."""
     args = parse_arguments(argv)
-    backbone, made_with, crop_size = evaluation.open_model(*evaluation.model_options(args), args.seed, args.crop_size)
-    plain = eval_transform(crop_size)
-    transforms = {"train": plain if args.cache_features else None, "val": plain}
-    splits = evaluation.open_splits(args.dataset, args.data_path, transforms, args.classes, args.download)
+    backbone, made_with, crop_size, splits = evaluation.open_classification(args, not args.cache_features)
     num_images, num_classes = len(splits["train"]), len(splits["train"].classes)
     protocol = protocol_of(args, backbone, made_with, num_classes)
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, f"linear_{args.dataset}")
@@ -225,8 +218,7 @@ def main(argv=None) -> None:
     classifier = new_classifier(dim, protocol["num_labels"], args.seed).to(device)
     if args.evaluate:
         classifier.load_state_dict(state["best_classifier"])
-        top1, top5 = accuracy(classifier, *val)
-        print(f"linear: top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
+        print(f"linear: {evaluation.describe(validate(classifier, *val))}", flush=True)
         return
 
     sampler = BatchSampler(num_images, batch_size // world_size, None, 1, rank, world_size, args.seed, drop_last=False)
@@ -251,8 +243,8 @@ def main(argv=None) -> None:
         if rank > 0:
             continue
         if epoch % args.val_freq == 0 or epoch + 1 == args.epochs:
-            top1, top5 = accuracy(classifier, *val)
-            history.append({"epoch": epoch + 1, "loss": loss, "top1": top1, "top5": top5})
+            history.append({"epoch": epoch + 1, "loss": loss, **validate(classifier, *val)})
+            top1 = history[-1]["top1"]
             best = max(history, key=lambda entry: entry["top1"])  # the first of equal ones
             if best is history[-1]:
                 validations["best_classifier"] = {k: value.clone() for k, value in classifier.state_dict().items()}
@@ -267,11 +259,11 @@ def main(argv=None) -> None:
     bar.close()
     if rank == 0:
         best = max(history, key=lambda entry: entry["top1"])
-        top1, top5, epoch = best["top1"], best["top5"], best["epoch"]
+        metrics = {name: best[name] for name in evaluation.METRICS if name in best}
         cached = ", features of un-augmented images" if args.cache_features else ""
-        of = f"(best of {args.epochs} epochs: number {epoch}{cached})"
-        print(f"linear: top-1 {top1:.2f} %, top-5 {top5:.2f} % {of}", flush=True)
-        result = {"top1": top1, "top5": top5, "epoch": epoch, "protocol": protocol, "crop_size": crop_size}
+        of = f"(best of {args.epochs} epochs: number {best['epoch']}{cached})"
+        print(f"linear: {evaluation.describe(metrics)} {of}", flush=True)
+        result = {**metrics, "epoch": best["epoch"], "protocol": protocol, "crop_size": crop_size}
         result["training_images"] = "not augmented, features cached" if args.cache_features else "augmented"
         result["images"] = {split: len(images) for split, images in splits.items()}
         result |= {"batch_size": batch_size, "history": history}

@@ -28,7 +28,7 @@ import utils
 from support import evaluation
 from support.checkpoints import write_safetensors
 from support.features import eval_transform
-from support.images import build_dataset
+from support.images import build_dataset, source
 from utils import UserError, atomic_write
 from vision_transformer import WIDTHS
 
@@ -92,8 +92,8 @@ def main(argv=None) -> None:
     if path.exists():
         raise UserError(f"{path} already exists and is not overwritten: remove it, or give another --output")
     backbone, pretraining, crop_size = evaluation.open_model(*evaluation.model_options(args), args.seed, args.crop_size)
-    transform = eval_transform(crop_size)
-    dataset = build_dataset(args.dataset, args.data_path, args.split, transform, args.classes, args.download)
+    transform = eval_transform(crop_size, args.crop_pct)
+    dataset = build_dataset(**source(args), split=args.split, transform=transform)
     dataset.upright = False  # as in the evaluations
     found = {"arch": WIDTHS.get(backbone.embed_dim), "patch_size": backbone.patch_embed.patch_size[0]}
     found |= {"crop_size": crop_size, "pretraining": pretraining}

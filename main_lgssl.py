@@ -29,7 +29,7 @@ from losses import LOSSES, LocalGlobalLoss, teacher_temperature
 from patch_matching import RULES
 from support import checkpoints
 from support.arguments import ArgumentParser, bool_flag, number
-from support.images import DATASETS, ResizedArray, build_dataset
+from support.images import ResizedArray, add_source_arguments, build_dataset, source
 from support.loader import BatchSampler, ViewBatches, batches_on_device, check_batch
 from support.meters import Meters, measure
 from support.observe import environment, is_due, open_online_knn, training_pictures
@@ -97,12 +97,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--local_crops_scale", default=[0.05, 0.4], help="area of a local view as a fraction of the image", **area)
     add("--local_crops_number", type=count, default=8, help="number of local views")
     add("--flip_prob", type=fraction, default=0.5, help="flip probability; use 0 if mirroring changes the class")
+    add("--distortion", type=fraction, default=1.0, help="strength of the photometric distortion, an option of this "
+        "repository: 1 is the paper's and DINO's, 0 none")
 
     add = parser.add_argument_group("data and output").add_argument
-    add("--dataset", choices=DATASETS, default="folder", help="source of images; digits and photographs need no path")
-    add("--data_path", help="folder of images, or of CIFAR-10")
-    add("--classes", help="file with the class folders to use, one per line")
-    add("--download", action="store_true", help="download CIFAR-10 if it is missing")
+    add_source_arguments(add, "folder of images, or of CIFAR-10 or Fashion-MNIST")
     add("--on_bad_image", choices=("error", "skip"), default="error", help="stop at an unreadable image, or skip it")
     add("--max_bad_images", type=fraction, default=0.01, help="maximum fraction of images that may be skipped")
     add("--output_dir", default=".", help="folder for checkpoints and logs")
@@ -300,9 +299,9 @@ def open_images(args) -> tuple:
     """Return (training images, OnlineKNN or None, reason if None), and set the default of --knn_every."""
     min_side = 2 * args.image_size or None  # decode large JPEGs at reduced size; pixels change by less than one level
     transform = ResizedArray(args.image_size)
-    dataset = build_dataset(args.dataset, args.data_path, "train", transform, args.classes, args.download, min_side)
-    names, loading = (args.dataset, args.data_path, args.classes), (args.batch_size_per_gpu, args.num_workers)
-    online_knn, no_knn = open_online_knn(args.knn_every, dataset, *names, args.global_crops_size, *loading)
+    dataset = build_dataset(**source(args), transform=transform, min_side=min_side)
+    loading = (args.global_crops_size, args.batch_size_per_gpu, args.num_workers)
+    online_knn, no_knn = open_online_knn(args.knn_every, dataset, source(args), *loading)
     args.knn_every = 10 if args.knn_every is None and online_knn else args.knn_every or 0
     return dataset, online_knn, no_knn
 
@@ -344,7 +343,8 @@ def wrap_networks(args, student, teacher, world_size, device) -> torch.nn.Module
 def build_loader(args, dataset, steps, rank, world_size, device) -> DataLoader:
     """Return the loader of this rank's batches for a range of steps."""
     sizes, scales = (args.global_crops_size, args.local_crops_size), (args.global_crops_scale, args.local_crops_scale)
-    multi_crop = MultiCrop(*sizes, *scales, args.local_crops_number, args.flip_prob, args.geometry, args.seed)
+    views = (args.local_crops_number, args.flip_prob, args.geometry, args.seed, args.distortion)
+    multi_crop = MultiCrop(*sizes, *scales, *views)
     rule = None if args.loss == "cls" else args.matching
     return DataLoader(
         ViewBatches(dataset, multi_crop, args.patch_size, rule, rank, skip_bad=args.on_bad_image == "skip"),

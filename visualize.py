@@ -23,7 +23,7 @@ from augment import MultiCrop, crop_and_resize, resize
 from patch_matching import RULES, match_patches
 from support import evaluation, features, figures
 from support.arguments import ArgumentParser, number
-from support.images import PHOTOGRAPHS, ImageList, build_dataset, listed_images, photograph, read_image
+from support.images import PHOTOGRAPHS, ImageList, build_dataset, listed_images, photograph, read_image, source
 from utils import UserError
 
 MAX_PATCHES = 8000  # per image; the memory of attention grows with the square
@@ -187,8 +187,8 @@ def show_map(args, backbone, made_with, img_size) -> tuple:
     """Draw a map of a labeled data set, by t-SNE."""
     from sklearn.manifold import TSNE  # takes a second
 
-    transform = features.eval_transform(img_size)
-    dataset = build_dataset(args.dataset, args.data_path, args.split, transform, args.classes, args.download)
+    transform = features.eval_transform(img_size, args.crop_pct)
+    dataset = build_dataset(**source(args), split=args.split, transform=transform)
     labels, classes = np.array(dataset.labels), dataset.classes
     if labels.min() < 0 or len(set(labels.tolist())) < 2:
         problem = "images outside of class subfolders" if labels.min() < 0 else "one"

@@ -1,5 +1,6 @@
 """Shared parts of the evaluations: options, opening of model and images, k-NN, average precision, JSON results."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -9,23 +10,29 @@ import torch
 import torch.distributed as dist
 
 from support.arguments import ArgumentParser, number
-from support.features import extract_features
-from support.images import DATASETS, build_dataset
+from support.features import RawPixels, eval_transform, extract_features
+from support.images import add_source_arguments, build_dataset, source
 from utils import UserError, make_folder, write_text
 from vision_transformer import ARCHITECTURES, architecture, load_backbone
 
 
-def model_parser(doc) -> ArgumentParser:
+def model_parser(doc, other_weights="") -> ArgumentParser:
     """Return a parser with the options of a model. The first line of `doc` describes the command."""
     parser = ArgumentParser(description=doc.splitlines()[0], epilog="@FILE reads options from a file.")
-    add_model_arguments(parser)
+    add_model_arguments(parser, other_weights=other_weights)
     return parser
 
 
-def add_model_arguments(parser, required=True) -> None:
-    """Add the options of `open_model`. `required` makes --pretrained_weights mandatory."""
+def add_model_arguments(parser, required=True, other_weights="") -> None:
+    """Add the options of `open_model`.
+
+    Args:
+        required: make --pretrained_weights mandatory.
+        other_weights: further values of --pretrained_weights, for its help.
+    """
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_weights", required=required, help="checkpoint, or timm's .safetensors; none: random weights")
+    text = f"checkpoint, or timm's .safetensors; none: random weights{other_weights}"
+    add("--pretrained_weights", required=required, help=text)
     add("--checkpoint_key", default="teacher", help="network to load from the checkpoint, teacher or student")
     add("--arch", type=architecture, help=f"{', '.join(ARCHITECTURES)}; default: read from the weights, or vit_small")
     add("--patch_size", type=number(int, 1), help="side of a patch in pixels; default: read from the weights, or 16")
@@ -36,18 +43,19 @@ def model_options(args) -> tuple:
     return args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key
 
 
-def add_data_arguments(parser, layout="folder with train/CLASS and val/CLASS, or folder of CIFAR-10") -> Callable:
+def add_data_arguments(
+    parser, layout="folder with train/CLASS and val/CLASS, or of a torchvision data set"
+) -> Callable:
     """Add the options of a data set. `layout` is the help of --data_path.
 
     Returns:
         the argument group's `add_argument`
     """
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="folder", help="source of images; digits and photographs need no path")
-    add("--data_path", help=layout)
-    add("--classes", help="file with the class folders to use, one per line; imagenet100 has its own list")
-    add("--download", action="store_true", help="download CIFAR-10 if it is missing")
+    add_source_arguments(add, layout)
     add("--crop_size", type=number(int, 1), help="side of the images in pixels; default: the pretraining's, or 224")
+    add("--crop_pct", type=number(float, 0.01, 1), default=0.875, help="--crop_size as a fraction of the shorter side "
+        "before cropping; 0.875 is DINO's, 1 keeps square images whole")  # fmt: skip
     return add
 
 
@@ -96,10 +104,39 @@ def check_image_side(side, backbone) -> None:
         raise UserError(f"images of side {side} are smaller than a patch of {patch_size} pixels: give a larger side")
 
 
-def open_splits(dataset, data_path, transforms, classes=None, download=False) -> dict:
+PIXELS = "; pixels: no network, but the pixels minus the mean training image"  # see `open_classification`
+
+
+def open_classification(args, augmented=False) -> tuple:
+    """Open the network and the images of a classification from parsed options.
+
+    --pretrained_weights pixels opens RawPixels, which subtract the mean of the training images.
+
+    Args:
+        augmented: the caller augments the training images, which therefore have no transform.
+
+    Returns:
+        (backbone, made_with, img_size, {"train": data set, "val": data set}), see `open_model` and `open_splits`
+    """
+    pixels = args.pretrained_weights == "pixels"
+    if pixels:
+        backbone, made_with, img_size = None, {}, args.crop_size or 64
+    else:
+        backbone, made_with, img_size = open_model(*model_options(args), args.seed, args.crop_size)
+    plain = eval_transform(img_size, args.crop_pct)
+    splits = open_splits(source(args), {"train": None if augmented else plain, "val": plain})
+    if pixels:
+        train = copy.copy(splits["train"])
+        train.transform = plain
+        backbone = RawPixels(sum(train[i][0] for i in range(len(train))) / len(train))
+    return backbone, made_with, img_size, splits
+
+
+def open_splits(named, transforms) -> dict:
     """Open the training and validation images of a data set and check that they belong together.
 
     Args:
+        named: arguments of `build_dataset` that name the images.
         transforms: {"train": transform, "val": transform}.
 
     Returns:
@@ -108,7 +145,8 @@ def open_splits(dataset, data_path, transforms, classes=None, download=False) ->
     Raises:
         UserError: a split is missing, a split has no labels, or the splits have different classes.
     """
-    splits = {s: build_dataset(dataset, data_path, s, transforms[s], classes, download) for s in ("train", "val")}
+    splits = {s: build_dataset(**named, split=s, transform=transforms[s]) for s in ("train", "val")}
+    data_path = named["data_path"]
     if getattr(splits["train"], "paths", None) == getattr(splits["val"], "paths", ()):
         expected = f"expected {data_path}/train/CLASS/IMAGE and .../val/..."
         raise UserError(f"{data_path} has no subfolders train and val, {expected}")
@@ -158,46 +196,78 @@ def features_of_all(network, datasets, device, batch_size, num_workers, dtype=to
     return features
 
 
-def knn_accuracy(train_features, train_labels, test_features, test_labels, k, temperature=0.07) -> tuple[float, float]:
+def knn_votes(train_features, train_labels, test_features, num_classes, k, temperature=0.07) -> torch.Tensor:
     """Classify test features by a weighted vote of their k most similar training features (paper, section 4.2).
 
     Each neighbour votes for its class with exp(similarity / temperature). The similarity is the dot product:
-    L2-normalize the features first to get the cosine. Top-1 counts a hit if the true class ranks first by votes, top-5
-    if it ranks among the first min(5, k). A class without votes is never a hit, even if fewer than five classes have
-    votes. DINO sorts 1,000 columns of votes, of which a data set with fewer classes leaves some unused: a class without
-    votes ties at 0 with the unused columns and is almost never counted as a hit.
+    L2-normalize the features first to get the cosine.
 
     Test features are processed in chunks of at most 2^26 similarities (256 MiB). ImageNet-1K with ViT-B needs 3.9 GB
-    for the 1.28 M training features of 768 numbers, 0.15 GB for the test features, and up to 1 GB of scratch memory.
-    With several processes, rank 0 holds its own share twice while the features are gathered.
+    for the 1.28 M training features of 768 numbers, 0.15 GB for the test features, 0.2 GB for the votes and up to 1 GB
+    of scratch memory. With several processes, rank 0 holds its own share twice while the features are gathered.
 
     Args:
         train_features: [n, D].
         train_labels: LongTensor [n], classes from 0.
         test_features: [m, D].
-        test_labels: LongTensor [m].
+        num_classes: number of classes.
         k: number of neighbours, at most n.
         temperature: divides the similarities.
 
     Returns:
-        (top1, top5) in percent. With k below 5, top-5 counts the first k classes.
+        [m, num_classes], the classes' shares of the votes
 
     Raises:
         ValueError: k is not in [1, n].
     """
     if not 1 <= k <= len(train_features):
         raise ValueError(f"k is {k}, expected 1 to {len(train_features)}, the number of training features")
-    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    chunk = max(1, 2**26 // max(len(train_features), k * num_classes))
-    correct = torch.zeros(2, dtype=torch.long, device=test_features.device)
-    for features, labels in zip(test_features.split(chunk), test_labels.split(chunk), strict=True):
-        similarity, neighbours = (features @ train_features.T).topk(k)  # [chunk, k], most similar first
-        votes = similarity.new_zeros(len(features), num_classes)
-        votes.scatter_add_(1, train_labels[neighbours], (similarity / temperature).exp())
-        votes, ranking = votes.sort(dim=1, descending=True, stable=True)
-        hits = (ranking == labels[:, None]) & (votes > 0)
-        correct += torch.stack([hits[:, :1].sum(), hits[:, : min(5, k)].sum()])
-    return tuple((100 * correct.double() / len(test_features)).tolist())
+    votes = test_features.new_zeros(len(test_features), num_classes)
+    chunk = max(1, 2**26 // len(train_features))
+    for features, votes_of_chunk in zip(test_features.split(chunk), votes.split(chunk), strict=True):
+        similarity, neighbours = (features @ train_features.T).topk(k)  # [chunk, k]
+        votes_of_chunk.scatter_add_(1, train_labels[neighbours], (similarity / temperature).softmax(1))
+    return votes
+
+
+def classification_metrics(scores, labels) -> dict[str, float]:
+    """Return the metrics of a classification in percent.
+
+    A class with score 0 is never a hit. DINO's k-NN sorts 1,000 columns of votes, of which a data set with fewer
+    classes leaves some unused: a class without votes ties at 0 with them and is almost never counted as a hit.
+
+    Args:
+        scores: [m, C], at least 0: shares of votes or probabilities.
+        labels: LongTensor [m].
+
+    Returns:
+        top1: share of the images whose class has the highest score; the first class wins a tie.
+        top5: share of the images whose class is among the five highest scores. Only for more than five classes.
+        balanced_accuracy: mean over the classes of top1 among the images of a class.
+        auroc: area under the ROC curve of the score of class 1. Only for two classes.
+    """
+    from sklearn.metrics import balanced_accuracy_score, roc_auc_score  # takes a second
+
+    own = scores.gather(1, labels[:, None])
+    earlier = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
+    rank = ((scores > own) | ((scores == own) & earlier)).sum(1)
+    hits = {"top1": (rank < 1) & (own[:, 0] > 0), "top5": (rank < 5) & (own[:, 0] > 0)}
+    metrics = {name: 100 * hit.double().mean().item() for name, hit in hits.items()}
+    if scores.shape[1] <= 5:
+        del metrics["top5"]
+    truth = labels.cpu().numpy()
+    metrics["balanced_accuracy"] = 100 * float(balanced_accuracy_score(truth, scores.argmax(1).cpu().numpy()))
+    if scores.shape[1] == 2 and 0 < truth.sum() < len(truth):
+        metrics["auroc"] = 100 * float(roc_auc_score(truth, scores[:, 1].cpu().numpy()))
+    return metrics
+
+
+METRICS = {"top1": "top-1", "top5": "top-5", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
+
+
+def describe(metrics) -> str:
+    """Return the metrics of `classification_metrics` as text."""
+    return ", ".join(f"{METRICS[name]} {value:.2f} %" for name, value in metrics.items())
 
 
 def average_precision(ranks, count) -> float:
@@ -219,16 +289,16 @@ def average_precision(ranks, count) -> float:
 def result_file(output_dir, pretrained_weights, name) -> Path | None:
     """Return the path of a result: NAME.json in `output_dir`, by default in the folder of the weights.
 
-    Random weights without `output_dir` have no result file: None.
+    Random weights and raw pixels without `output_dir` have no result file: None.
 
     Raises:
         UserError: the folder cannot be written to.
     """
-    if output_dir is None and pretrained_weights == "none":
+    if output_dir is None and pretrained_weights in ("none", "pixels"):
         return None
     folder = Path(pretrained_weights).parent if output_dir is None else Path(output_dir)
     make_folder(folder, "--output_dir")
-    return folder / f"{name}.json"
+    return folder / f"{name.replace(':', '_')}.json"
 
 
 def write_result(path, result, made_with, args) -> None:

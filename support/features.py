@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.transforms.v2 as T
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
@@ -22,13 +23,29 @@ def to_pixels() -> T.Compose:
     return T.Compose([T.PILToTensor(), T.ToDtype(torch.float32, scale=True), T.Normalize(MEAN, STD)])
 
 
-def eval_transform(crop_size) -> T.Compose:
+def eval_transform(crop_size, crop_pct=0.875) -> T.Compose:
     """Return DINO's evaluation transform: PIL image -> normalized float [3, crop_size, crop_size].
 
-    The shorter side is resized to 8/7 of `crop_size`, then the center is cropped: 256 and 224 by default in DINO.
+    The shorter side is resized to `crop_size / crop_pct`, then the center is cropped: 256 and 224 by default in DINO.
     """
-    resize = T.Resize(crop_size * 8 // 7, InterpolationMode.BICUBIC)
+    resize = T.Resize(int(crop_size / crop_pct), InterpolationMode.BICUBIC)
     return T.Compose([resize, T.CenterCrop(crop_size), to_pixels()])
+
+
+class RawPixels(nn.Module):
+    """A baseline without a network, whose only token is the image minus a mean image [3, S, S], flattened."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.embed_dim, self.blocks = mean.numel(), [None]
+
+    def forward(self, images):
+        """Map images [B, 3, S, S] to tokens [B, 1, 3·S²]."""
+        return (images - self.mean).flatten(1)[:, None]
+
+    def get_intermediate_layers(self, images, n):
+        return [self(images)] * n
 
 
 def normalized_cls(backbone) -> Callable:

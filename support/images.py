@@ -5,8 +5,12 @@ has no label.
 """
 
 import contextlib
+import gzip
 import importlib
+import importlib.util
+import itertools
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,50 +19,105 @@ from torch.utils.data import Dataset
 
 import utils
 from augment import resize
+from support.arguments import number
 from utils import UserError
 
-DATASETS = ("folder", "cifar10", "imagenet100", "digits", "photographs")
+SOURCE = ("dataset", "data_path", "classes", "download", "train_images", "tuning")  # options that name the images
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 2**26  # 8192×8192, 200 MB decoded; larger images are bad, see --on_bad_image
 IMAGENET100_CLASSES = Path(__file__).parent.parent / "recipes" / "imagenet100_cmc.txt"
 
 
+def add_source_arguments(add, layout) -> None:
+    """Add the options of SOURCE to an argument group.
+
+    Args:
+        add: the group's `add_argument`.
+        layout: help of --data_path.
+    """
+    add("--dataset", choices=DATASETS, default="folder", help="source of images; elpv, digits, photographs: no path")
+    add("--data_path", help=layout)
+    add("--classes", help="file with the class folders to use, one per line; imagenet100 has its own list")
+    add("--download", action="store_true", help="download CIFAR-10 or Fashion-MNIST if it is missing")
+    add("--train_images", type=number(int, 1), help="use only N training images, drawn once. Default: all")
+    add("--tuning", action="store_true", help="hold out a fifth of the training images and use them as validation "
+        "images, for choosing settings")  # fmt: skip
+
+
+def source(args) -> dict:
+    """Return the arguments of `build_dataset` that name the images, from parsed options."""
+    return {name: getattr(args, name) for name in SOURCE}
+
+
 def build_dataset(
-    name, data_path=None, split="train", transform=None, classes=None, download=False, min_side=None
-) -> Dataset:
+    dataset,
+    data_path=None,
+    split="train",
+    transform=None,
+    classes=None,
+    download=False,
+    train_images=None,
+    tuning=False,
+    min_side=None,
+) -> "LabeledImages":
     """Open a data set.
 
     Args:
-        name: one of DATASETS.
+        dataset: one of DATASETS.
             "folder": all images in `data_path` and its subfolders. The classes are the direct subfolders, if any.
             "imagenet100": the same, restricted to the classes in a list.
             "cifar10": torchvision's CIFAR-10 in `data_path`.
+            "torchvision:FashionMNIST": the four idx files of Fashion-MNIST in `data_path`, gzipped or not, or in
+                `data_path`/FashionMNIST/raw, where torchvision puts them.
+            "elpv": photographs of solar cells, see `solar_cells`.
             "digits": scikit-learn's 1,797 scanned digits of 8×8 pixels, 1,400 for training and 397 for validation.
             "photographs": crops of photographs that scikit-learn and scikit-image ship.
         data_path: folder of the images. If it has subfolders `train` and `val`, only the subfolder `split` is read.
         split: "train" or "val".
         transform: applied to the PIL image.
         classes: file with one class folder per line. Default: no restriction; for "imagenet100" its own list.
-        download: let torchvision download CIFAR-10 if it is missing.
+        download: let torchvision download the data set if it is missing.
+        train_images: number of training images to use, drawn once. None: all.
+        tuning: use only these training images, a fifth of them for validation and the others for training.
         min_side: see `read_image`.
 
     Raises:
-        UserError: the folder or a class is missing, or there are no images.
+        UserError: the folder or a class is missing, there are no images, or fewer than `train_images`.
     """
-    if name in ("digits", "photographs"):
-        return (Digits if name == "digits" else Photographs)(split, transform)
-    if data_path is None:
-        raise UserError(f"--dataset {name} needs --data_path, the folder of the images")
-    if name == "cifar10":
-        return _cifar10(data_path, split, transform, download)
-    if name == "imagenet100":
-        classes = classes or IMAGENET100_CLASSES
-    return ImageFolder(data_path, split, transform, classes, min_side)
+    opened = "train" if tuning else split
+    if dataset in WITHOUT_PATH:
+        images = WITHOUT_PATH[dataset](opened)
+    elif data_path is None:
+        raise UserError(f"--dataset {dataset} needs --data_path, the folder of the images")
+    elif dataset == "cifar10":
+        images = _cifar10(data_path, opened, download)
+    elif dataset == "torchvision:FashionMNIST":
+        images = _fashion_mnist(data_path, opened, download)
+    else:
+        images = ImageFolder(data_path, opened, classes or (IMAGENET100_CLASSES if dataset == "imagenet100" else None))
+    images.transform, images.min_side = transform, min_side
+    if opened == "train" and (train_images or tuning):
+        number = train_images or len(images)
+        if number > len(images):
+            raise UserError(f"--train_images {number} is more than the {len(images)} training images")
+        chosen = np.random.default_rng(0).permutation(len(images))[:number]
+        if tuning:
+            chosen = chosen[: number // 5] if split == "val" else chosen[number // 5 :]
+        images.keep(sorted(chosen.tolist()))
+    return images
 
 
 class LabeledImages(Dataset):
-    """Base of the data sets. Subclasses define `labels`, `transform` and `image(index)`, which returns a PIL image."""
+    """Base of the data sets. Subclasses define `image(index)`, which returns a PIL image.
+
+    Attributes:
+        labels: label of each image, -1 if it has none.
+        classes: names of the classes. A label is an index into this list.
+        transform: applied to the PIL image; None returns the PIL image.
+    """
+
+    transform, classes = None, ()
 
     def __len__(self):
         return len(self.labels)
@@ -68,16 +127,35 @@ class LabeledImages(Dataset):
         return (self.transform(image) if self.transform else image), self.labels[index]
 
 
+class ArrayImages(LabeledImages):
+    """Images in memory, uint8 [n, H, W] or [n, H, W, 3]."""
+
+    def __init__(self, pixels, labels, classes):
+        self.pixels, self.labels, self.classes = pixels, list(map(int, labels)), list(classes)
+
+    def image(self, index) -> Image.Image:
+        return Image.fromarray(self.pixels[index]).convert("RGB")
+
+    def keep(self, indices) -> None:
+        """Keep only the images with these indices."""
+        self.pixels, self.labels = self.pixels[indices], [self.labels[i] for i in indices]
+
+
 class ImageList(LabeledImages):
     """The images of a list of paths, without labels. See `read_image` for `min_side` and `upright`."""
 
-    def __init__(self, paths, transform=None, upright=True, min_side=None):
-        self.paths, self.transform = list(map(str, paths)), transform
-        self.upright, self.min_side = upright, min_side
+    min_side = None
+
+    def __init__(self, paths, transform=None, upright=True):
+        self.paths, self.transform, self.upright = list(map(str, paths)), transform, upright
         self.labels = [-1] * len(self.paths)
 
     def image(self, index) -> Image.Image:
         return read_image(self.paths[index], self.min_side, self.upright)
+
+    def keep(self, indices) -> None:
+        """Keep only the images with these indices."""
+        self.paths, self.labels = [self.paths[i] for i in indices], [self.labels[i] for i in indices]
 
 
 class ImageFolder(ImageList):
@@ -85,11 +163,11 @@ class ImageFolder(ImageList):
 
     Attributes:
         root: folder that is read, `train` or `val` if the folder has both.
-        classes: names of the class folders. A label is an index into this list.
+        classes: names of the class folders.
         labels: label of each image, -1 if it is not in a class folder.
     """
 
-    def __init__(self, root, split="train", transform=None, classes_file=None, min_side=None):
+    def __init__(self, root, split="train", classes_file=None):
         root = Path(root)
         if not root.is_dir():
             raise UserError(f"no folder {root}: --data_path takes a folder of images, with or without class subfolders")
@@ -108,25 +186,53 @@ class ImageFolder(ImageList):
             found += [(path, label) for path in sorted(below) if has_image_name(os.path.basename(path))]
         if not found:
             raise UserError(f"no images below {root}, expected files that end in {' '.join(IMAGE_SUFFIXES)}")
-        super().__init__([path for path, _ in found], transform, min_side=min_side)
+        super().__init__(path for path, _ in found)
         self.root, self.labels, self.classes = root, [label for _, label in found], [folder.name for folder in folders]
 
 
-class Digits(LabeledImages):
-    """scikit-learn's copy of the UCI handwritten digits, with a fixed random split into 1,400 and 397 images."""
+def digits(split) -> ArrayImages:
+    """Open scikit-learn's copy of the UCI handwritten digits, with a fixed random split into 1,400 and 397 images."""
+    from sklearn.datasets import load_digits  # importing takes a second, and few runs need it
 
-    def __init__(self, split="train", transform=None):
-        from sklearn.datasets import load_digits  # importing takes a second, and few runs need it
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.images))
+    order = order[:1400] if split == "train" else order[1400:]
+    pixels = np.round(data.images[order] * (255 / 16)).astype(np.uint8)  # [n, 8, 8], white ink
+    return ArrayImages(pixels, data.target[order], map(str, range(10)))
 
-        digits = load_digits()
-        order = np.random.default_rng(0).permutation(len(digits.images))
-        order = order[:1400] if split == "train" else order[1400:]
-        self.images = np.round(digits.images[order] * (255 / 16)).astype(np.uint8)  # [n, 8, 8], white ink
-        self.labels, self.classes = digits.target[order].tolist(), [str(i) for i in range(10)]
-        self.transform = transform
 
-    def image(self, index) -> Image.Image:
-        return Image.fromarray(self.images[index]).convert("RGB")
+def solar_cells(split) -> ImageList:
+    """Open the photographs of solar cells in the package elpv-dataset, with the classes functional and defective.
+
+    2,624 electroluminescence photographs of 300×300 pixels (Buerhop-Lopez et al., 2018; Deitsch et al., 2021). A cell
+    is defective if the experts' probability of a defect is at least 0.5. A fixed random three quarters of the cells are
+    for training, the others for validation, with the same proportions of classes and of cell types (monocrystalline and
+    polycrystalline) in both.
+
+    Raises:
+        UserError: the package is not installed, or lacks its files.
+    """
+    package = importlib.util.find_spec("elpv_dataset")
+    if package is None:
+        raise UserError("--dataset elpv needs the package elpv-dataset: pip install elpv-dataset")
+    root = Path(package.origin).parent / "data"
+    try:
+        lines = [line.split() for line in (root / "labels.csv").read_text().splitlines()]
+        cells = [(root / name, float(probability) >= 0.5, kind) for name, probability, kind in lines]
+    except (OSError, ValueError) as error:
+        expected = "expected lines of path, probability and type; install elpv-dataset again"
+        raise UserError(f"cannot read {root / 'labels.csv'} ({utils.first_line(error)}): {expected}") from error
+    chosen = []
+    for i, group in enumerate(itertools.product((False, True), ("mono", "poly"))):
+        members = [index for index, (_, *described) in enumerate(cells) if tuple(described) == group]
+        shuffled = np.random.default_rng((0, i)).permutation(members).tolist()
+        count = round(len(members) * 3 / 4)
+        chosen += shuffled[:count] if split == "train" else shuffled[count:]
+    images = ImageList(path for path, _, _ in cells)
+    images.root, images.labels = root, [int(defective) for _, defective, _ in cells]
+    images.classes = ["functional", "defective"]
+    images.keep(sorted(chosen))
+    return images
 
 
 # name: (package that ships the photograph, path inside the package)
@@ -155,44 +261,77 @@ def photograph(name) -> Path:
     return path
 
 
-class Photographs(LabeledImages):
-    """Square crops of 15 photographs, labeled by photograph: data for experiments without a download.
+def photograph_crops(split) -> ArrayImages:
+    """Open square crops of the PHOTOGRAPHS, labeled by photograph: data for experiments without a download.
 
-    Each photograph is resized to a shorter side of 320 pixels. Crops have a side of 128 pixels. Validation crops lie in
-    the last 128 columns of a photograph, training crops in the others.
+    Each photograph is resized to a shorter side of 320 pixels. Crops have a side of 128 pixels. Validation crops, 20
+    per photograph, lie in its last 128 columns, training crops, 100 per photograph, in the others.
     """
-
-    SIDE, CROPS = 128, {"train": 100, "val": 20}  # CROPS: number per photograph
-
-    def __init__(self, split="train", transform=None):
-        self.transform, self.images, self.classes, self.labels = transform, [], [], []
-        for label, name in enumerate(sorted(PHOTOGRAPHS)):
-            image = read_image(photograph(name))
-            scale = 320 / min(image.size)
-            image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
-            count, last = self.CROPS[split], image.width - self.SIDE
-            rng = np.random.default_rng((label, split == "val"))
-            lefts = [last] * count if split == "val" else rng.integers(last - self.SIDE + 1, size=count)
-            tops = rng.integers(image.height - self.SIDE + 1, size=count)
-            for left, top in zip(map(int, lefts), map(int, tops), strict=True):
-                self.images.append(image.crop((left, top, left + self.SIDE, top + self.SIDE)))
-            self.classes.append(name)
-            self.labels += [label] * count
-
-    def image(self, index) -> Image.Image:
-        return self.images[index]
+    side, count, crops, classes = 128, {"train": 100, "val": 20}[split], [], sorted(PHOTOGRAPHS)
+    for label, name in enumerate(classes):
+        image = read_image(photograph(name))
+        scale = 320 / min(image.size)
+        image = image.resize([round(length * scale) for length in image.size], Image.Resampling.BICUBIC)
+        last, pixels = image.width - side, np.array(image)
+        rng = np.random.default_rng((label, split == "val"))
+        lefts = [last] * count if split == "val" else rng.integers(last - side + 1, size=count)
+        tops = rng.integers(image.height - side + 1, size=count)
+        crops += [pixels[top : top + side, left : left + side] for left, top in zip(lefts, tops, strict=True)]
+    return ArrayImages(np.stack(crops), np.arange(len(classes)).repeat(count), classes)
 
 
-def _cifar10(data_path, split, transform, download):
+def _cifar10(data_path, split, download):
     from torchvision.datasets import CIFAR10
 
     try:
-        dataset = CIFAR10(data_path, train=split == "train", transform=transform, download=download)
+        dataset = CIFAR10(data_path, train=split == "train", download=download)
     except (RuntimeError, OSError) as error:
         expected = f"expected {data_path}/cifar-10-batches-py, which --download fetches"
         raise UserError(f"no CIFAR-10 in {data_path}, {expected}") from error
-    dataset.labels = dataset.targets
-    return dataset
+    return ArrayImages(dataset.data, dataset.targets, dataset.classes)
+
+
+def _fashion_mnist(data_path, split, download):
+    from torchvision.datasets import FashionMNIST
+
+    if download:
+        try:
+            FashionMNIST(data_path, download=True)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"cannot download Fashion-MNIST to {data_path}: {utils.first_line(error)}") from error
+    name = "train" if split == "train" else "t10k"
+    pixels, labels = (read_idx(data_path, f"{name}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
+    if pixels.ndim != 3 or pixels.shape[:1] != labels.shape or labels.max(initial=0) > 9:
+        found = f"{pixels.shape} and labels {labels.shape} up to {labels.max(initial=0)}"
+        raise UserError(f"{data_path} holds {split} images {found}: not Fashion-MNIST's [n, 28, 28] and [n], 0 to 9")
+    return ArrayImages(pixels, labels, FashionMNIST.classes)
+
+
+def read_idx(folder, name) -> np.ndarray:
+    """Read the array of an idx file, the format of MNIST: uint8 values of any shape.
+
+    Args:
+        folder: has the file, gzipped or not, or has it in FashionMNIST/raw.
+        name: of the file without .gz.
+
+    Raises:
+        UserError: the file is missing or no such file.
+    """
+    places = [Path(folder) / below / f"{name}{suffix}" for below in ("", "FashionMNIST/raw") for suffix in ("", ".gz")]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise UserError(f"no {name} in {folder}: expected the four files of Fashion-MNIST, which --download fetches")
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            contents = np.frombuffer(file.read(), np.uint8)
+        # Two zeros, the type (8: uint8), the number of dimensions, and each dimension as four bytes, big-endian
+        count = contents[3]
+        shape = contents[4 : 4 + 4 * count].view(">u4").tolist()
+        if contents[:3].tolist() != [0, 0, 8]:
+            raise ValueError("no idx file of bytes")
+        return contents[4 + 4 * count :].reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {utils.first_line(error)}") from error
 
 
 def listed_folders(root, classes_file) -> list[Path]:
@@ -300,6 +439,11 @@ def image_size(path) -> tuple[int, int]:
             return image.size
     except Exception as error:
         raise UserError(f"cannot read image {path}: {utils.first_line(error)}") from error
+
+
+# Data sets that need no path: {name: function from the split}
+WITHOUT_PATH = {"elpv": solar_cells, "digits": digits, "photographs": photograph_crops}
+DATASETS = ("folder", "cifar10", "imagenet100", "torchvision:FashionMNIST", *WITHOUT_PATH)
 
 
 class ResizedArray:

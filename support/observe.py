@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Subset
 from augment import resize
 from patch_matching import match_patches
 from support import features
-from support.evaluation import check_splits, knn_accuracy
+from support.evaluation import check_splits, classification_metrics, knn_votes
 from support.features import eval_transform, extract_features, normalized_cls
 from support.images import ImageFolder, build_dataset
 from support.preemption import ignore_signals
@@ -63,7 +63,7 @@ class OnlineKNN:
 
     Args:
         train: labeled training data set.
-        name, data_path, classes: arguments of `build_dataset`, to open the validation images.
+        named: arguments of `build_dataset` that name the images, to open the validation images.
         crop_size: side of the images in pixels.
         batch_size, num_workers: images per batch and data-loading workers.
 
@@ -71,22 +71,24 @@ class OnlineKNN:
         UserError: images have no labels, or training and validation images have different classes.
     """
 
-    def __init__(self, train, name, data_path, classes, crop_size, batch_size, num_workers):
+    def __init__(self, train, named, crop_size, batch_size, num_workers):
         train = copy.copy(train)
         train.transform, train.min_side = eval_transform(crop_size), None
         rng = np.random.default_rng(0)
-        if isinstance(train, ImageFolder) and train.root == Path(data_path):
+        data_path = named.get("data_path")
+        if isinstance(train, ImageFolder) and train.root == Path(data_path) and not named.get("tuning"):
             check_splits({"train": train}, data_path)
             shuffled = rng.permutation(len(train))
             held_out = min(MAX_QUERIES, max(len(train) // 5, 1))
             chosen = {"val": (train, shuffled[:held_out]), "train": (train, shuffled[held_out:][:MAX_REFERENCES])}
         else:
-            val = build_dataset(name, data_path, "val", train.transform, classes)
+            val = build_dataset(**named, split="val", transform=train.transform)
             check_splits({"train": train, "val": val}, data_path)
             limits = {"train": (train, MAX_REFERENCES), "val": (val, MAX_QUERIES)}
             chosen = {split: (x, rng.permutation(len(x))[:limit]) for split, (x, limit) in limits.items()}
         if not len(chosen["train"][1]):
             raise UserError(f"found {len(train)} images, too few for online k-NN")
+        self.num_classes = len(train.classes)
         self.labels = {split: torch.tensor(images.labels)[indices] for split, (images, indices) in chosen.items()}
         self.splits = {s: BlackForBad(Subset(x, i.tolist()), crop_size) for s, (x, i) in chosen.items()}
         self.batch_size, self.num_workers = batch_size, num_workers
@@ -103,8 +105,10 @@ class OnlineKNN:
         found = {s: extract_features(network, x, device, title=None, **batches) for s, x in self.splits.items()}
         if found["val"] is None:
             return None
-        both = (x for split in ("train", "val") for x in (found[split], self.labels[split]))
-        return knn_accuracy(*(x.to(device) for x in both), k=min(NEIGHBOURS, len(found["train"])))[0]
+        references, queries = found["train"].to(device), found["val"].to(device)
+        k, labels = min(NEIGHBOURS, len(references)), {split: x.to(device) for split, x in self.labels.items()}
+        votes = knn_votes(references, labels["train"], queries, self.num_classes, k)
+        return classification_metrics(votes, labels["val"])["top1"]
 
 
 class BlackForBad(Dataset):
