@@ -187,7 +187,7 @@ def show_map(args, backbone, made_with, img_size) -> tuple:
     """Draw a map of a labeled data set, by t-SNE."""
     from sklearn.manifold import TSNE  # takes a second
 
-    transform = features.eval_transform(img_size, args.crop_pct)
+    transform = features.eval_transform(img_size)
     dataset = build_dataset(**source(args), split=args.split, transform=transform)
     labels, classes = np.array(dataset.labels), dataset.classes
     if labels.min() < 0 or len(set(labels.tolist())) < 2:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from support.arguments import ArgumentParser, number
-from support.features import RawPixels, eval_transform, extract_features
+from support.features import RawPixels, eval_transform, extract_features, whole_transform
 from support.images import add_source_arguments, build_dataset, source
 from utils import UserError, make_folder, write_text
 from vision_transformer import ARCHITECTURES, architecture, load_backbone
@@ -54,8 +54,6 @@ def add_data_arguments(
     add = parser.add_argument_group("data").add_argument
     add_source_arguments(add, layout)
     add("--crop_size", type=number(int, 1), help="side of the images in pixels; default: the pretraining's, or 224")
-    add("--crop_pct", type=number(float, 0.01, 1), default=0.875, help="--crop_size as a fraction of the shorter side "
-        "before cropping; 0.875 is DINO's, 1 keeps square images whole")  # fmt: skip
     return add
 
 
@@ -110,7 +108,8 @@ PIXELS = "; pixels: no network, but the pixels minus the mean training image"  #
 def open_classification(args, augmented=False) -> tuple:
     """Open the network and the images of a classification from parsed options.
 
-    --pretrained_weights pixels opens RawPixels, which subtract the mean of the training images.
+    --pretrained_weights pixels opens RawPixels, which subtract the mean of the training images, on images that are not
+    cropped.
 
     Args:
         augmented: the caller augments the training images, which therefore have no transform.
@@ -123,7 +122,7 @@ def open_classification(args, augmented=False) -> tuple:
         backbone, made_with, img_size = None, {}, args.crop_size or 64
     else:
         backbone, made_with, img_size = open_model(*model_options(args), args.seed, args.crop_size)
-    plain = eval_transform(img_size, args.crop_pct)
+    plain = whole_transform(img_size) if pixels else eval_transform(img_size)
     splits = open_splits(source(args), {"train": None if augmented else plain, "val": plain})
     if pixels:
         train = copy.copy(splits["train"])

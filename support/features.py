@@ -23,13 +23,18 @@ def to_pixels() -> T.Compose:
     return T.Compose([T.PILToTensor(), T.ToDtype(torch.float32, scale=True), T.Normalize(MEAN, STD)])
 
 
-def eval_transform(crop_size, crop_pct=0.875) -> T.Compose:
+def eval_transform(crop_size) -> T.Compose:
     """Return DINO's evaluation transform: PIL image -> normalized float [3, crop_size, crop_size].
 
-    The shorter side is resized to `crop_size / crop_pct`, then the center is cropped: 256 and 224 by default in DINO.
+    The shorter side is resized to 8/7 of `crop_size`, then the center is cropped: 256 and 224 by default in DINO.
     """
-    resize = T.Resize(int(crop_size / crop_pct), InterpolationMode.BICUBIC)
+    resize = T.Resize(crop_size * 8 // 7, InterpolationMode.BICUBIC)
     return T.Compose([resize, T.CenterCrop(crop_size), to_pixels()])
+
+
+def whole_transform(side) -> T.Compose:
+    """Return the transform PIL image -> normalized float [3, side, side] that resizes without cropping."""
+    return T.Compose([T.Resize((side, side), InterpolationMode.BICUBIC), to_pixels()])
 
 
 class RawPixels(nn.Module):
