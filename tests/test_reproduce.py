@@ -1,16 +1,15 @@
 import json
 import re
-import statistics
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 import main_lgssl
 import reproduce
 from reproduce import ROOT, paper, recipe_arguments
 from support.images import listed_images
+from support.study import STUDIES
 from utils import UserError
 
 PAPER_TEXT = ROOT.parent / "shared" / "paper.md"
@@ -58,7 +57,8 @@ def test_numbers_are_the_papers(number):
 
 def test_recipes_are_what_their_names_say():
     files = {path.stem for path in (ROOT / "recipes").glob("*.args")}
-    assert files == {*RECIPES, "choices", "digits", "dino", "laptop", "photographs", "study"}
+    studies = {*STUDIES, *(row.recipe for study in STUDIES.values() for row in study.rows.values() if row.recipe)}
+    assert files == {*RECIPES, *studies, "choices", "digits", "dino", "laptop", "photographs"}
     assert len(RECIPES) == 22
     for recipe in RECIPES:
         data, arch, patch, loss = re.fullmatch(r"(\w+)_vit_([a-z]+)(\d+)_(\S+)", recipe).groups()
@@ -196,7 +196,8 @@ def test_list_says_what_is_done(tmp_path, capsys):
     line = "  dino              cifar10_vit_tiny16_dino       pretraining 25%, linear done, knn -"
     assert lines.count(line) == 2  # in tables 1 and 6
     assert sum("vit" in line for line in lines if line.startswith("  ")) == 41
-    assert "digits: the miniature study, five seeds per row" in lines
+    assert "digits: study in small, scikit-learn's digits" in lines
+    assert "  sum               solar_mean                    0 of 3 seeds done" in lines
 
 
 def test_a_pretraining_is_done_only_with_its_settings(tmp_path):
@@ -216,31 +217,6 @@ def test_other_classes_reach_all_steps(tmp_path, capsys):
     assert sum("--classes C" in line for line in lines) == 2  # only pretraining and lists use these classes
     reproduce.main(f"show table3 --row mean-tiny --classes C --runs {tmp_path}".split())
     assert capsys.readouterr().out.count("--classes C") == 3
-
-
-def test_study_report_is_mean_and_standard_deviation(tmp_path):
-    values = [70.0, 71.5, 75.0]
-
-    def write(step, contents, *changes):
-        step.words += changes
-        contents |= {"images": reproduce.IMAGES["digits"], "args": vars(step.settings())}
-        contents["pretraining"] = {**vars(pretraining.settings()), "epoch": 24, "batch_size": 32}
-        step.result.parent.mkdir(parents=True, exist_ok=True)
-        step.result.write_text(json.dumps(contents, default=str))
-
-    for seed, value in enumerate(values):
-        pretraining, linear, knn = reproduce.study_steps("mean", seed, tmp_path)
-        write(linear, {"top1": value, "batch_size": 128}, *(["--epochs", "9"] if seed == 1 else []))
-    write(knn, {"knn": {"10": {"top1": 60.0}, "20": {"top1": 61.0}}})
-    lines = reproduce.study_report(tmp_path)
-    cell = f"{sum(values) / 3:.1f} ± {statistics.stdev(values):.1f}"
-    assert lines[-3:] == [
-        f"| Ours, mean | 1 to 3 | {cell} [1] | 60.0 | 61.0 |",
-        "",
-        "[1] linear: --epochs 9 instead of 100.",
-    ]
-    assert len(lines) == 9
-    assert reproduce.study_report(tmp_path / "none") == []
 
 
 def test_lists_for_copy_detection_are_disjoint_and_without_the_classes(tmp_path, capsys):
@@ -342,21 +318,3 @@ def test_rows_run_from_data_to_report(data_root, tmp_path, run_main):
     assert "--epochs 1 instead of 200" in text
     assert text.count("knn: ") == 2  # in tables 3 and 8
     assert "--imsize" not in text
-
-
-@pytest.mark.slow
-def test_study_runs_and_goes_on(tmp_path, run_main):
-    words = ["reproduce.py", "run", "digits", "--row", "untrained", "pixels", "dino-image", "--runs", tmp_path]
-    output = run_main(*words, "--seeds", 1, "--jobs", 2, "--", "--epochs", 1).stdout
-    rows = re.findall(r"^\| (.*?) \| 1 \|", output, re.MULTILINE)
-    assert rows == ["untrained", "raw pixels", "DINO, crops drawn per image"]
-    before = (tmp_path / "digits/dino-image-0/checkpoint.pth").stat().st_mtime
-    output = run_main(*words, "--seeds", 2, "--jobs", 2, "--", "--epochs", 1).stdout
-    assert (tmp_path / "digits/dino-image-0/checkpoint.pth").stat().st_mtime == before
-    assert re.search(r"^\| raw pixels \| 2 \| 9\d\.\d ± \d\.\d \| 9\d\.\d ± 0\.0 \|", output, re.MULTILINE)
-    args = json.loads((tmp_path / "digits/dino-image-1/args.json").read_text())
-    assert (args["loss"], args["geometry"], args["seed"]) == ("cls", "image", 1)
-    untrained = json.loads((tmp_path / "digits/untrained-1/knn_digits.json").read_text())
-    assert untrained["args"]["seed"] == 1
-    state = torch.load(tmp_path / "digits/dino-image-1/checkpoint.pth", weights_only=True)
-    assert state["epoch"] == 1
