@@ -105,7 +105,7 @@ def distort(
         strength: in [0, 1], scales the four amounts of jitter and the probabilities of grayscale, blur and
             solarization. Not in the paper or in DINO, which have 1.
     """
-    if rng.random() < 0.8:
+    if rng.random() < 0.8 and strength > 0:  # even a hue rotation by 0 rounds colors
         amounts = strength * np.array((0.4, 0.4, 0.2))
         brightness, contrast, saturation = rng.uniform(1 - amounts, 1 + amounts)
         hue = rng.uniform(-0.1 * strength, 0.1 * strength)

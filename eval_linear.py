@@ -111,7 +111,8 @@ def validate(classifier, features, labels, chunk=4096) -> dict[str, float]:
         features, labels: [n, D] and LongTensor [n].
         chunk: number of features per forward pass.
     """
-    probabilities = [classifier(some_features).softmax(1) for some_features in features.split(chunk)]
+    # In double precision, confident predictions do not tie at 1 and unlikely classes do not underflow to 0.
+    probabilities = [classifier(some_features).double().softmax(1) for some_features in features.split(chunk)]
     return evaluation.classification_metrics(torch.cat(probabilities), labels)
 
 
@@ -161,7 +162,8 @@ def protocol_of(args, backbone, made_with, num_classes) -> dict:
     """Return the settings whose defaults depend on the network, its pretraining or the data set.
 
     Raises:
-        UserError: --n_last_blocks exceeds the network's blocks, or --num_labels is less than the number of classes.
+        UserError: --n_last_blocks exceeds the network's blocks, raw pixels have no patch tokens, or --num_labels is less
+            than the number of classes.
     """
     blocks = len(backbone.blocks)  # raw pixels: 1
     base = backbone.embed_dim == 768 and blocks > 1
@@ -170,6 +172,8 @@ def protocol_of(args, backbone, made_with, num_classes) -> dict:
     protocol |= {name: vars(args)[name] for name in protocol if vars(args)[name] is not None}
     if protocol["n_last_blocks"] > blocks:
         raise UserError(f"--n_last_blocks {protocol['n_last_blocks']} is more than the network's {blocks}")
+    if args.pretrained_weights == "pixels" and protocol["avgpool_patchtokens"]:
+        raise UserError("--avgpool_patchtokens true needs a network: raw pixels have no patch tokens")
     if (outputs := protocol["num_labels"]) < num_classes:
         raise UserError(f"--num_labels {outputs} is fewer than the {num_classes} classes of the data set")
     return protocol

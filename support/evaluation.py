@@ -146,7 +146,8 @@ def open_splits(named, transforms) -> dict:
     """
     splits = {s: build_dataset(**named, split=s, transform=transforms[s]) for s in ("train", "val")}
     data_path = named["data_path"]
-    if getattr(splits["train"], "paths", None) == getattr(splits["val"], "paths", ()):
+    train, val = (getattr(images, "paths", ()) for images in splits.values())
+    if not set(train).isdisjoint(val):
         expected = f"expected {data_path}/train/CLASS/IMAGE and .../val/..."
         raise UserError(f"{data_path} has no subfolders train and val, {expected}")
     check_splits(splits, data_path)
@@ -243,9 +244,10 @@ def classification_metrics(scores, labels) -> dict[str, float]:
         top1: share of the images whose class has the highest score; the first class wins a tie.
         top5: share of the images whose class is among the five highest scores. Only for more than five classes.
         balanced_accuracy: mean over the classes of top1 among the images of a class.
-        auroc: area under the ROC curve of the score of class 1. Only for two classes.
+        auroc: area under the ROC curve of the score of class 1. Only for two classes that both occur, and finite
+            scores.
     """
-    from sklearn.metrics import balanced_accuracy_score, roc_auc_score  # takes a second
+    from sklearn.metrics import roc_auc_score  # takes a second
 
     own = scores.gather(1, labels[:, None])
     earlier = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
@@ -254,10 +256,10 @@ def classification_metrics(scores, labels) -> dict[str, float]:
     metrics = {name: 100 * hit.double().mean().item() for name, hit in hits.items()}
     if scores.shape[1] <= 5:
         del metrics["top5"]
-    truth = labels.cpu().numpy()
-    metrics["balanced_accuracy"] = 100 * float(balanced_accuracy_score(truth, scores.argmax(1).cpu().numpy()))
-    if scores.shape[1] == 2 and 0 < truth.sum() < len(truth):
-        metrics["auroc"] = 100 * float(roc_auc_score(truth, scores[:, 1].cpu().numpy()))
+    recalls = [hits["top1"][labels == label].double().mean() for label in labels.unique()]
+    metrics["balanced_accuracy"] = 100 * (sum(recalls) / len(recalls)).item()
+    if scores.shape[1] == 2 and 0 < labels.sum() < len(labels) and scores.isfinite().all():
+        metrics["auroc"] = 100 * float(roc_auc_score(labels.cpu().numpy(), scores[:, 1].cpu().numpy()))
     return metrics
 
 

@@ -98,12 +98,14 @@ def build_dataset(
         images = ImageFolder(data_path, opened, classes or (IMAGENET100_CLASSES if dataset == "imagenet100" else None))
     images.transform, images.min_side = transform, min_side
     if opened == "train" and (train_images or tuning):
-        number = train_images or len(images)
-        if number > len(images):
-            raise UserError(f"--train_images {number} is more than the {len(images)} training images")
-        chosen = np.random.default_rng(0).permutation(len(images))[:number]
+        count = train_images or len(images)
+        if count > len(images):
+            raise UserError(f"--train_images {count} is more than the {len(images)} training images")
+        if tuning and count < 5:
+            raise UserError(f"--tuning holds out a fifth of the training images, found {count}, expected at least 5")
+        chosen = np.random.default_rng(0).permutation(len(images))[:count]
         if tuning:
-            chosen = chosen[: number // 5] if split == "val" else chosen[number // 5 :]
+            chosen = chosen[: count // 5] if split == "val" else chosen[count // 5 :]
         images.keep(sorted(chosen.tolist()))
     return images
 
@@ -213,12 +215,14 @@ def solar_cells(split) -> ImageList:
         UserError: the package is not installed, or lacks its files.
     """
     package = importlib.util.find_spec("elpv_dataset")
-    if package is None:
+    if package is None or package.origin is None:  # no origin: a folder without __init__.py
         raise UserError("--dataset elpv needs the package elpv-dataset: pip install elpv-dataset")
     root = Path(package.origin).parent / "data"
     try:
         lines = [line.split() for line in (root / "labels.csv").read_text().splitlines()]
         cells = [(root / name, float(probability) >= 0.5, kind) for name, probability, kind in lines]
+        if not cells or {kind for *_, kind in cells} - {"mono", "poly"}:
+            raise ValueError("no cells, or a type other than mono and poly")
     except (OSError, ValueError) as error:
         expected = "expected lines of path, probability and type; install elpv-dataset again"
         raise UserError(f"cannot read {root / 'labels.csv'} ({utils.first_line(error)}): {expected}") from error
@@ -302,8 +306,9 @@ def _fashion_mnist(data_path, split, download):
     name = "train" if split == "train" else "t10k"
     pixels, labels = (read_idx(data_path, f"{name}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
     if pixels.ndim != 3 or pixels.shape[:1] != labels.shape or labels.max(initial=0) > 9:
-        found = f"{pixels.shape} and labels {labels.shape} up to {labels.max(initial=0)}"
-        raise UserError(f"{data_path} holds {split} images {found}: not Fashion-MNIST's [n, 28, 28] and [n], 0 to 9")
+        found = f"{name}-images-idx3-ubyte {pixels.shape} and {name}-labels-idx1-ubyte {labels.shape}"
+        expected = "expected the shapes (n, 28, 28) and (n,) and labels up to 9"
+        raise UserError(f"{data_path} holds {found} with labels up to {labels.max(initial=0)}, {expected}")
     return ArrayImages(pixels, labels, FashionMNIST.classes)
 
 
@@ -325,7 +330,7 @@ def read_idx(folder, name) -> np.ndarray:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             contents = np.frombuffer(file.read(), np.uint8)
         # Two zeros, the type (8: uint8), the number of dimensions, and each dimension as four bytes, big-endian
-        count = contents[3]
+        count = int(contents[3])
         shape = contents[4 : 4 + 4 * count].view(">u4").tolist()
         if contents[:3].tolist() != [0, 0, 8]:
             raise ValueError("no idx file of bytes")

@@ -1,17 +1,24 @@
+import gzip
+import importlib.util
 import io
 import pickle
 import struct
 import subprocess
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from torchvision.datasets import FashionMNIST
 
 from support import images
+from support.evaluation import open_splits
 from support.images import IMAGENET100_CLASSES, ResizedArray, build_dataset, listed_images, read_image
 from utils import UserError
 
@@ -225,12 +232,251 @@ def test_digits_are_a_fixed_split_of_all_images():
     assert image.size == (8, 8)
     assert image.mode == "RGB"
     assert 0 <= label < 10
-    assert train.images.max() == 255
+    assert train.pixels.max() == 255
     from sklearn.datasets import load_digits
 
-    together = np.concatenate([train.images, val.images]).reshape(1797, -1)
+    together = np.concatenate([train.pixels, val.pixels]).reshape(1797, -1)
     every = np.round(load_digits().images * 255 / 16).reshape(1797, -1)
     assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, every.tolist()))
+
+
+needs_elpv = pytest.mark.skipif(importlib.util.find_spec("elpv_dataset") is None, reason="needs elpv-dataset")
+
+
+def write_elpv(folder, cells=44):
+    """Write a package elpv_dataset in its true layout, whose defective cells have a dark bar."""
+    data = folder / "elpv_dataset/data"
+    (data / "images").mkdir(parents=True)
+    (folder / "elpv_dataset/__init__.py").touch()
+    rng, lines = np.random.default_rng(0), []
+    for i in range(cells):
+        probability = ("0.0", "0.3333333333333333", "0.6666666666666666", "1.0")[i % 4]
+        pixels = rng.integers(90, 160, (300, 300), np.uint8)
+        pixels[100:140] //= 1 if i % 4 < 2 else 4
+        Image.fromarray(pixels).save(data / f"images/cell{i + 1:04}.png")
+        lines.append(f"images/cell{i + 1:04}.png  {probability:<19}  {'mono' if i % 3 else 'poly'}\n")
+    (data / "labels.csv").write_text("".join(lines))
+    return data
+
+
+@pytest.fixture
+def elpv_package(tmp_path, monkeypatch):
+    """Return the data folder of a small elpv_dataset, which hides an installed one."""
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    return write_elpv(tmp_path / "packages")
+
+
+def assert_stratified(data):
+    """Compare elpv with its labels.csv and return the sizes of the splits."""
+    rows = [line.split() for line in (data / "labels.csv").read_text().splitlines()]
+    described = {str(data / name): (int(float(probability) > 0.4999), kind) for name, probability, kind in rows}
+    train, val = (build_dataset("elpv", split=split) for split in ("train", "val"))
+    assert sorted([*train.paths, *val.paths]) == sorted(described)
+    groups = []
+    for dataset in (train, val):
+        assert dataset.classes == ["functional", "defective"]
+        assert dataset.labels == [described[path][0] for path in dataset.paths]
+        groups.append(Counter(described[path] for path in dataset.paths))
+    counts = Counter(described.values())
+    assert len(counts) == 4
+    for group, count in counts.items():
+        assert abs(groups[0][group] - 0.75 * count) <= 0.5
+        assert abs(groups[1][group] - 0.25 * count) <= 0.5
+    assert build_dataset("elpv", split="val").paths == val.paths
+    image, _ = val[0]
+    assert (image.size, image.mode) == ((300, 300), "RGB")
+    assert np.array_equal(np.asarray(image)[..., 1], np.asarray(Image.open(val.paths[0])))
+    return len(train), len(val)
+
+
+@needs_elpv
+def test_solar_cells_are_split_with_equal_proportions():
+    data = Path(importlib.util.find_spec("elpv_dataset").origin).parent / "data"
+    assert assert_stratified(data) == (1969, 655)
+    names = [Path(path).stem for path in build_dataset("elpv", split="val").paths]
+    assert names[:4] == ["cell0002", "cell0003", "cell0005", "cell0009"]  # the split of published results
+
+
+def test_solar_cells_of_a_small_package(elpv_package):
+    assert assert_stratified(elpv_package) == (32, 12)  # of groups of 15, 14, 8 and 7
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [b"", b"images/1.png 1.0\n", b"images/1.png high mono\n", b"images/1.png 1.0 thin\n", b"\xff\xfe", None],
+)
+def test_broken_labels_of_solar_cells_are_named(elpv_package, contents):
+    path = elpv_package / "labels.csv"
+    path.unlink()
+    if contents is not None:
+        path.write_bytes(contents)
+    with pytest.raises(UserError, match=rf"cannot read {path} \(.*install elpv-dataset") as error:
+        build_dataset("elpv")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("spec", [None, SimpleNamespace(origin=None)])
+def test_solar_cells_need_their_package(monkeypatch, spec):
+    """A folder without __init__.py has a spec without origin."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name != "elpv_dataset" else spec)
+    with pytest.raises(UserError, match="^--dataset elpv needs .*: pip install elpv-dataset$"):
+        build_dataset("elpv")
+
+
+FASHION = "torchvision:FashionMNIST"
+
+
+def idx(array):
+    """Return the contents of an idx file of bytes."""
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write_fashion_mnist(folder, gzipped=False):
+    """Write the four files of Fashion-MNIST, 30 and 12 images: noise around a gray level of the class."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 30), ("t10k", 12)):
+        labels = rng.permutation(np.arange(count) % 10).astype(np.uint8)
+        pixels = (25 * labels[:, None, None] + rng.integers(0, 25, (count, 28, 28))).astype(np.uint8)
+        for kind, array in (("images-idx3", pixels), ("labels-idx1", labels)):
+            contents = gzip.compress(idx(array)) if gzipped else idx(array)
+            (folder / f"{name}-{kind}-ubyte{'.gz' if gzipped else ''}").write_bytes(contents)
+    return folder
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+@pytest.mark.parametrize("below", ["", "FashionMNIST/raw"])
+def test_fashion_mnist_is_that_of_torchvision(tmp_path, below, gzipped):
+    write_fashion_mnist(tmp_path / "theirs/FashionMNIST/raw")
+    write_fashion_mnist(tmp_path / "own" / below, gzipped)
+    for split, count in (("train", 30), ("val", 12)):
+        theirs = FashionMNIST(tmp_path / "theirs", train=split == "train")
+        own = build_dataset(FASHION, tmp_path / "own", split)
+        assert len(own) == len(theirs) == count
+        assert (own.classes, own.labels) == (theirs.classes, theirs.targets.tolist())
+        for (image, label), (expected, expected_label) in zip(own, theirs, strict=True):
+            assert label == expected_label
+            assert np.array_equal(np.asarray(image), np.asarray(expected.convert("RGB")))
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (IMAGES, lambda contents: contents[:-1], "cannot read {}: "),
+        (IMAGES, lambda contents: contents + b"0", "cannot read {}: "),
+        (IMAGES, lambda contents: contents[:10], "cannot read {}: "),
+        (LABELS, lambda contents: contents[:3], "cannot read {}: "),
+        (LABELS, lambda contents: b"", "cannot read {}: "),
+        (LABELS, lambda contents: b"\1" + contents[1:], "cannot read {}: no idx file of bytes"),
+        (IMAGES, lambda contents: b"<!DOCTYPE html>", "cannot read {}: "),
+        (IMAGES, lambda contents: contents[:2] + b"\x0d" + contents[3:], "cannot read {}: no idx file of bytes"),
+        (IMAGES, lambda contents: contents[:3] + b"\xff" + contents[4:], "cannot read {}: "),
+        (LABELS, lambda contents: idx(np.zeros(29, np.uint8)), "images-idx3-ubyte (30, 28, 28) and {name} (29,) with"),
+        (LABELS, lambda contents: idx(np.full(30, 10, np.uint8)), "{name} (30,) with labels up to 10, expected"),
+        (IMAGES, lambda contents: idx(np.zeros(30, np.uint8)), "{name} (30,) and"),
+        (LABELS, None, "no {name} in {folder}: expected the four files"),
+        (f"{IMAGES}.gz", lambda contents: contents[:-9], "cannot read {}: "),
+        (f"{IMAGES}.gz", lambda contents: contents[:40] + b"\xff" * 20 + contents[60:], "cannot read {}: "),
+        (f"{IMAGES}.gz", lambda contents: b"no gzip", "cannot read {}: "),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_damaged_fashion_mnist_is_named(tmp_path, name, change, message):
+    write_fashion_mnist(tmp_path, gzipped=name.endswith(".gz"))
+    path = tmp_path / name
+    if change:
+        path.write_bytes(change(path.read_bytes()))
+    else:
+        path.unlink()
+    with pytest.raises(UserError) as error:
+        build_dataset(FASHION, tmp_path)
+    assert message.format(path, name=name, folder=tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(build_dataset(FASHION, tmp_path, "val")) == 12
+
+
+def test_fashion_mnist_is_downloaded_by_torchvision(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no train-images-idx3-ubyte in .*--download"):
+        build_dataset(FASHION, tmp_path)
+    monkeypatch.setattr(FashionMNIST, "download", lambda self: write_fashion_mnist(Path(self.raw_folder)))
+    assert len(build_dataset(FASHION, tmp_path, download=True)) == 30
+    assert (tmp_path / "FashionMNIST/raw" / IMAGES).is_file()
+
+
+def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
+    def no_network(*_, **__):
+        raise URLError("name resolution failed\nfor a reason")
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
+    with pytest.raises(UserError, match=f"^cannot download Fashion-MNIST to {tmp_path}: Error downloading ") as error:
+        build_dataset(FASHION, tmp_path, download=True)
+    assert "\n" not in str(error.value)
+
+
+def noise_folder(folder, splits=(("train", 12), ("val", 3))):
+    """Write unlike images in the classes x and y."""
+    rng = np.random.default_rng(0)
+    for split, count in splits:
+        for name in "xy":
+            for i in range(count):
+                save(folder / split / name / f"{i}.png", rng.integers(0, 256, (8, 8, 3), np.uint8))
+    return folder
+
+
+def contents(dataset):
+    """Return the images and labels of a data set as a multiset."""
+    return Counter((np.asarray(image).tobytes(), label) for image, label in dataset)
+
+
+@pytest.mark.parametrize("source", ["folder", "flat", "digits", FASHION])
+def test_training_images_are_limited_and_tuned_on(tmp_path, source):
+    path, dataset = None, "folder" if source == "flat" else source
+    if dataset == "folder":
+        path = noise_folder(tmp_path) / ("train" if source == "flat" else "")
+    elif source == FASHION:
+        path = write_fashion_mnist(tmp_path)
+
+    def opened(split, **options):
+        return contents(build_dataset(dataset, path, split, **options))
+
+    whole, val = opened("train"), opened("val")
+    n = sum(whole.values())
+    some = opened("train", train_images=18)
+    assert some.total() == 18
+    assert some < whole
+    assert len({label for _, label in some}) > 1
+    assert opened("val", train_images=18) == val
+    assert opened("train", train_images=n) == whole
+    for count, all_of_them in ((18, some), (None, whole)):
+        parts = [opened(split, train_images=count, tuning=True) for split in ("train", "val")]
+        assert parts[1].total() == all_of_them.total() // 5
+        assert parts[0] + parts[1] == all_of_them  # as multisets: disjoint and complete
+        assert parts == [opened(split, train_images=count, tuning=True) for split in ("train", "val")]
+    with pytest.raises(UserError, match=f"--train_images {n + 1} is more than the {n} training images"):
+        opened("train", train_images=n + 1)
+    with pytest.raises(UserError, match="--tuning holds out a fifth .* found 4, expected at least 5"):
+        opened("val", train_images=4, tuning=True)
+
+
+def test_items_keep_their_labels_in_a_limited_set(tmp_path):
+    limited = build_dataset("folder", noise_folder(tmp_path), train_images=10)
+    assert [Path(path).parent.name for path in limited.paths] == [limited.classes[label] for label in limited.labels]
+    assert limited.paths == sorted(limited.paths)
+
+
+def test_splits_share_no_image(tmp_path):
+    """A folder without train and val is both; with --tuning its images are divided."""
+    transforms = {"train": None, "val": None}
+    named = {"dataset": "folder", "data_path": noise_folder(tmp_path, [("train", 12)]) / "train"}
+    for train_images in (None, 10):
+        with pytest.raises(UserError, match="has no subfolders train and val"):
+            open_splits({**named, "train_images": train_images}, transforms)
+    splits = open_splits({**named, "tuning": True}, transforms)
+    assert [len(splits[split]) for split in ("train", "val")] == [20, 4]
+    assert not set(splits["train"].paths) & set(splits["val"].paths)
 
 
 def test_lists_of_images(tmp_path, gradient):
