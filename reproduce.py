@@ -261,10 +261,13 @@ def main(argv=None) -> None:
         utils.make_folder(Path(args.output).parent, "the folder of --output")
         utils.write_text(report(runs), Path(args.output))
     elif args.command == "search":
-        search(
-            args.table, args.trials, args.output or runs / f"{args.table}-search.jsonl", runs, args.jobs, args.data_root
-        )
+        check_study_data(STUDIES[args.table], args.data_root)
+        output = args.output or runs / f"{args.table}-search.jsonl"
+        utils.make_folder(output.parent, "the folder of --output")
+        search(args.table, args.trials, output, runs, args.jobs, args.data_root)
     elif args.table in STUDIES:
+        if not only_show:
+            check_study_data(STUDIES[args.table], args.data_root)
         words = (args.row, args.seeds, runs, args.jobs, args.data_root or "DATA", args.extra, only_show)
         run_study(args.table, *words)
     else:
@@ -296,6 +299,12 @@ def run_rows(table, rows, setup, only_show) -> None:
             print(step.line(), flush=True)
             if not only_show and (code := step.run()):
                 raise UserError(f"{step.name} failed with exit code {code}: fix its error and run this command again")
+
+
+def check_study_data(study, data_root) -> None:
+    """Raise UserError if the data set of a study is not where it is expected."""
+    if study.folder and not (Path(data_root) / study.folder).is_dir():
+        raise UserError(f"no {Path(data_root) / study.folder}: expected the files of {study.title} there")
 
 
 def list_tables(runs) -> None:

@@ -259,10 +259,10 @@ def spread(values) -> str:
 
 
 def interval(values, reference) -> str:
-    """Return the difference of two means with its 95 % interval, for unequal variances; "" without two values each."""
+    """Return the difference of two means with its 95 % interval, for unequal variances; "" if the spread is unknown."""
     from scipy import stats  # takes a second
 
-    if min(len(values), len(reference)) < 2:
+    if min(len(values), len(reference)) < 2 or len({*values}) == len({*reference}) == 1:
         return ""
     difference = statistics.mean(values) - statistics.mean(reference)
     low, high = stats.ttest_ind(values, reference, equal_var=False).confidence_interval(0.95)

@@ -23,9 +23,9 @@ def write(steps, linear, knn, *changes, name="digits"):
     settings = vars(pretraining[0].settings()) if pretraining else {}
     made_with = {**settings, "epoch": settings["epochs"], "batch_size": 32} if pretraining else {}
     neighbours = {str(k): {"top1": knn + k, "balanced_accuracy": knn - k} for k in (10, 20)}
-    contents = {linear_step: {"top1": linear, "batch_size": 128}, knn_step: {"knn": neighbours}}
+    contents = {"linear": {"top1": linear, "batch_size": 128}, "knn": {"knn": neighbours}}
     for step in (linear_step, knn_step):
-        result = {**contents[step], "images": STUDIES[name].images, "args": vars(step.settings())}
+        result = {**contents[step.name], "images": STUDIES[name].images, "args": vars(step.settings())}
         step.result.parent.mkdir(parents=True, exist_ok=True)
         step.result.write_text(json.dumps({**result, "pretraining": made_with}, default=str))
 
@@ -68,7 +68,11 @@ def test_interval_is_welchs():
 @pytest.mark.parametrize("name", [name for name in STUDIES if name != "digits"])
 def test_rows_differ_only_in_loss_and_searched_settings(name):
     """All rows see the same images in the same sizes, with the same network and budget."""
-    searched = set(re.findall(r"--(\w+)", " ".join(sum(study.SPACE.values(), [])))) | {"loss", "lambda_cls", "output_dir"}
+    searched = set(re.findall(r"--(\w+)", " ".join(sum(study.SPACE.values(), [])))) | {
+        "loss",
+        "lambda_cls",
+        "output_dir",
+    }
     rows = STUDIES[name].rows
     found = {}
     for row in rows:
@@ -144,7 +148,7 @@ def test_search_is_resumed_and_names_the_best(tmp_path, monkeypatch, capsys):
 
 
 def test_missing_data_is_named_before_a_run(tmp_path):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         reproduce.main(["run", "fashion", "--runs", str(tmp_path)])
     with pytest.raises(UserError, match=f"no {tmp_path}/fashion-mnist: expected"):
         reproduce.main(["run", "fashion", "--data_root", str(tmp_path), "--runs", str(tmp_path / "runs")])
