@@ -1,0 +1,5 @@
+"""Cases of test_hostile.py: files."""
+
+from hostile_case import Case
+
+CASES = []

@@ -1,0 +1,5 @@
+"""Cases of test_hostile.py: images."""
+
+from hostile_case import Case
+
+CASES = []
