@@ -9,11 +9,11 @@ class Case(NamedTuple):
 
     Attributes:
         name: unique name.
-        words: script and options. {here} is an empty folder, {data} a folder with train and val of two classes, {flat} one
-            of images without classes, {weights} a checkpoint of a backbone, {run} the folder of a finished run,
-            {root} this repository. The commands read them; `make` may copy them to {here} to change them.
+        words: script and options, in which {here} is an empty folder, {data} a folder with train and val of two
+            classes, {flat} a folder of images without classes, {weights} a checkpoint of a backbone, {run} the folder
+            of a finished run, {tiny} options of a run that takes a second, {root} this repository.
         expected: regular expression, found in the line on stderr; with code 0, in the output.
-        make: function of {here} and of the places as a dictionary, which makes the input.
+        make: function of {here} and of the places as a dictionary, which makes the input. It copies what it changes.
         code: exit code.
         env: environment variables; None removes one.
         process: run the command in a process of its own, for what changes a process.
