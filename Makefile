@@ -10,6 +10,8 @@ PHOTOGRAPHS := --pretrained_weights runs/photographs/checkpoint.pth
 demo: .venv/installed
 	@echo "== k-NN of the untrained teacher"
 	$(PY) eval_knn.py --dataset digits --pretrained_weights none --arch vit_micro --patch_size 8 --crop_size 32
+	@echo "== k-NN of the raw pixels"
+	$(PY) eval_knn.py --dataset digits --pretrained_weights pixels --crop_size 8
 	@echo "== pretraining on scikit-learn's digits"
 	$(PY) main_lgssl.py @recipes/digits.args --output_dir $(RUN) $(OPTIONS)
 	@echo "== k-NN after training"

@@ -52,6 +52,7 @@ ELSEWHERE = {
     "torchrun --nproc_per_node=8 eval_linear.py": "test_launchers.py",
     "python run_with_submitit.py": "test_slurm.py",
     "python reproduce.py run": "test_reproduce.py",
+    "python reproduce.py search": "test_study.py",
     "python -m benchmarks.bench_step": "test_benchmarks.py",
     "python -m benchmarks.bench_views": "test_benchmarks.py",
     "python -m benchmarks.bench_matching": "test_benchmarks.py",
@@ -67,6 +68,7 @@ WRITTEN = {
     "docs/performance.md": [],
     "docs/reproducing.md": ["results.md", "LISTS/whitening.txt"],
     "docs/robustness.md": [],
+    "docs/study.md": [],
     "docs/visualizing.md": ["map.pdf", "matches.png", "assets/matches.png", "assets/neighbours.png", "runs.pdf"],
 }
 
