@@ -162,8 +162,8 @@ def protocol_of(args, backbone, made_with, num_classes) -> dict:
     """Return the settings whose defaults depend on the network, its pretraining or the data set.
 
     Raises:
-        UserError: --n_last_blocks exceeds the network's blocks, raw pixels have no patch tokens, or --num_labels is less
-            than the number of classes.
+        UserError: --n_last_blocks exceeds the network's blocks, --num_labels is less than the number of classes, or raw
+            pixels have no patch tokens.
     """
     blocks = len(backbone.blocks)  # raw pixels: 1
     base = backbone.embed_dim == 768 and blocks > 1
