@@ -265,13 +265,16 @@ def photograph(name) -> Path:
     return path
 
 
+CROPS = {"train": 100, "val": 20}  # crops per photograph
+
+
 def photograph_crops(split) -> ArrayImages:
     """Open square crops of the PHOTOGRAPHS, labeled by photograph: data for experiments without a download.
 
-    Each photograph is resized to a shorter side of 320 pixels. Crops have a side of 128 pixels. Validation crops, 20
-    per photograph, lie in its last 128 columns, training crops, 100 per photograph, in the others.
+    Each photograph is resized to a shorter side of 320 pixels. Crops have a side of 128 pixels. Validation crops lie in
+    the last 128 columns of a photograph, training crops in the others.
     """
-    side, count, crops, classes = 128, {"train": 100, "val": 20}[split], [], sorted(PHOTOGRAPHS)
+    side, count, crops, classes = 128, CROPS[split], [], sorted(PHOTOGRAPHS)
     for label, name in enumerate(classes):
         image = read_image(photograph(name))
         scale = 320 / min(image.size)
@@ -305,7 +308,7 @@ def _fashion_mnist(data_path, split, download):
             raise UserError(f"cannot download Fashion-MNIST to {data_path}: {utils.first_line(error)}") from error
     name = "train" if split == "train" else "t10k"
     pixels, labels = (read_idx(data_path, f"{name}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
-    if pixels.ndim != 3 or pixels.shape[:1] != labels.shape or labels.max(initial=0) > 9:
+    if pixels.ndim != 3 or pixels.shape[:1] != labels.shape or not len(labels) or labels.max() > 9:
         found = f"{name}-images-idx3-ubyte {pixels.shape} and {name}-labels-idx1-ubyte {labels.shape}"
         expected = "expected the shapes (n, 28, 28) and (n,) and labels up to 9"
         raise UserError(f"{data_path} holds {found} with labels up to {labels.max(initial=0)}, {expected}")

@@ -146,6 +146,58 @@ def test_jitter_has_dinos_strength(monkeypatch):
     np.testing.assert_allclose(np.max(drawn, 0), (1.4, 1.4, 1.2, 0.1), atol=0.01)
 
 
+def dinos_distort(rng, image, blur_prob, solarize_prob):
+    """The distortion of DINO with the order of random numbers that published runs had."""
+    if rng.random() < 0.8:
+        factors = rng.uniform((0.6, 0.6, 0.8), (1.4, 1.4, 1.2))
+        image = augment.color_jitter(image, *factors, rng.uniform(-0.1, 0.1), rng.permutation(4))
+    if rng.random() < 0.2:
+        image = augment.cv2.cvtColor(augment.cv2.cvtColor(image, 7), 8)  # RGB to gray and back
+    if rng.random() < blur_prob:
+        sigma = rng.uniform(0.1, 2.0)
+        kernel = augment.cv2.getGaussianKernel(2 * int(np.ceil(3 * sigma)) + 1, sigma, augment.cv2.CV_32F)
+        image = augment.cv2.sepFilter2D(image, -1, kernel, kernel)
+    if rng.random() < solarize_prob:
+        image = np.where(image < 128, image, 255 - image)
+    return image
+
+
+def test_full_strength_changes_no_bit_of_earlier_views(photographs):
+    image = np.array(photographs[1].crop((100, 100, 164, 164)))
+    for seed in range(60):
+        rngs = [np.random.default_rng(seed) for _ in range(3)]
+        expected = dinos_distort(rngs[0], image, 0.5, 0.2)
+        assert np.array_equal(augment.distort(rngs[1], image, 0.5, 0.2), expected)
+        assert np.array_equal(augment.distort(rngs[2], image, 0.5, 0.2, 1.0), expected)
+        assert rngs[0].random() == rngs[1].random() == rngs[2].random()
+
+
+def test_strength_0_keeps_every_image(photographs):
+    image = np.array(photographs[1].crop((100, 100, 164, 164)))
+    for seed in range(100):
+        assert np.array_equal(augment.distort(np.random.default_rng(seed), image, 1.0, 1.0, 0.0), image)
+
+
+def test_half_strength_halves_ranges_and_probabilities(monkeypatch):
+    """Except for the probability of jitter, whose ranges are halved already."""
+    jitter, counts = [], {"cvtColor": 0, "sepFilter2D": 0, "LUT": 0}
+    monkeypatch.setattr(augment, "color_jitter", lambda image, *values: jitter.append(values[:4]) or image)
+
+    def count(name, image):
+        counts[name] += 1
+        return image
+
+    for name in counts:
+        monkeypatch.setattr(augment.cv2, name, lambda image, *_, name=name: count(name, image))
+    rng, n = np.random.default_rng(0), 4000
+    for _ in range(n):
+        augment.distort(rng, np.zeros((1, 1, 3), np.uint8), 0.8, 0.2, 0.5)
+    np.testing.assert_allclose(np.min(jitter, 0), (0.8, 0.8, 0.9, -0.05), atol=0.001)
+    np.testing.assert_allclose(np.max(jitter, 0), (1.2, 1.2, 1.1, 0.05), atol=0.001)
+    frequencies = [len(jitter) / n, *(counts[name] / n for name in counts)]  # cvtColor is called twice each time
+    assert frequencies == pytest.approx([0.8, 0.2, 0.4, 0.1], abs=0.03)
+
+
 def test_normalize_is_torchvisions(photographs):
     pixels = TF.pil_to_tensor(photographs[0])
     expected = TF.normalize(TF.to_dtype(pixels, torch.float32, scale=True), augment.MEAN, augment.STD)
@@ -195,6 +247,18 @@ def test_pixels_are_what_box_and_flip_say(images, geometry, monkeypatch):
             crop = crop.resize(view.pixels.shape[-2:], Image.Resampling.BICUBIC)
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flips[g] else crop
             assert (TF.pil_to_tensor(crop).int() - view.pixels[i].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("geometry", ["batch", "image"])
+def test_views_are_distorted_as_strongly_as_asked(images, geometry, monkeypatch):
+    plain = MultiCrop(32, 16, geometry=geometry, distortion=0.0)(images, [0, 1, 2], 0, 0)
+    strengths = []
+    monkeypatch.setattr(augment, "distort", lambda rng, image, *values: strengths.append(values[2]) or image)
+    crops = MultiCrop(32, 16, geometry=geometry, distortion=0.3)(images, [0, 1, 2], 0, 0)
+    assert strengths == [0.3] * 30
+    assert same(plain, crops)  # of which nothing is distorted
+    MultiCrop(32, 16, geometry=geometry)(images, [0, 1, 2], 0, 0)
+    assert strengths[30:] == [1.0] * 30
 
 
 def same(a, b):

@@ -4,7 +4,6 @@ from test_main_lgssl import TINY
 
 from augment import MultiCrop, normalize
 from benchmarks import bench_knn, bench_step
-from eval_knn import knn_accuracy
 from losses import LocalGlobalLoss
 from support.loader import ViewBatches
 from vision_transformer import BackboneWithHead, DINOHead, Teacher, vit_micro
@@ -39,7 +38,7 @@ def test_both_sides_of_knn_are_equally_accurate():
     features = torch.nn.functional.normalize(torch.randn(500, 8, generator=generator), dim=1)
     labels = torch.randint(6, (500,), generator=generator)
     data = (features[:300], labels[:300], features[300:], labels[300:])
-    assert bench_knn.one_hot_knn(*data, 10) == pytest.approx(knn_accuracy(*data, 10))
+    assert bench_knn.one_hot_knn(*data, 10) == pytest.approx(bench_knn.knn(*data, 10))
 
 
 @pytest.mark.slow

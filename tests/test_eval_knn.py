@@ -1,18 +1,30 @@
 import json
 import math
+import re
+import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score, top_k_accuracy_score
+from test_images import noise_folder, write_elpv, write_fashion_mnist
 
 import eval_knn
-from eval_knn import knn_accuracy
-from support.features import eval_transform
+from augment import MEAN, STD
+from support.evaluation import classification_metrics, knn_votes
+from support.features import eval_transform, whole_transform
 from support.images import build_dataset
 from utils import UserError
 from vision_transformer import vit_micro
+
+
+def knn_accuracy(train, train_labels, test, test_labels, k):
+    """Return (top1, top5) in percent, with at least six classes so that there is a top-5 accuracy."""
+    num_classes = max(6, int(max(train_labels.max(), test_labels.max())) + 1)
+    metrics = classification_metrics(knn_votes(train, train_labels, test, num_classes, k), test_labels)
+    return metrics["top1"], metrics["top5"]
 
 
 @pytest.mark.parametrize("k", [1, 5, 10, 20, 100, 200])
@@ -22,30 +34,90 @@ def test_golden_accuracies(golden, k):
     assert knn_accuracy(*arrays, k) == tuple(data["meta"]["knn_top1_top5"][str(k)])
 
 
-def naive_knn(train, train_labels, test, test_labels, k, temperature):
-    hits = np.zeros(2)
-    for feature, label in zip(test, test_labels, strict=True):
+def naive_votes(train, train_labels, test, num_classes, k, temperature=0.07):
+    votes = np.zeros((len(test), num_classes))
+    for row, feature in zip(votes, test.astype(float), strict=True):
         similarity = train @ feature
-        votes = {}
         for i in sorted(range(len(train)), key=lambda i: -similarity[i])[:k]:
-            votes[train_labels[i]] = votes.get(train_labels[i], 0) + math.exp(similarity[i] / temperature)
-        ranked = sorted(votes, key=lambda c: -votes[c])
-        hits += label in ranked[:1], label in ranked[:5]
-    return tuple(100 * hits / len(test))
+            row[train_labels[i]] += math.exp(similarity[i] / temperature)
+    return votes / votes.sum(1, keepdims=True)
 
 
-def test_agrees_with_the_naive_protocol_in_chunks_and_for_few_images(monkeypatch):
+def naive_metrics(scores, labels):
+    """Return the metrics in percent: the first of equal classes comes first, and a score of 0 is no hit."""
+    hits = {1: [], 5: []}
+    for row, label in zip(scores.tolist(), labels.tolist(), strict=True):
+        ranked = [c for c in sorted(range(len(row)), key=lambda c: -row[c]) if row[c] > 0]
+        for k, hits_of_k in hits.items():
+            hits_of_k.append(label in ranked[:k])
+    recalls = [np.mean([hit for hit, y in zip(hits[1], labels, strict=True) if y == c]) for c in set(labels.tolist())]
+    metrics = {"top1": np.mean(hits[1]), "top5": np.mean(hits[5]), "balanced_accuracy": np.mean(recalls)}
+    if scores.shape[1] <= 5:
+        del metrics["top5"]
+    if scores.shape[1] == 2:
+        pairs = [(a, b) for a in scores[labels == 1, 1] for b in scores[labels == 0, 1]]
+        metrics["auroc"] = np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs])
+    return {name: 100 * value for name, value in metrics.items()}
+
+
+def naive_knn(train, train_labels, test, test_labels, num_classes, k):
+    return naive_metrics(naive_votes(train, train_labels, test, num_classes, k), test_labels)
+
+
+def test_agrees_with_the_naive_protocol():
     rng = np.random.default_rng(0)
     centers = rng.normal(size=(8, 6))
     labels = rng.integers(0, 8, 90)
     features = centers[labels] + rng.normal(size=(90, 6))
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     test, test_labels = features[60:83], labels[60:83]  # 23 images, fewer than DINO's 100 chunks
-    expected = naive_knn(features[:60], labels[:60], test, test_labels, 20, 0.07)
-    arrays = [torch.tensor(a) for a in (features[:60], labels[:60], test, test_labels)]
-    assert knn_accuracy(*arrays, 20) == pytest.approx(expected)
+    train, train_labels = features[:60], labels[:60]
+    arrays = [torch.tensor(a) for a in (train, train_labels, test)]
+    for k, temperature in ((20, 0.07), (60, 1.0), (1, 0.01)):
+        votes = knn_votes(*arrays, 9, k, temperature)
+        assert votes.numpy() == pytest.approx(naive_votes(train, train_labels, test, 9, k, temperature))
+    expected = naive_knn(train, train_labels, test, test_labels, 9, 20)
+    metrics = classification_metrics(knn_votes(*arrays, 9, 20), torch.tensor(test_labels))
+    assert metrics == pytest.approx(expected)
+    assert 0 < metrics["top1"] < metrics["top5"]
     with pytest.raises(ValueError, match="k is 61, expected 1 to 60"):
-        knn_accuracy(*arrays, 61)
+        knn_votes(*arrays, 9, 61)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("classes", [2, 3, 5, 6, 12])
+def test_metrics_are_those_of_naive_formulas_and_scikit_learn(classes, seed):
+    rng = np.random.default_rng(seed)
+    labels = np.append(np.arange(classes), rng.integers(0, classes, 70) ** 2 // classes)  # unbalanced
+    ties, no_ties = rng.integers(0, 4, (len(labels), classes)) / 4, rng.random((len(labels), classes))
+    ties[:3] = 0
+    names = {"top1", "balanced_accuracy", *["top5"] * (classes > 5), *["auroc"] * (classes == 2)}
+    for scores in (ties, ties + 0.1, no_ties):
+        metrics = classification_metrics(torch.tensor(scores), torch.tensor(labels))
+        assert metrics == pytest.approx(naive_metrics(scores, labels))
+        assert set(metrics) == names
+        if classes == 2:
+            assert metrics["auroc"] == pytest.approx(100 * roc_auc_score(labels, scores[:, 1]))
+    for scores in (ties + 0.1, no_ties):
+        metrics = classification_metrics(torch.tensor(scores), torch.tensor(labels))
+        expected = balanced_accuracy_score(labels, scores.argmax(1))
+        assert metrics["balanced_accuracy"] == pytest.approx(100 * expected)
+    if classes > 5:
+        assert metrics["top5"] == pytest.approx(100 * top_k_accuracy_score(labels, no_ties, k=5))
+
+
+def test_metrics_that_cannot_be_are_absent():
+    scores = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # A single class occurs, and is one of three: the mean recall is its own.
+        third = 100 / 3
+        assert classification_metrics(scores, torch.tensor([0, 0, 0])) == pytest.approx(
+            {"top1": third, "balanced_accuracy": third}
+        )
+        # The scores of a classifier that diverged
+        diverged = classification_metrics(scores * math.nan, torch.tensor([0, 1, 1]))
+    assert diverged == {"top1": 0, "balanced_accuracy": 0}
 
 
 def dinos_knn(train, train_labels, test, test_labels, k, temperature=0.07, columns=1000):
@@ -94,28 +166,106 @@ def test_classes_without_votes_do_not_fill_up_the_top_5():
     assert knn_accuracy(train, labels, train[:1], torch.tensor([6]), 6) == (0, 0)
 
 
-def test_result_beside_the_checkpoint(photo_folder, tmp_path, capsys):
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Return (path of a checkpoint, its network), trained with crops of 32 pixels."""
+    torch.manual_seed(0)
     network = vit_micro(8, img_size=32).eval()
     torch.save(
         {"teacher": {f"backbone.{k}": v for k, v in network.state_dict().items()},
          "args": {"arch": "vit_micro", "patch_size": 8, "global_crops_size": 32}},
         tmp_path / "checkpoint.pth",
     )  # fmt: skip
-    weights = tmp_path / "checkpoint.pth"
-    eval_knn.main(f"--data_path {photo_folder} --pretrained_weights {weights} --nb_knn 3 5 --num_workers 0".split())
-    result = json.loads((tmp_path / "knn_folder.json").read_text())
-    assert (result["images"], result["crop_size"]) == ({"train": 12, "val": 6}, 32)
+    return tmp_path / "checkpoint.pth", network
+
+
+def features_and_labels(network, *source, **options):
+    """Return train features, train labels, val features, val labels."""
     arrays = []
     for split in ("train", "val"):
-        dataset = build_dataset("folder", photo_folder, split, eval_transform(32))
+        dataset = build_dataset(*source, split=split, transform=eval_transform(32), **options)
         with torch.no_grad():
             features = torch.cat([F.normalize(network(image[None])[:, 0]) for image, _ in dataset])
         arrays += [features.numpy(), np.array(dataset.labels)]
+    return arrays
+
+
+def test_result_beside_the_checkpoint(photo_folder, checkpoint, capsys):
+    weights, network = checkpoint
+    eval_knn.main(f"--data_path {photo_folder} --pretrained_weights {weights} --nb_knn 3 5 --num_workers 0".split())
+    result = json.loads((weights.parent / "knn_folder.json").read_text())
+    assert (result["images"], result["crop_size"]) == ({"train": 12, "val": 6}, 32)
+    arrays = features_and_labels(network, "folder", photo_folder)
     output = capsys.readouterr().out
     for k in (3, 5):
-        top1, _ = naive_knn(*arrays, k, 0.07)
-        assert result["knn"][str(k)]["top1"] == pytest.approx(top1)
-        assert f"k-NN (K={k}): top-1 {top1:.2f} %" in output
+        expected = naive_knn(*arrays, 2, k)
+        assert result["knn"][str(k)] == pytest.approx(expected)
+        assert f"k-NN (K={k}): top-1 {expected['top1']:.2f} %" in output
+
+
+def test_solar_cells(checkpoint, tmp_path, monkeypatch, capsys):
+    """Two classes have balanced accuracy and AUROC, but no top-5 accuracy."""
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    write_elpv(tmp_path / "packages", 84)
+    weights, network = checkpoint
+    eval_knn.main(f"--dataset elpv --pretrained_weights {weights} --nb_knn 5 --num_workers 0".split())
+    output = capsys.readouterr().out
+    number = r"(\d+\.\d\d) %"
+    line = re.search(rf"^k-NN \(K=5\): top-1 {number}, balanced accuracy {number}, AUROC {number}$", output, re.M)
+    result = json.loads((tmp_path / "knn_elpv.json").read_text())["knn"]["5"]
+    expected = naive_knn(*features_and_labels(network, "elpv"), 2, 5)
+    assert result == pytest.approx(expected)
+    assert [float(value) for value in line.groups()] == pytest.approx(list(expected.values()), abs=0.006)
+    assert expected["auroc"] > 60
+
+
+def test_held_out_training_images_are_classified(checkpoint, tmp_path):
+    """20 of the 30 training images: 16 are neighbours, 4 are classified."""
+    write_fashion_mnist(tmp_path / "data")
+    weights, network = checkpoint
+    words = f"--dataset torchvision:FashionMNIST --data_path {tmp_path}/data --train_images 20 --tuning"
+    eval_knn.main([*words.split(), "--pretrained_weights", str(weights), "--nb_knn", "7", "--num_workers", "0"])
+    result = json.loads((tmp_path / "knn_torchvision_FashionMNIST.json").read_text())
+    assert result["images"] == {"train": 16, "val": 4}
+    assert (result["args"]["train_images"], result["args"]["tuning"]) == (20, True)
+    named = ("torchvision:FashionMNIST", tmp_path / "data")
+    arrays = features_and_labels(network, *named, train_images=20, tuning=True)
+    assert result["knn"]["7"] == pytest.approx(naive_knn(*arrays, 10, 7))
+
+
+def test_raw_pixels(tmp_path, monkeypatch, capsys):
+    """Square images of 8 pixels are neither resized nor cropped."""
+    noise_folder(tmp_path / "data", [("train", 20), ("val", 15)])
+    options = f"--data_path {tmp_path}/data --pretrained_weights pixels --crop_size 8"
+    options = [*options.split(), "--nb_knn", "10", "--num_workers", "0"]
+    monkeypatch.chdir(tmp_path)
+    eval_knn.main([*options, "--output_dir", str(tmp_path / "out")])
+    result = json.loads((tmp_path / "out/knn_folder.json").read_text())
+    arrays = []
+    for split in ("train", "val"):
+        paths = sorted((tmp_path / "data" / split).rglob("*.png"))
+        pixels = np.stack([np.asarray(Image.open(path)) for path in paths]) / 255
+        pixels = (pixels - MEAN) / STD
+        arrays += [pixels.reshape(len(paths), -1), np.array([path.parent.name == "y" for path in paths]).astype(int)]
+    mean = arrays[0].mean(0)
+    for i in (0, 2):
+        arrays[i] = (arrays[i] - mean) / np.linalg.norm(arrays[i] - mean, axis=1, keepdims=True)
+    assert result["knn"]["10"] == pytest.approx(naive_knn(*arrays, 2, 10))
+    assert (result["crop_size"], result["pretraining"]) == (8, {})
+    capsys.readouterr()
+    eval_knn.main(options)
+    assert "written to" not in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.json"))
+    eval_knn.main([*options[:-6], "--output_dir", str(tmp_path / "out"), *options[-4:]])
+    assert json.loads((tmp_path / "out/knn_folder.json").read_text())["crop_size"] == 64
+
+
+def test_whole_transform_does_not_crop(photographs):
+    square = photographs[0].resize((40, 40))
+    pixels = (np.asarray(square).transpose(2, 0, 1) / 255 - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
+    assert whole_transform(40)(square).numpy() == pytest.approx(pixels, abs=1e-5)
+    assert np.abs(eval_transform(40)(square).numpy() - pixels).mean() > 0.1
+    assert whole_transform(40)(photographs[0]).shape == (3, 40, 40)
 
 
 def test_bad_input_is_named(photo_folder, tmp_path):
@@ -143,14 +293,18 @@ def test_neighbours_are_searched_where_use_cuda_says(photo_folder, tmp_path, mon
     """The meta device simulates a GPU."""
     devices = []
 
-    def knn_accuracy(*arrays):
-        devices.extend(str(array.device) for array in arrays[:4])
-        return 0.0, 0.0
+    def record(result):
+        def call(*arrays):
+            devices.extend(str(array.device) for array in arrays if torch.is_tensor(array))
+            return result
+
+        return call
 
     def features_of_all(network, datasets, *_):
         return {split: torch.zeros(len(dataset), 3) for split, dataset in datasets.items()}
 
-    monkeypatch.setattr(eval_knn, "knn_accuracy", knn_accuracy)
+    monkeypatch.setattr(eval_knn, "knn_votes", record(None))
+    monkeypatch.setattr(eval_knn, "classification_metrics", record({"top1": 0.0}))
     monkeypatch.setattr(eval_knn.evaluation, "features_of_all", features_of_all)
     monkeypatch.setattr(eval_knn.utils, "init_distributed", lambda _: (0, 1, torch.device("meta")))
     options = (

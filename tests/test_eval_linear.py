@@ -1,16 +1,20 @@
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from test_images import noise_folder, write_elpv
 from torch.utils.data import DataLoader
 
 import eval_knn
 import eval_linear
-from eval_linear import AugmentedBatches, accuracy, cached_batches, linear_features, new_classifier, train_one_epoch
-from support.features import eval_transform
+from augment import MEAN, STD
+from eval_linear import AugmentedBatches, cached_batches, linear_features, new_classifier, train_one_epoch, validate
+from support.features import eval_transform, whole_transform
 from support.images import build_dataset
 from support.loader import BatchSampler
 from utils import UserError
@@ -80,15 +84,26 @@ def test_training_is_softmax_regression_by_sgd():
     np.testing.assert_allclose(classifier.bias.detach().numpy(), b)
 
 
-def test_accuracy_counts_ranks():
+@pytest.mark.parametrize("scale", [1, 300])
+def test_validation_ranks_the_logits(scale):
+    """At the larger scale, probabilities of confident predictions tie at 1 in single precision."""
     torch.manual_seed(0)
-    features, labels = torch.randn(50, 4), torch.randint(0, 8, (50,))
+    features, labels = scale * torch.randn(400, 4), torch.randint(0, 8, (400,))
     classifier = new_classifier(4, 8, 0)
     logits = classifier(features).tolist()
     ranks = [sorted(range(8), key=lambda c: -row[c]).index(y) for row, y in zip(logits, labels.tolist(), strict=True)]
-    expected = tuple(100 * sum(rank < k for rank in ranks) / 50 for k in (1, 5))
-    assert accuracy(classifier, features, labels, chunk=7) == pytest.approx(expected)
-    assert accuracy(new_classifier(4, 3, 0), features, labels % 3)[1] == 100
+    expected = {f"top{k}": 100 * sum(rank < k for rank in ranks) / 400 for k in (1, 5)}
+    recalls = [np.mean([r < 1 for r, y in zip(ranks, labels, strict=True) if y == c]) for c in labels.unique()]
+    expected["balanced_accuracy"] = 100 * np.mean(recalls)
+    assert validate(classifier, features, labels, chunk=7) == pytest.approx(expected)
+    two = new_classifier(4, 2, 0)
+    metrics = validate(two, features, labels % 2)
+    difference = (two(features).detach().double() @ torch.tensor([-1.0, 1.0], dtype=torch.double)).numpy()
+    odd = (labels % 2 == 1).numpy()
+    auroc = 100 * np.mean([a > b for a in difference[odd] for b in difference[~odd]])
+    hits = (difference > 0) == odd
+    expected = {"top1": 100 * hits.mean(), "balanced_accuracy": 50 * (hits[odd].mean() + hits[~odd].mean())}
+    assert metrics == pytest.approx({**expected, "auroc": auroc})
 
 
 def test_augmentation_depends_on_seed_epoch_and_image_alone(photo_folder):
@@ -117,17 +132,20 @@ def test_result_has_the_best_epoch_and_all_settings(photo_folder, weights, capsy
     assert (result["pretraining"]["arch"], result["pretraining"]["epoch"]) == ("vit_micro", 7)
     protocol = {"n_last_blocks": 4, "avgpool_patchtokens": False, "flip_prob": 0.0, "num_labels": 2}
     assert result["protocol"] == protocol
-    line = f"linear: top-1 {best['top1']:.2f} %, top-5 100.00 % (best of 3 epochs: number {best['epoch']})"
-    assert line in capsys.readouterr().out
+    names = {"top1": "top-1", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
+    metrics = ", ".join(f"{text} {best[name]:.2f} %" for name, text in names.items())
+    assert {name: result[name] for name in names} == {name: best[name] for name in names}
+    assert "top5" not in result
+    assert f"linear: {metrics} (best of 3 epochs: number {best['epoch']})\n" in capsys.readouterr().out
 
     run(weights, photo_folder, "--evaluate")
-    assert f"linear: top-1 {best['top1']:.2f} %" in capsys.readouterr().out
+    assert f"linear: {metrics}\n" in capsys.readouterr().out
     # the same weights as DINO writes them
     state = torch.load(weights.parent / "linear_folder.pth", weights_only=True)
     linear = {f"module.linear.{name}": value for name, value in state["validations"]["best_classifier"].items()}
     torch.save({"state_dict": linear}, weights.parent / "dino.pth")
     run(weights, photo_folder, "--evaluate", weights.parent / "dino.pth")
-    assert f"linear: top-1 {best['top1']:.2f} %" in capsys.readouterr().out
+    assert f"linear: {metrics}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more", [[], ["--cache_features"]])
@@ -165,11 +183,17 @@ def test_cached_features_are_those_of_unaugmented_images(photo_folder, weights):
         with torch.no_grad():
             features[split] = torch.cat([linear_features(network, image[None], 4, False) for image, _ in dataset])
         labels[split] = torch.tensor(dataset.labels)
-    classifier = new_classifier(384, 2, 0)
+    assert_trained_on(result["history"], features, labels)
+
+
+def assert_trained_on(history, features, labels):
+    """Repeat a run of OPTIONS on features and labels by split."""
+    dim, total = features["train"].shape[1], len(features["train"])
+    classifier = new_classifier(dim, 2, 0)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda e: 5 * 5 / 256 * (1 + math.cos(math.pi * e / 3)) / 2)
     for epoch in range(3):
-        samples = torch.tensor(np.random.default_rng((0, epoch)).permutation(12))
+        samples = torch.tensor(np.random.default_rng((0, epoch)).permutation(total))
         losses = []
         for indices in samples.split(5):
             loss = torch.nn.functional.cross_entropy(classifier(features["train"][indices]), labels["train"][indices])
@@ -178,10 +202,80 @@ def test_cached_features_are_those_of_unaugmented_images(photo_folder, weights):
             optimizer.step()
             losses += [loss.item()] * len(indices)
         schedule.step()
-        entry = result["history"][epoch]
+        entry = history[epoch]
         assert entry["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
         top1 = 100 * (classifier(features["val"]).argmax(1) == labels["val"]).float().mean()
         assert entry["top1"] == pytest.approx(float(top1))
+
+
+def raw_pixels(root, side):
+    """Return {split: pixels minus the mean training image} and {split: labels} of square images with this side."""
+    pixels, labels = {}, {}
+    for split in ("train", "val"):
+        paths = sorted((root / split).rglob("*.png"))
+        images = (np.stack([np.asarray(Image.open(path)) for path in paths]) / 255 - MEAN) / STD
+        pixels[split] = torch.tensor(images, dtype=torch.float32).permute(0, 3, 1, 2).flatten(1)
+        labels[split] = torch.tensor([int(path.parent.name == "y") for path in paths])
+    mean = pixels["train"].mean(0)
+    return {split: images - mean for split, images in pixels.items()}, labels
+
+
+def linear_of_pixels(root, output, *more):
+    words = [*OPTIONS, "--data_path", root, "--pretrained_weights", "pixels", "--crop_size", 8, *more]
+    eval_linear.main([*map(str, words), "--output_dir", str(output)])
+    return json.loads((output / "linear_folder.json").read_text())
+
+
+def test_raw_pixels_are_trained_on(tmp_path, monkeypatch):
+    root = noise_folder(tmp_path / "data", [("train", 7), ("val", 15)])
+    result = linear_of_pixels(root, tmp_path / "cached", "--cache_features")
+    features, labels = raw_pixels(root, 8)
+    assert_trained_on(result["history"], features, labels)
+    assert result["protocol"]["n_last_blocks"] == 1
+
+    # Without the cache the same, if the augmentation is none.
+    def plain(*args):
+        batches = AugmentedBatches(*args)
+        batches.transform = whole_transform(8)
+        return batches
+
+    monkeypatch.setattr(eval_linear, "AugmentedBatches", plain)
+    result = linear_of_pixels(root, tmp_path / "augmented")
+    assert result["training_images"] == "augmented"
+    assert_trained_on(result["history"], features, labels)
+    monkeypatch.undo()
+    augmented = linear_of_pixels(root, tmp_path / "really")
+    assert augmented["history"][0]["loss"] != result["history"][0]["loss"]
+
+
+def test_raw_pixels_have_no_patches_and_one_block(tmp_path):
+    root = noise_folder(tmp_path / "data")
+    with pytest.raises(UserError, match="--avgpool_patchtokens true needs a network"):
+        linear_of_pixels(root, tmp_path, "--avgpool_patchtokens", "true")
+    with pytest.raises(UserError, match="--n_last_blocks 2 is more than the network's 1"):
+        linear_of_pixels(root, tmp_path, "--n_last_blocks", 2)
+    # As many numbers as ViT-B's width, which changes no default
+    assert linear_of_pixels(root, tmp_path, "--crop_size", 16, "--epochs", 1)["protocol"]["n_last_blocks"] == 1
+
+
+def test_solar_cells(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    write_elpv(tmp_path / "packages")
+    options = f"--dataset elpv --pretrained_weights {weights} --cache_features --train_images 30 --tuning".split()
+    eval_linear.main([*OPTIONS, *options])
+    number = r"\d+\.\d\d %"
+    pattern = rf"^linear: top-1 {number}, balanced accuracy {number}, AUROC {number} \(best of 3 epochs"
+    assert re.search(pattern, capsys.readouterr().out, re.M)
+    result = json.loads((tmp_path / "linear_elpv.json").read_text())
+    assert result["images"] == {"train": 24, "val": 6}
+    with pytest.raises(UserError, match="was trained on other weights or images"):
+        eval_linear.main([*OPTIONS, *options[:-1]])
+
+
+def test_a_diverged_classifier_has_a_result(photo_folder, weights):
+    result = run(weights, photo_folder, "--cache_features", "--lr", 1e40)
+    assert not math.isfinite(result["history"][-1]["loss"])
+    assert (result["history"][-1]["top1"], "auroc" in result["history"][-1]) == (0, False)
 
 
 def test_bad_input_is_named(photo_folder, weights, tmp_path):

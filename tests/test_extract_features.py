@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
+from test_images import noise_folder, write_elpv
 
 import eval_knn
 import extract_features
 import utils
-from eval_knn import knn_accuracy
+from support.evaluation import classification_metrics, knn_votes
 from support.features import eval_transform
 from utils import UserError
 from vision_transformer import vit_micro
@@ -92,6 +93,24 @@ def test_images_without_files_are_named_by_their_place(weights, tmp_path):
     assert len(np.unique(found["labels"])) == 10
 
 
+def test_solar_cells_are_named_by_their_path_in_the_package(weights, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    data = write_elpv(tmp_path / "packages", 8)
+    found = extract(tmp_path / "f.npz", "--dataset", "elpv", "--pretrained_weights", weights[0])
+    assert found["classes"] == ["functional", "defective"]
+    table = {line.split()[0]: float(line.split()[1]) for line in (data / "labels.csv").read_text().splitlines()}
+    assert found["labels"].tolist() == [int(table[path] >= 0.5) for path in found["paths"]]
+
+
+def test_training_images_are_limited_and_held_out(weights, tmp_path):
+    options = ["--data_path", noise_folder(tmp_path / "data"), "--pretrained_weights", weights[0]]
+    options += ["--train_images", 10, "--tuning"]
+    train, val = (extract(tmp_path / f"{split}.npz", *options, "--split", split)["paths"] for split in ("train", "val"))
+    assert (len(train), len(val)) == (8, 2)
+    assert not set(train) & set(val)
+    assert all(path.startswith("train/") for path in (*train, *val))
+
+
 def test_knn_of_the_features_is_that_of_the_evaluation(photo_folder, weights, tmp_path):
     options = ["--data_path", photo_folder, "--pretrained_weights", weights[0]]
     arrays = []
@@ -102,7 +121,7 @@ def test_knn_of_the_features_is_that_of_the_evaluation(photo_folder, weights, tm
     eval_knn.main(list(map(str, words)))
     result = json.loads((tmp_path / "knn_folder.json").read_text())["knn"]
     for k in (1, 5):
-        assert knn_accuracy(*arrays, k) == (result[str(k)]["top1"], result[str(k)]["top5"])
+        assert classification_metrics(knn_votes(*arrays[:3], 2, k), arrays[3]) == result[str(k)]
 
 
 def test_bad_input_is_named_before_any_work(photo_folder, weights, tmp_path, monkeypatch):
@@ -120,6 +139,7 @@ def test_bad_input_is_named_before_any_work(photo_folder, weights, tmp_path, mon
     assert (tmp_path / "f.npz").read_text() == "precious"
     assert f"cannot write to the folder of --output {tmp_path}/f.npz: " in message(tmp_path / "f.npz" / "g.npz")
     assert "no folder" in message(tmp_path / "g.npz", data_path=tmp_path / "absent")
+    assert message(tmp_path / "g.npz", "--pretrained_weights", "pixels").startswith("no checkpoint at pixels")
     assert "smaller than a patch of 8" in message(tmp_path / "g.npz", "--crop_size", 7)
     monkeypatch.setattr(extract_features, "MAX_METADATA", 300)
     assert "the paths of 12 images exceed the header of" in message(tmp_path / "g.safetensors")

@@ -256,6 +256,45 @@ def test_three_steps_are_dinos(photo_folder, tmp_path):
 
 
 @pytest.mark.parametrize("geometry", ["batch", "image"])
+def test_without_distortion_whole_crops_are_the_images(tmp_path, geometry):
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    words = [*TINY, "--data_path", tmp_path, "--image_size", 32, "--global_crops_scale", 1, 1, "--flip_prob", 0]
+
+    def views(*more):
+        args = parse_arguments([*map(str, words), "--geometry", geometry, *more])
+        dataset, *_ = main_lgssl.open_images(args)
+        loader = main_lgssl.build_loader(args, dataset, range(2), 0, 1, torch.device("cpu"))
+        for key in loader.sampler:
+            batch, _ = loader.dataset.make_views(key)
+            yield batch, np.stack([dataset[i][0] for i in key[2]])
+
+    distorted = list(views())
+    for (batch, images), (usual, _) in zip(views("--distortion", "0"), distorted, strict=True):
+        for view in batch[:2]:
+            assert np.array_equal(view.pixels.permute(0, 2, 3, 1).numpy(), images)
+        for view, usual_view in zip(batch, usual, strict=True):
+            assert torch.equal(view.boxes, usual_view.boxes)  # the crops are the same at any strength
+            assert not torch.equal(view.pixels, usual_view.pixels)
+    for (batch, _), (usual, _) in zip(views("--distortion", "1"), distorted, strict=True):
+        assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(batch, usual, strict=True))
+
+
+@pytest.mark.parametrize("value", ["-0.1", "1.1", "nan"])
+def test_distortion_is_a_fraction(capsys, value):
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments([*TINY, "--distortion", value])
+    assert "--distortion: found" in capsys.readouterr().err
+
+
+def test_a_run_keeps_its_distortion(photo_folder, tmp_path):
+    train(photo_folder, tmp_path, "--epochs", 1, "--distortion", 0.5)
+    with pytest.raises(UserError, match="--distortion 0.5 there, 1.0 here"):
+        train(photo_folder, tmp_path, "--epochs", 1)
+
+
+@pytest.mark.parametrize("geometry", ["batch", "image"])
 def test_accumulated_batches_equal_one_large_batch(photo_folder, tmp_path, monkeypatch, geometry):
     options = ("--epochs", 2, "--geometry", geometry, "--drop_path_rate", 0, "--lr", 0.05, "--warmup_epochs", 0)
     large = train(photo_folder, tmp_path / "large", *options, "--batch_size_per_gpu", 6)
@@ -769,20 +808,21 @@ def test_every_option_reaches_what_it_is_for(tmp_path, monkeypatch):
         "--warmup_epochs 2 --weight_decay 0.1 --weight_decay_end 0.2 --clip_grad 1.5 --freeze_last_layer 2 "
         "--precision bf16 --accum_steps 2 --image_size 40 --global_crops_size 24 --local_crops_size 12 "
         "--global_crops_scale 0.5 0.9 --local_crops_scale 0.1 0.2 --local_crops_number 3 --flip_prob 0.2 "
-        "--num_workers 0 --log_every 5 --on_bad_image skip --max_bad_images 0.5 --dist_timeout 77"
+        "--num_workers 0 --log_every 5 --on_bad_image skip --max_bad_images 0.5 --dist_timeout 77 "
+        "--distortion 0.4 --train_images 1392"
     )
     with pytest.raises(Stop):
         main_lgssl.main([*words.split(), "--output_dir", str(tmp_path)])
-    assert given["MultiCrop"] == (24, 12, [0.5, 0.9], [0.1, 0.2], 3, 0.2, "image", 7)
+    assert given["MultiCrop"] == (24, 12, [0.5, 0.9], [0.1, 0.2], 3, 0.2, "image", 7, 0.4)
     assert given["LocalGlobalLoss"] == (30, 36, "lambda", 0.3, "shared")
     assert given["DINOHead"] == (96, 30, False, False, 20)
     assert given["Teacher"][2:] == (True,)
     assert given["networks"] == [(4, 24, 0.25), (4, 24, 0.0)]  # the teacher has no stochastic depth
     assert given["ViewBatches"][2:] == (4, "nearest", 0, True)
-    assert given["Meters"][1:] == ("bf16", 36, 700)
+    assert given["Meters"][1:] == ("bf16", 36, 696)
     assert given["timeout"] == datetime.timedelta(seconds=77)
     assert given["ViewBatches"][0][0][0].shape == (40, 40, 3)
-    assert given["BatchSampler"] == (1400, 8, range(9 * 87), 2, 0, 1, 7)
+    assert given["BatchSampler"] == (1392, 8, range(9 * 87), 2, 0, 1, 7)
     assert given["teacher_temperature"] == (0, 0.05, 0.06, 3)
     assert given["seed_networks"] == (7, 0, 0, 1)  # the last micro-step of the first step
     assert given["clip_each_gradient"][1] == 1.5
@@ -810,6 +850,7 @@ def test_defaults_are_the_papers():
         "momentum_teacher": 0.996, "warmup_teacher_temp": 0.04, "teacher_temp": 0.07, "warmup_teacher_temp_epochs": 30,
         "global_crops_size": 224, "local_crops_size": 96, "global_crops_scale": [0.4, 1.0],
         "local_crops_scale": [0.05, 0.4], "local_crops_number": 8, "flip_prob": 0.5, "clip_grad": 3.0,
+        "distortion": 1.0, "train_images": None, "tuning": False,
     }  # fmt: skip
     assert {name: args[name] for name in expected} == expected
 
@@ -838,7 +879,7 @@ def test_recipe_of_dino_has_dinos_defaults():
     assert {name: args[name] for name in expected} == expected
     # What main_dino.py does without an option
     fixed = {"loss": "cls", "geometry": "image", "image_size": 0, "global_crops_size": 224, "local_crops_size": 96,
-             "flip_prob": 0.5, "head_hidden_dim": 2048, "accum_steps": 1}  # fmt: skip
+             "flip_prob": 0.5, "head_hidden_dim": 2048, "accum_steps": 1, "distortion": 1.0}  # fmt: skip
     assert {name: args[name] for name in fixed} == fixed
 
 

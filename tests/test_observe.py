@@ -53,7 +53,7 @@ def test_knn_is_that_of_the_evaluation(photo_folder, tmp_path, capsys):
 def test_knn_holds_out_training_images_where_there_are_no_others(photo_folder):
     train_folder = photo_folder / "train"
     dataset = build_dataset("folder", train_folder, "train", ResizedArray(40))
-    knn = OnlineKNN(dataset, "folder", train_folder, None, **KNN)
+    knn = OnlineKNN(dataset, {"dataset": "folder", "data_path": train_folder}, **KNN)
     references, queries = (set(knn.splits[split].dataset.indices) for split in ("train", "val"))
     assert (len(references), len(queries)) == (10, 2)
     assert references | queries == set(range(12))
@@ -63,10 +63,41 @@ def test_knn_holds_out_training_images_where_there_are_no_others(photo_folder):
     assert dataset[0][0].shape == (40, 40, 3)  # the training's own transform is left
 
 
+@pytest.mark.parametrize("below", ["", "train"])
+def test_knn_takes_the_images_held_out_for_tuning(photo_folder, below):
+    """With and without validation images, which are not used."""
+    named = {"dataset": "folder", "data_path": photo_folder / below, "train_images": 11, "tuning": True}
+    dataset, held_out = (build_dataset(**named, split=split) for split in ("train", "val"))
+    knn = OnlineKNN(dataset, named, **KNN)
+    paths = {}
+    for split, images in knn.splits.items():
+        subset = images.dataset
+        paths[split] = [subset.dataset.paths[i] for i in subset.indices]
+        assert knn.labels[split].tolist() == [int("flower" in path) for path in paths[split]]
+    assert (len(paths["train"]), len(paths["val"])) == (9, 2)
+    assert sorted(paths["train"]) == sorted(dataset.paths)
+    assert sorted(paths["val"]) == sorted(held_out.paths)
+    assert not set(paths["val"]) & set(paths["train"])
+    assert all("/train/" in path for path in paths["val"])
+
+
+def test_a_run_trains_on_limited_images_and_is_tuned_on_others(photo_folder, tmp_path):
+    words = ["--train_images", 11, "--tuning"]
+    checkpoint = train(photo_folder, tmp_path, "--epochs", 1, *WATCHED, *words)
+    assert (checkpoint["images"][0], checkpoint["step"]) == (9, 2)  # batches of 4
+    words += ["--data_path", photo_folder, "--pretrained_weights", tmp_path / "checkpoint.pth"]
+    eval_knn.main([*map(str, words), "--nb_knn", "9", "--num_workers", "0"])
+    result = json.loads((tmp_path / "knn_folder.json").read_text())
+    assert result["images"] == {"train": 9, "val": 2}
+    assert read(tmp_path / "log.txt")[0]["knn_top1"] == pytest.approx(result["knn"]["9"]["top1"])
+    with pytest.raises(UserError, match="--train_images 11 there, 10 here"):
+        train(photo_folder, tmp_path, "--epochs", 1, *WATCHED, "--train_images", 10, "--tuning")
+
+
 def test_knn_is_bounded(monkeypatch):
     monkeypatch.setattr(observe, "MAX_REFERENCES", 50)
     monkeypatch.setattr(observe, "MAX_QUERIES", 20)
-    knn = OnlineKNN(build_dataset("digits"), "digits", None, None, **KNN)
+    knn = OnlineKNN(build_dataset("digits"), {"dataset": "digits"}, **KNN)
     assert [len(knn.splits[split]) for split in ("train", "val")] == [50, 20]
     assert len(set(knn.labels["train"].tolist())) > 5
     # Features that are the labels: all right, and none where the queries' labels are other ones.

@@ -99,7 +99,7 @@ def test_recipes_are_the_best_trials_of_the_committed_search(name):
         assert entry["options"] == draw(entry["trial"])
     for method in study.SEARCHED:
         own = [entry for entry in trials if entry["method"] == method]
-        assert sorted(entry["trial"] for entry in own) == list(range(len(own)))
+        assert len({entry["trial"] for entry in own}) == len(own) >= 1
         best = max(own, key=judged)
         text = (ROOT / "recipes" / f"{name}_{method}.args").read_text()
         words = [line for line in text.splitlines() if not line.startswith("#")]

@@ -262,6 +262,14 @@ def test_map_has_a_point_for_each_image(drawn, photo_folder, capsys):
     assert sum((i < 6) == (n < 6) for i, n in enumerate(nearest)) >= 10
 
 
+def test_map_of_limited_images(drawn, photo_folder):
+    words = ["--data_path", photo_folder, "--crop_size", 32, "--num_workers", 0, "--train_images", 10]
+    run("map", *MICRO, *words, "--split", "train")
+    run("map", *MICRO, *words, "--split", "train", "--tuning")
+    shown = [sum(len(points.get_offsets()) for points in figure.axes[0].collections) for figure in drawn]
+    assert shown == [10, 8]
+
+
 def test_map_tells_many_classes_apart():
     labels = np.arange(120) % 60
     labels[60:] = 5
@@ -353,6 +361,9 @@ def test_only_matches_does_without_weights(capsys):
         ("neighbours {photo}", "found no image to compare .* with"),
         ("neighbours {photo} --patch 300 10", "--patch 300 10 lies outside .*which has 300x240 pixels"),
         ("map --data_path {flat}", "flat has no labels: expected at least two class subfolders"),
+        ("attention --pretrained_weights pixels", "^no checkpoint at pixels"),
+        ("map --data_path {flat} --pretrained_weights pixels", "^no checkpoint at pixels"),
+        ("map --dataset digits --split train --train_images 3000", "--train_images 3000 is more than the 1400"),
         ("map", "--dataset folder needs --data_path"),
     ],
 )
@@ -367,6 +378,6 @@ def test_bad_input_is_one_line(tmp_path, photo_folder, words, message):
     words = words.format(tiny=tiny, flat=flat, wide=wide, square=square, photo=photo_folder / "val/china/0.jpg").split()
     output = [] if "--output" in words else ["--output", tmp_path / "x.png"]
     with pytest.raises(UserError, match=message) as error:
-        run(words[0], *words[1:], *output, *([] if words[0] == "matches" else MICRO))
+        run(words[0], *([] if words[0] == "matches" else MICRO), *words[1:], *output)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "x.png").exists()
