@@ -40,7 +40,7 @@ DINO_GLOBALS = [
 MAY_CHANGE = "data_path download output_dir num_workers log_every saveckp_freq dist_url local_rank".split()
 MAY_CHANGE += "grad_checkpointing compile save_every_steps keep_last dist_timeout on_bad_image max_bad_images".split()
 MAY_CHANGE += ["knn_every", "image_every"]
-MAX_VALUES = 10_000  # in the arguments of a file
+MAX_VALUES, MAX_DEPTH = 10_000, 20  # values, and lists in lists, in the arguments of a file
 # Names that a run writes in its folder
 RUN_FILES = (
     r"(checkpoint(_previous|_unreadable|\d{4,})?\.pth|args\.json|log\.txt|steps\.jsonl|environment\.jsonl)(\.tmp)?"
@@ -74,12 +74,12 @@ def load_file(path) -> dict:
 
 def _reason(error):
     """Return in words why a file could not be read."""
-    foreign = re.search(r"(?:GLOBAL|class) (\S+) was not an allowed", str(error))
+    foreign = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
     if foreign:
         return f"it holds {foreign[1]}"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "it needs more memory than is free"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.filename:  # from opening the file, not from its contents
         return error.strerror
     known = isinstance(error, zipfile.BadZipFile | SafetensorError)
     return first_line(error) if known else "it is damaged, incomplete or of another format"
@@ -87,7 +87,10 @@ def _reason(error):
 
 def shown(value) -> str:
     """Return a short text of a value from a file, of any size, in one line."""
-    return " ".join(reprlib.repr(value).split())[:80]
+    try:
+        return " ".join(reprlib.repr(value).split())[:80]
+    except ValueError:  # Python does not print whole numbers of more than 4,300 digits
+        return f"a {type(value).__name__}"
 
 
 def _check_tensors(contents, path):
@@ -124,23 +127,23 @@ def plain_arguments(args, path) -> dict:
     """Return the arguments that a file records, a dictionary or DINO's Namespace, as a dictionary.
 
     Raises:
-        UserError: they are of another kind, hold anything but plain values, or expand to more than MAX_VALUES values.
+        UserError: they are of another kind, hold anything but plain values, or expand to too many values.
     """
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(args, dict):
         raise UserError(f"{path} records arguments of type {type(args).__name__}, expected a dictionary")
-    left, count = [args], 0
+    left, count = [(args, 0)], 0
     while left:
-        value = left.pop()
+        value, depth = left.pop()
         count += 1
         if isinstance(value, dict) and all(isinstance(name, str) for name in value):
-            left += value.values()
+            left += [(item, depth + 1) for item in value.values()]
         elif isinstance(value, list | tuple):
-            left += value
+            left += [(item, depth + 1) for item in value]
         elif not (value is None or isinstance(value, float | str) or (isinstance(value, int) and abs(value) < 2**64)):
             raise UserError(f"{path} records the argument {shown(value)}, expected plain numbers and texts")
-        if count + len(left) > MAX_VALUES:
-            raise UserError(f"{path} records arguments of more than {MAX_VALUES} values, expected about 60")
+        if count + len(left) > MAX_VALUES or depth > MAX_DEPTH:
+            raise UserError(f"{path} records arguments of over {MAX_VALUES} values or {MAX_DEPTH} levels")
     return args
 
 
@@ -353,9 +356,9 @@ def _check_form(found, own, name) -> None:
         if _form(found) != _form(own):
             raise ValueError(f"{name} is {_form(found)}, expected {_form(own)}")
     elif type(found) is not type(own):
-        raise ValueError(
-            f"{name} is {_form(found)}, expected {_form(own) if torch.is_tensor(own) else type(own).__name__}"
-        )
+        kinds = {int: "a whole number", float: "a number", str: "a text", list: "a list"}
+        expected = _form(own) if torch.is_tensor(own) else kinds.get(type(own), "a dictionary")
+        raise ValueError(f"{name} is {_form(found)}, expected {expected}")
 
 
 def restore(checkpoint, source_path, state, meters, batch_size, images, total_steps, rank, world_size) -> int:
