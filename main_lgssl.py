@@ -36,7 +36,7 @@ from support.observe import environment, is_due, open_online_knn, training_pictu
 from support.preemption import EXIT_CODE, StopRequest, ignore_signals
 from support.report import WATCH_FROM, Report
 from utils import UserError, clip_each_gradient, cosine_schedule, seed_networks
-from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead, Teacher, architecture
+from vision_transformer import ARCHITECTURES, MAX_SIDE, BackboneWithHead, DINOHead, Teacher, architecture
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,7 +44,8 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line and check the options that depend on each other."""
     parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="@FILE reads options from a file.")
-    natural, count, amount, fraction = number(int, 1), number(int, 0), number(float, 0), number(float, 0, 1)
+    natural, count, side = number(int, 1, 10**9), number(int, 0, 10**9), number(int, 1, MAX_SIDE)
+    amount, fraction = number(float, 0), number(float, 0, 1)
     # fmt: off
     add = parser.add_argument_group("method").add_argument
     add("--loss", choices=LOSSES, default="mean", help="loss (section 3.4 of the paper); cls is DINO")
@@ -57,11 +58,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", type=architecture, default="vit_small", help="one of " + ", ".join(ARCHITECTURES))
-    add("--patch_size", type=natural, default=16, help="side of a patch in pixels")
-    add("--out_dim", type=number(int, 2), default=10000, help="K, number of prototypes")
+    add("--patch_size", type=side, default=16, help="side of a patch in pixels")
+    add("--out_dim", type=number(int, 2, 10**7), default=10000, help="K, number of prototypes")
     add("--norm_last_layer", type=bool_flag, default=True, help="fix the norm of the prototypes to 1")
     add("--use_bn_in_head", type=bool_flag, default=False, help="use batch norm in the head")
-    add("--head_hidden_dim", type=natural, default=2048, help="width of the hidden layers of the head")
+    add("--head_hidden_dim", type=number(int, 1, 10**5), default=2048, help="width of the hidden layers of the head")
     add("--drop_path_rate", type=number(float, 0, 0.99), default=0.1, help="stochastic depth rate of the student")
 
     add = parser.add_argument_group("teacher").add_argument
@@ -71,7 +72,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--warmup_teacher_temp_epochs", type=count, default=30, help="epochs of linear warm-up of τ_t")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=natural, default=200, help="number of epochs")
+    add("--epochs", type=number(int, 1, 10**6), default=200, help="number of epochs")
     add("--batch_size_per_gpu", type=natural, default=40, help="images per micro-batch in each process")
     add("--accum_steps", type=natural, default=1, help="micro-batches per step; N equal one batch N times as large")
     add("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="optimizer, with DINO's settings")
@@ -88,14 +89,14 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--compile", action="store_true", help="compile the backbones with torch.compile")
 
     add = parser.add_argument_group("views").add_argument
-    add("--image_size", type=count, help="resize images to squares of this side before cropping (0: do not; needs "
-        "--geometry image). Default: 256; with --loss cls --geometry image: 0")
-    add("--global_crops_size", type=natural, default=224, help="side of the two global views in pixels")
-    add("--local_crops_size", type=natural, default=96, help="side of the local views in pixels")
+    add("--image_size", type=number(int, 0, MAX_SIDE), help="resize images to squares of this side before cropping "
+        "(0: do not; needs --geometry image). Default: 256; with --loss cls --geometry image: 0")
+    add("--global_crops_size", type=side, default=224, help="side of the two global views in pixels")
+    add("--local_crops_size", type=side, default=96, help="side of the local views in pixels")
     area = {"type": fraction, "nargs": 2, "metavar": ("LOW", "HIGH")}
     add("--global_crops_scale", default=[0.4, 1.0], help="area of a global view as a fraction of the image", **area)
     add("--local_crops_scale", default=[0.05, 0.4], help="area of a local view as a fraction of the image", **area)
-    add("--local_crops_number", type=count, default=8, help="number of local views")
+    add("--local_crops_number", type=number(int, 0, 1000), default=8, help="number of local views")
     add("--flip_prob", type=fraction, default=0.5, help="flip probability; use 0 if mirroring changes the class")
     add("--distortion", type=fraction, default=1.0, help="strength of the photometric distortion, an option of this "
         "repository: 1 is the paper's and DINO's, 0 none")
@@ -113,9 +114,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         "labels. Training never uses labels")
     add("--image_every", type=count, default=10, help="write pictures to TensorBoard every N epochs (0: never)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of all random numbers")
-    add("--num_workers", type=count, default=min(10, os.cpu_count()), help="data-loading workers per process")
+    workers = number(int, 0, 1000)
+    add("--num_workers", type=workers, default=min(10, os.cpu_count()), help="data-loading workers per process")
     add("--dist_url", default="env://", help="URL to set up distributed training")
-    add("--dist_timeout", type=natural, default=600, help="seconds to wait for another process")
+    add("--dist_timeout", type=number(int, 1, 10**7), default=600, help="seconds to wait for another process")
     add("--local_rank", "--local-rank", type=int, help="ignored; taken from the environment")
     # fmt: on
     args = parser.parse_args(argv)
@@ -149,6 +151,7 @@ def pretrain(args, stop) -> signal.Signals | None:
     checkpoint, source_path = checkpoints.open_output(output_dir, vars(args), vars(parse_arguments([])))
     timeout = datetime.timedelta(seconds=args.dist_timeout)
     rank, world_size, device = utils.init_distributed(args.dist_url, timeout)
+    lock = checkpoints.lock(output_dir) if rank == 0 else None
     stop.join(timeout)
     batch_size = args.batch_size_per_gpu * args.accum_steps * world_size
     check_batch(len(dataset), args.batch_size_per_gpu, args.accum_steps, world_size)
@@ -165,17 +168,18 @@ def pretrain(args, stop) -> signal.Signals | None:
     meters = Meters(device, args.precision, max_matched, int(args.max_bad_images * len(dataset) + 1e-6))
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "loss": criterion, "scaler": scaler}
     images = [len(dataset), checkpoints.hash_of_names(dataset)]
+    steps_per_epoch = len(dataset) // batch_size
+    total_steps, warmup_steps = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
     start_step = 0
     if checkpoint:
-        start_step = checkpoints.restore(checkpoint, source_path, state, meters, batch_size, images, rank, world_size)
+        expected = batch_size, images, total_steps
+        start_step = checkpoints.restore(checkpoint, source_path, state, meters, *expected, rank, world_size)
     del checkpoint  # as large as networks and optimizer
     checkpoints.refuse_different_starts(start_step, device)
     ddp_student = wrap_networks(args, student, teacher, world_size, device)
     student_parameters, teacher_parameters = list(student.parameters()), list(teacher.parameters())
 
     # Schedules and batches
-    steps_per_epoch = len(dataset) // batch_size
-    total_steps, warmup_steps = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
     loader = build_loader(args, dataset, range(start_step, total_steps), rank, world_size, device)
 
     def schedule(step):
@@ -256,6 +260,13 @@ def pretrain(args, stop) -> signal.Signals | None:
             report.step()
 
         stop.check()
+        is_saved = ends_epoch or stop.agreed or (args.save_every_steps and (step + 1) % args.save_every_steps == 0)
+        if is_saved:
+            if not is_report_step:  # a report has done both
+                meters.stop_at_bad_step(student)
+                if args.on_bad_image == "skip":
+                    meters.share_bad_images()
+            checkpoints.refuse_diverged({"student": student, "teacher": teacher, "loss": criterion}, step)
         if ends_epoch:
             means, matched_counts = meters.end_epoch()
             top1 = None
@@ -269,11 +280,7 @@ def pretrain(args, stop) -> signal.Signals | None:
                     report.pictures(training_pictures(teacher.backbone, loader.dataset, (epoch, step, [0])), step)
                     report.histogram("matched_patches_per_pair", matched_counts, step)
 
-        if ends_epoch or stop.agreed or (args.save_every_steps and (step + 1) % args.save_every_steps == 0):
-            if not is_report_step:  # a report has done both
-                meters.stop_at_bad_step(student)
-                if args.on_bad_image == "skip":
-                    meters.share_bad_images()
+        if is_saved:
             meters_state = meters.state_dict()
             if rank == 0:
                 report.sync()
@@ -290,6 +297,8 @@ def pretrain(args, stop) -> signal.Signals | None:
 
     if rank == 0:
         report.end(vars(args), stopped_by)
+    if lock is not None:
+        os.close(lock)
     if world_size > 1:
         dist.destroy_process_group()
     return stopped_by

@@ -1,6 +1,5 @@
 """ViT-Tiny/Small/Base built on timm's VisionTransformer, the DINO head, and loading of backbones."""
 
-import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,36 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
 
-from support.checkpoints import load_file
+from support.checkpoints import load_file, plain_arguments, shown
 from utils import UserError
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")  # types of weights in files
+MAX_SIDE = 8192  # largest side of a view or patch in pixels
+
+
+def _whole(low, high):
+    return lambda value: type(value) is int and low <= value <= high, f"a whole number in [{low}, {high}]"
+
+
+def _is_fraction(value):
+    return isinstance(value, int | float) and 0 <= value <= 1
+
+
+def _is_scale(value):
+    return (
+        isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_fraction, value)) and value[0] <= value[1]
+    )
+
+
+# What other commands use of a checkpoint's arguments and progress: {name: (check, description)}
+RECORDED = {
+    "arch": (lambda value: isinstance(value, str), "the name of an architecture"),
+    "patch_size": _whole(1, MAX_SIDE),
+    **dict.fromkeys(("global_crops_size", "local_crops_size"), _whole(1, MAX_SIDE)),
+    **dict.fromkeys(("global_crops_scale", "local_crops_scale"), (_is_scale, "two fractions, the smaller first")),
+    "flip_prob": (_is_fraction, "a fraction"),
+    **dict.fromkeys(("epoch", "batch_size"), _whole(0, 10**9)),
+}
 
 
 class VisionTransformer(TimmVisionTransformer):
@@ -279,9 +306,12 @@ def load_backbone(
     if str(path) == "none":
         return ARCHITECTURES[arch or "vit_small"](patch_size or 16, img_size=img_size).eval(), {}
     contents = load_file(path)
-    args = contents.get("args", {})
-    args = args if isinstance(args, dict) else vars(args) if isinstance(args, argparse.Namespace) else {}
     state = _backbone_weights(contents, checkpoint_key, path)
+    args = plain_arguments(contents.get("args", {}), path)
+    args |= {name: contents[name] for name in ("epoch", "batch_size") if name in contents}
+    for name, (is_valid, expected) in RECORDED.items():
+        if name in args and not is_valid(args[name]):
+            raise UserError(f"{path} records {name} {shown(args[name])}, expected {expected}")
     made_with: dict[str, Any] = {
         "arch": str(args.get("arch", "")).replace("deit", "vit") or None,
         "patch_size": args.get("patch_size"),
@@ -301,22 +331,23 @@ def load_backbone(
     arch, patch_size = arch or WIDTHS[projection[0]], patch_size or projection[-1]
 
     side = math.isqrt(max(shape[1] - 1, 1)) if len(shape) == 3 else 14  # other shapes are refused below
-    backbone = ARCHITECTURES[arch](patch_size, img_size=side * patch_size)
-    own = {name: list(value.shape) for name, value in backbone.state_dict().items()}
-    found = {name: list(value.shape) for name, value in state.items()}
-    problems = [f"{name} is missing" for name in own if name not in found]
-    problems += [f"{name} is not part of the network" for name in found if name not in own]
-    problems += [
-        f"{name} is {found[name]}, expected {own[name]}" for name in own if found.get(name, own[name]) != own[name]
-    ]
+    with torch.device("meta"):  # takes no memory, whatever the file and the options say
+        own = ARCHITECTURES[arch](patch_size, img_size=side * patch_size).state_dict()
+    problems = [f"{name} is missing" for name in own if name not in state]
+    problems += [f"{name} is not part of the network" for name in state if name not in own]
+    shapes = {name: (list(state[name].shape), list(own[name].shape)) for name in own if name in state}
+    problems += [f"{name} is {shape}, expected {wanted}" for name, (shape, wanted) in shapes.items() if shape != wanted]
+    kinds = {name: str(state[name].dtype).removeprefix("torch.") for name in own if name in state}
+    problems += [f"{name} is {kind}, expected float32" for name, kind in kinds.items() if kind not in FLOATS]
     if problems:
-        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        raise UserError(f"{path} does not fit {arch} with patch size {patch_size}: {shown}")
-    bad = [name for name in own if not state[name].isfinite().all()]
+        first_three = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise UserError(f"{path} does not fit {arch} with patch size {patch_size}: {first_three}")
+    backbone = ARCHITECTURES[arch](patch_size, img_size=side * patch_size)
+    backbone.load_state_dict(state)
+    bad = [name for name, value in backbone.state_dict().items() if not value.isfinite().all()]
     if bad:
         raise UserError(f"{path} holds weights that are not finite: {bad[0]}")
-    backbone.load_state_dict(state)
-    return backbone.eval(), args | {name: contents[name] for name in ("epoch", "batch_size") if name in contents}
+    return backbone.eval(), args
 
 
 def _backbone_weights(contents, checkpoint_key, path):

@@ -1,18 +1,29 @@
 """Saving, resuming and safe loading of checkpoints."""
 
 import argparse
+import errno
 import hashlib
 import json
+import math
+import os
+import platform
 import re
+import reprlib
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save_file as save_safetensors
 
 from utils import UserError, all_gather, atomic_write, first_line, make_folder, warn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # DINO's full checkpoints hold, besides tensors and plain values, their arguments and NumPy scalars of the optimizer's
 # state, under the old and the new name of NumPy's module.
@@ -29,6 +40,11 @@ DINO_GLOBALS = [
 MAY_CHANGE = "data_path download output_dir num_workers log_every saveckp_freq dist_url local_rank".split()
 MAY_CHANGE += "grad_checkpointing compile save_every_steps keep_last dist_timeout on_bad_image max_bad_images".split()
 MAY_CHANGE += ["knn_every", "image_every"]
+MAX_VALUES, MAX_DEPTH = 10_000, 20  # values, and lists in lists, in the arguments of a file
+# Names that a run writes in its folder
+RUN_FILES = (
+    r"(checkpoint(_previous|_unreadable|\d{4,})?\.pth|args\.json|log\.txt|steps\.jsonl|environment\.jsonl)(\.tmp)?"
+)
 
 
 def load_file(path) -> dict:
@@ -38,8 +54,9 @@ def load_file(path) -> dict:
         UserError: the file does not exist or is not a checkpoint.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}, expected a file written by main_lgssl.py, DINO or timm")
+    if not os.path.isfile(path):
+        found = f"{path} is a folder" if os.path.isdir(path) else f"no checkpoint at {path}"
+        raise UserError(f"{found}, expected a file written by main_lgssl.py, DINO or timm")
     try:
         if path.suffix == ".safetensors":
             return load_safetensors(path)
@@ -47,11 +64,87 @@ def load_file(path) -> dict:
         with torch.serialization.safe_globals(DINO_GLOBALS):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's unpickler raises many kinds of errors for damaged files
-        reason = str(error) if isinstance(error, zipfile.BadZipFile) else type(error).__name__
-        raise UserError(f"{path} cannot be read as a checkpoint of tensors and plain values: {reason}") from error
+        reason = f"{path} cannot be read as a checkpoint of tensors and plain values: {_reason(error)}"
+        raise UserError(reason) from error
     if not isinstance(contents, dict):
         raise UserError(f"{path} holds a {type(contents).__name__}, expected a dictionary of weights")
+    _check_tensors(contents, path)
     return contents
+
+
+def _reason(error):
+    """Return in words why a file could not be read."""
+    foreign = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
+    if foreign:
+        return f"it holds {foreign[1]}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "it needs more memory than is free"
+    if isinstance(error, OSError) and error.filename:  # from opening the file, not from its contents
+        return error.strerror
+    known = isinstance(error, zipfile.BadZipFile | SafetensorError)
+    return first_line(error) if known else "it is damaged, incomplete or of another format"
+
+
+def shown(value) -> str:
+    """Return a short text of a value from a file, of any size, in one line."""
+    try:
+        return " ".join(reprlib.repr(value).split())[:80]
+    except ValueError:  # Python does not print whole numbers of more than 4,300 digits
+        return f"a {type(value).__name__}"
+
+
+def _check_tensors(contents, path):
+    """Raise UserError if the contents of a file hold a tensor that is not a dense array with as many stored numbers."""
+    left, seen = [("", contents)], set()
+    while left:
+        name, value = left.pop()
+        if torch.is_tensor(value):
+            kind = None
+            if value.device.type != "cpu":
+                kind = f"without numbers, on device {value.device}"
+            elif value.layout is not torch.strided or value.is_nested:
+                kind = "of the sparse or nested kind"
+            elif value.is_quantized:
+                kind = "of the quantized kind"
+            elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                kind = f"of {value.numel()} numbers with fewer stored"
+            if kind:
+                raise UserError(f"{path} holds a tensor {kind}, expected dense arrays: {name[:80]}")
+        elif id(value) not in seen:  # lists can contain one list many times
+            seen.add(id(value))
+            value = vars(value) if isinstance(value, argparse.Namespace) else value
+            items = (
+                value.items()
+                if isinstance(value, dict)
+                else enumerate(value)
+                if isinstance(value, list | tuple)
+                else ()
+            )
+            left += [(f"{name}.{key}".strip(".") if isinstance(key, str | int) else name, item) for key, item in items]
+
+
+def plain_arguments(args, path) -> dict:
+    """Return the arguments that a file records, a dictionary or DINO's Namespace, as a dictionary.
+
+    Raises:
+        UserError: they are of another kind, hold anything but plain values, or expand to too many values.
+    """
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(args, dict):
+        raise UserError(f"{path} records arguments of type {type(args).__name__}, expected a dictionary")
+    left, count = [(args, 0)], 0
+    while left:
+        value, depth = left.pop()
+        count += 1
+        if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+            left += [(item, depth + 1) for item in value.values()]
+        elif isinstance(value, list | tuple):
+            left += [(item, depth + 1) for item in value]
+        elif not (value is None or isinstance(value, float | str) or (isinstance(value, int) and abs(value) < 2**64)):
+            raise UserError(f"{path} records the argument {shown(value)}, expected plain numbers and texts")
+        if count + len(left) > MAX_VALUES or depth > MAX_DEPTH:
+            raise UserError(f"{path} records arguments of over {MAX_VALUES} values or {MAX_DEPTH} levels")
+    return args
 
 
 def check_sums(path) -> None:
@@ -126,6 +219,52 @@ def save_run(contents, output_dir, kept_epoch=None, keep_last=0) -> None:
             path.unlink()
 
 
+def refuse_diverged(networks, step) -> None:
+    """Check that all weights are finite before they are saved. A collective call.
+
+    Args:
+        networks: {name: module}.
+        step: number of the step that ends, for the message.
+
+    Raises:
+        UserError: on all processes, if a weight of one of them is not finite.
+    """
+    states = {f"{name}.{key}": value for name, m in networks.items() for key, value in m.state_dict().items()}
+    states = {name: value for name, value in states.items() if value.is_floating_point()}
+    finite = all_gather(torch.stack(torch._foreach_norm(list(states.values()), math.inf)).isfinite().float()).amin(0)
+    if not finite.all():
+        bad = list(states)[int(finite.argmin())]
+        raise UserError(f"{bad} is not finite after step {step}; the weights were not saved: use a lower --lr")
+
+
+def lock(output_dir) -> int | None:
+    """Lock the folder of a run against other runs until the process ends or the returned file descriptor is closed.
+
+    The lock is a POSIX record lock, which forked workers do not inherit: it is gone as soon as the process is, however
+    it ends. The file `.lock` stays and holds process id and host of the last run. Without support for locks, warn and
+    return None.
+
+    Raises:
+        UserError: another process has the lock.
+    """
+    if fcntl is None:
+        return None
+    descriptor, path = None, output_dir / ".lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+    except OSError as error:
+        if descriptor is not None and error.errno in (errno.EACCES, errno.EAGAIN):
+            holder = first_line(os.read(descriptor, 100).decode(errors="replace").strip() or "an unknown process")
+            os.close(descriptor)
+            reason = f"{output_dir} is in use by another run, {holder}"
+            raise UserError(f"{reason}: wait until it ends, or use another --output_dir") from error
+        warn(f"cannot lock {path} ({error.strerror}): make sure that no other run uses this --output_dir")
+    return descriptor
+
+
 def tidy(output_dir, source_path) -> None:
     """Rename an unreadable checkpoint and remove incomplete files of a killed process.
 
@@ -152,12 +291,15 @@ def refuse_other_run(earlier, args, defaults, may_change, path) -> None:
     Raises:
         UserError: arguments differ. The message names them.
     """
-    earlier = {**defaults, **earlier}
+    earlier = {**defaults, **plain_arguments(earlier, path)}
     names = [name for name in args if name not in may_change and earlier.get(name) != args[name]]
     if names:
-        differences = ", ".join(f"--{name} {earlier.get(name, 'unknown')} there, {args[name]} here" for name in names)
+        there = {name: str(earlier.get(name, "unknown"))[:80] for name in names}
+        differences = ", ".join(f"--{name} {there[name]} there, {args[name]} here" for name in names)
+        longer = "; the schedules depend on --epochs, so that a run cannot be extended" if "epochs" in names else ""
         raise UserError(
-            f"{path} belongs to a run with other arguments: {differences}; use those to resume, or another --output_dir"
+            f"{path} belongs to a run with other arguments: {differences}{longer}; use those to resume, or another "
+            "--output_dir"
         )
 
 
@@ -169,9 +311,16 @@ def open_output(output_dir, args, defaults) -> tuple[dict, Path] | tuple[None, N
         args, defaults: dictionaries of the arguments of the run and of their defaults.
 
     Raises:
-        UserError: the folder cannot be written to, or holds a run with other arguments.
+        UserError: the folder cannot be written to, or holds a run with other arguments or other kinds of files.
     """
     make_folder(output_dir, "--output_dir")
+    for path in output_dir.iterdir():
+        is_folder = path.name == "tb"
+        if is_folder or re.fullmatch(RUN_FILES, path.name):
+            is_right = path.is_dir() if is_folder else path.is_file()
+            if not is_right and os.path.lexists(path):  # not removed meanwhile
+                kind = "folder" if is_folder else "file"
+                raise UserError(f"{path} is not a {kind}: move it, or use another --output_dir")
     checkpoint, source_path = load_latest(output_dir / "checkpoint.pth")
     earlier = output_dir / "args.json"
     if checkpoint:
@@ -182,7 +331,7 @@ def open_output(output_dir, args, defaults) -> tuple[dict, Path] | tuple[None, N
     elif earlier.exists():
         try:
             earlier_args = dict(json.loads(earlier.read_text()))
-        except (ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"cannot read {earlier}: remove it, or use another --output_dir") from error
         refuse_other_run(earlier_args, args, defaults, MAY_CHANGE, earlier)
     elif (output_dir / "log.txt").exists() or (output_dir / "steps.jsonl").exists():
@@ -190,7 +339,29 @@ def open_output(output_dir, args, defaults) -> tuple[dict, Path] | tuple[None, N
     return checkpoint, source_path
 
 
-def restore(checkpoint, source_path, state, meters, batch_size, images, rank, world_size) -> int:
+def _form(value) -> str:
+    return f"{value.dtype} {list(value.shape)}".removeprefix("torch.") if torch.is_tensor(value) else shown(value)
+
+
+def _check_form(found, own, name) -> None:
+    """Raise ValueError if a value from a file differs in keys, types or shapes from a value of this program."""
+    if isinstance(own, list) and isinstance(found, list):
+        found, own = dict(enumerate(found)), dict(enumerate(own))
+    if isinstance(own, dict) and isinstance(found, dict):
+        for key in {**own, **found}:
+            if key not in own or key not in found:
+                raise ValueError(f"{name}.{shown(key)} {'is missing' if key in own else 'is not part of it'}")
+            _check_form(found[key], own[key], f"{name}.{key}" if name else key)
+    elif torch.is_tensor(own) and torch.is_tensor(found):
+        if _form(found) != _form(own):
+            raise ValueError(f"{name} is {_form(found)}, expected {_form(own)}")
+    elif type(found) is not type(own):
+        kinds = {int: "a whole number", float: "a number", str: "a text", list: "a list"}
+        expected = _form(own) if torch.is_tensor(own) else kinds.get(type(own), "a dictionary")
+        raise ValueError(f"{name} is {_form(found)}, expected {expected}")
+
+
+def restore(checkpoint, source_path, state, meters, batch_size, images, total_steps, rank, world_size) -> int:
     """Load a checkpoint into the parts of a run and return the step to resume from.
 
     Args:
@@ -198,28 +369,44 @@ def restore(checkpoint, source_path, state, meters, batch_size, images, rank, wo
         state: {name: object with a state_dict}.
         meters: Meters.
         batch_size, images: total batch size, and number and hash of the images; must equal those of the checkpoint.
+        total_steps: length of the run.
         rank, world_size: rank of this process and number of processes.
 
     Raises:
         UserError: the checkpoint does not fit the run, or holds weights that are not finite.
     """
-    if checkpoint["batch_size"] != batch_size:
-        expected, found = checkpoint["batch_size"], f"{batch_size} on {world_size} processes"
-        raise UserError(f"{source_path} has {expected} images per step, found {found}: use as many processes as before")
-    if checkpoint["images"] != images:
-        found = f"{checkpoint['images'][0]} images, found {images[0]}, or images with other names"
-        raise UserError(f"{source_path} was trained on {found}: use the same images, or another --output_dir")
+    form = {name: part.state_dict() for name, part in state.items()}
+    form |= {"batch_size": batch_size, "images": images, "step": 0, "epoch": 0}
+    optimizer, groups = state["optimizer"], form.pop("optimizer")["param_groups"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own = ("step", "exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ("momentum_buffer",)
     try:
-        for name, stateful in state.items():
-            stateful.load_state_dict(checkpoint[name])
-        start_step = int(checkpoint["step"])
+        _check_form({name: checkpoint[name] for name in form}, form, "")
+        moments = checkpoint["optimizer"]["state"]
+        for i, found in moments.items():
+            expected = {name: torch.tensor(0.0) if name == "step" else parameters[i] for name in own}
+            _check_form(found, expected, f"optimizer.state.{i}")
+        if checkpoint["batch_size"] != batch_size:
+            expected, found = checkpoint["batch_size"], f"found {batch_size} on {world_size} processes"
+            raise UserError(f"{source_path} has {expected} images per step, {found}: use as many processes as before")
+        if checkpoint["images"] != images:
+            found = f"{checkpoint['images'][0]} images, found {images[0]}, or images with other names"
+            raise UserError(f"{source_path} was trained on {found}: use the same images, or another --output_dir")
+        step, epoch = checkpoint["step"], checkpoint["epoch"]
+        if not (0 <= step <= total_steps and epoch == step // (images[0] // batch_size)):
+            expected = f"expected a step in [0, {total_steps}] and its epoch"
+            raise UserError(f"{source_path} was saved at step {step} and epoch {epoch}, {expected}")
+        saved = [checkpoint[name] for name in ("student", "teacher", "loss", "scaler")] + list(moments.values())
+        if not all(torch.as_tensor(value).isfinite().all() for values in saved for value in values.values()):
+            raise UserError(f"{source_path} holds weights that are not finite: remove it to use the previous one")
+        # Only the optimizer's moments: the loop sets learning rate and weight decay, other settings never change.
+        checkpoint = {**checkpoint, "optimizer": {"state": moments, "param_groups": groups}}
+        for name, part in state.items():
+            part.load_state_dict(checkpoint[name])
         meters.load_state_dict(checkpoint["meters"], rank)
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{source_path} does not fit: {first_line(error)}; use another --output_dir") from error
-    weights = [value for name in ("student", "teacher", "loss") for value in state[name].state_dict().values()]
-    if not all(value.isfinite().all() for value in weights):
-        raise UserError(f"{source_path} holds weights that are not finite: remove it to use the previous one")
-    return start_step
+    return step
 
 
 def hash_of_names(dataset) -> str:

@@ -1,7 +1,6 @@
 """Metrics of a training step, and their accumulation between reports."""
 
 import math
-import sys
 
 import torch
 import torch.distributed as dist
@@ -72,7 +71,7 @@ class Meters:
         self.steps += 1
 
     def stop_at_bad_step(self, network) -> None:
-        """Exit on all processes if one of them had a loss or gradient that is not finite. A collective call.
+        """Raise UserError on all processes if one had a loss or gradient that is not finite. A collective call.
 
         Args:
             network: network of the parameters whose gradient norms were recorded.
@@ -86,11 +85,11 @@ class Meters:
                 what = f"the gradient of {trained[int(records[rank][2])]}"
             ranks = [rank for rank, bad in enumerate(records) if bad[kind] == step]
             where = f" on rank {', '.join(map(str, ranks))}" if dist.is_initialized() else ""
-            sys.exit(f"error: {what} is not finite at step {step:.0f}{where}; the weights were not saved")
+            raise UserError(f"{what} is not finite at step {step:.0f}{where}; the weights were not saved")
         consecutive = max(record[3] for record in records)
         if self.fp16 and consecutive >= self.MAX_SKIPPED:
-            sys.exit(
-                f"error: fp16 skipped the last {consecutive:.0f} steps: gradients were not finite at any scale; "
+            raise UserError(
+                f"fp16 skipped the last {consecutive:.0f} steps: gradients were not finite at any scale; "
                 "the weights were not saved: use a lower --lr or --precision bf16"
             )
 
@@ -158,7 +157,8 @@ class Meters:
         self.loss, self.skipped = own[0].to(self.loss.dtype), own[1:3].to(self.skipped.dtype)
         self.matched, self.steps = own[3].to(self.matched.dtype), int(own[4])
         self.matched_counts.copy_(own[5:])
-        self.epoch, self.bad_images = dict(state["epoch"]), dict(state["bad_images"])
+        self.epoch = {str(name): (float(total), int(steps)) for name, (total, steps) in state["epoch"].items()}
+        self.bad_images = {int(i): str(message) for i, message in state["bad_images"].items()}
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from collections import defaultdict
 
 import torch
 from tqdm import tqdm
@@ -116,7 +117,8 @@ class Report:
         append_line({**values, "epoch": epoch}, self.epoch_log)
 
     def _remember(self, values):
-        self.metrics |= {name: value for name, value in values.items() if value is not None and name != "epoch"}
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        self.metrics |= {name: value for name, value in numbers.items() if name != "epoch"}
 
     def pictures(self, pictures, step) -> None:
         """Write pictures {name: uint8 [H, W, 3]} to TensorBoard."""
@@ -155,8 +157,8 @@ class Report:
 
 def _cut_log(path, key, end):
     """Remove the lines of a log with `key` >= `end` and incomplete lines of a killed process. Return the others."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [(line, entry) for line in lines if (entry := _entry(line)).get(key, end) < end]
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    kept = [(line, entry) for line in lines if type(n := (entry := _entry(line)).get(key)) is int and n < end]
     if len(kept) < len(lines):
         write_text("".join(line for line, _ in kept), path)
     return [entry for _, entry in kept]
@@ -170,7 +172,7 @@ def read_log(path) -> list[dict]:
 def _entry(line):
     try:
         return dict(json.loads(line)) if line.endswith("\n") else {}
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return {}
 
 
@@ -183,7 +185,7 @@ class CollapseWatch:
     def __call__(self, values):
         """Take the values of a report and return warnings, one line each."""
         warnings = []
-        known = {key: math.nan if value is None else value for key, value in values.items()}
+        known = defaultdict(lambda: math.nan, {k: v for k, v in values.items() if isinstance(v, int | float)})
         for name, (is_sign, text) in COLLAPSES.items():
             self.counts[name] = self.counts[name] + 1 if is_sign(known) else 0
             if self.counts[name] == self.patience:

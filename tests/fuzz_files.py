@@ -7,6 +7,7 @@ program, nor change the weights of a checkpoint unnoticed.
 """
 
 import argparse
+import copy
 import faulthandler
 import io
 import os
@@ -24,8 +25,10 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.checkpoints import load_file
+import main_lgssl
+from support.checkpoints import load_file, open_output, refuse_diverged, restore
 from support.images import read_image
+from support.meters import Meters
 from support.plain_pickle import read_plain_pickle
 from utils import UserError
 from vision_transformer import load_backbone, vit_micro
@@ -37,6 +40,10 @@ TOKENS = [
     b"\x80\x04\x8c\x02os\x8c\x06system\x93",
     b"\x00" * 64,
 ]
+
+
+RUN = "--arch vit_micro --patch_size 8 --global_crops_size 32 --local_crops_size 16 --out_dim 8 --head_hidden_dim 8"
+IMAGES = [12, "hash of names"]
 
 
 class Payload:
@@ -60,6 +67,114 @@ class Executed(BaseException):
 
 class Slow(BaseException):
     """Reading took too long."""
+
+
+def run_parts(optimizer):
+    """Return (arguments, parts with a state, meters) of a small run after one step."""
+    args = main_lgssl.parse_arguments([*RUN.split(), "--epochs", "1", "--optimizer", optimizer])
+    student, teacher, criterion = main_lgssl.build_networks(args)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=2**31 - 1)
+    parts = {"student": student, "teacher": teacher, "loss": criterion, "scaler": scaler}
+    return args, {**parts, "optimizer": main_lgssl.build_optimizer(optimizer, student)}, Meters("cpu", "fp32", 16)
+
+
+def train_step(parts):
+    """Take a step with made-up gradients, as the loop of main_lgssl.py does."""
+    student, optimizer, scaler = (parts[name] for name in ("student", "optimizer", "scaler"))
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    scaler.scale(sum(parameter.sum() for parameter in student.parameters() if parameter.requires_grad)).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def run_checkpoint(optimizer):
+    """Return the contents of a checkpoint of main_lgssl.py."""
+    args, parts, meters = run_parts(optimizer)
+    train_step(parts)
+    contents = {name: part.state_dict() for name, part in parts.items()} | {"meters": meters.state_dict()}
+    return {**contents, "step": 3, "epoch": 1, "batch_size": 4, "images": IMAGES, "args": vars(args)}
+
+
+def resume(path, optimizer):
+    """Resume from a checkpoint as main_lgssl.py does, and take a step."""
+    args, parts, meters = run_parts(optimizer)
+    checkpoint, source_path = open_output(path.parent, vars(args), vars(args))
+    restore(checkpoint, source_path, parts, meters, 4, IMAGES, 3, 0, 1)
+    train_step(parts)
+    meters.end_epoch()
+    meters.state_dict()
+    refuse_diverged({"student": parts["student"]}, 0)
+
+
+def odd_value(rng, value):
+    """Return a value of any type and size, or for a tensor often one of another type, layout or shape."""
+    nested = ["x"]
+    for _ in range(rng.randrange(60)):
+        nested = [nested, nested]
+    plain = [
+        "abc",
+        [8],
+        8.0,
+        26.5,
+        -8,
+        0,
+        True,
+        None,
+        {},
+        10**9,
+        10**30,
+        float("nan"),
+        float("-inf"),
+        nested,
+        "x" * 10**5,
+    ]
+    plain += [b"bytes", (), [1, 2], {1: 2}, {"x": None}, argparse.Namespace(x=1), torch.zeros(3), torch.tensor(3)]
+    is_dense = torch.is_tensor(value) and value.device.type == "cpu" and value.layout is torch.strided
+    if not is_dense or value.is_quantized or value.numel() > 10**6 or rng.random() < 0.2:
+        return rng.choice(plain)
+    value = value.real.float()
+    types = [torch.int64, torch.bool, torch.complex64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.uint8]
+    match rng.randrange(6):
+        case 0:
+            return value.to(rng.choice(types))
+        case 1:
+            return value.double() * rng.choice([1e300, float("nan"), float("inf"), -1.0, 0.0])
+        case 2:
+            return value.to("meta") if rng.random() < 0.5 else value.to_sparse()
+        case 3:
+            return torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)
+        case 4:
+            return torch.zeros(1).expand(value.shape if value.ndim and rng.random() < 0.5 else (10**6, 10**6))
+        case _:
+            return rng.choice(
+                [value[None], value.flatten()[:1], value.flatten(), value[..., :0] if value.ndim else value]
+            )
+
+
+def odd(rng, contents):
+    """Return a checkpoint in which some values are odd, missing or too many."""
+    contents = copy.deepcopy(contents)
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        inner, key = contents, None
+        while isinstance(inner, dict | list) and inner:
+            key = rng.choice(list(inner)) if isinstance(inner, dict) else rng.randrange(len(inner))
+            if not isinstance(inner[key], dict | list) or not inner[key] or rng.random() < 0.1:
+                break
+            inner = inner[key]
+        match rng.randrange(8):
+            case 0:
+                del inner[key]
+            case 1 if isinstance(inner, dict):
+                inner[rng.choice(["x", 7, "module.x"])] = odd_value(rng, inner[key])
+            case _:
+                inner[key] = odd_value(rng, inner[key])
+        if not contents:
+            break
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    return buffer.getvalue()
 
 
 def seeds(folder):
@@ -155,6 +270,9 @@ def read(kind, path, original):
             read_image(path, min_side=32).resize((8, 8))
         elif kind.endswith("pickle"):
             read_plain_pickle(path)
+        elif kind.startswith("run of "):
+            path.replace(path.parent / "run" / "checkpoint.pth")
+            resume(path.parent / "run" / "checkpoint.pth", kind.split()[-1])
         else:
             load_file(path)
             backbone, _ = load_backbone(path, "vit_micro", 8)
@@ -182,10 +300,16 @@ def batch(numbers, seed, files, folder):
     faulthandler.dump_traceback_later(300, exit=True)  # where Python's handler cannot run
     sys.addaudithook(forbid)
     path = folder / "file"
+    (folder / "run").mkdir(exist_ok=True)
+    odd_kinds = [("odd checkpoint", torch.load(io.BytesIO(files[0][1])))]
+    odd_kinds += [(f"run of {name}", run_checkpoint(name)) for name in ("adamw", "sgd", "lars")]
     for number in numbers:
         rng = random.Random(f"{seed}-{number}")
         kind, contents = rng.choice(files)
-        if kind != "image" and rng.random() < 0.2:
+        if rng.random() < 0.25:
+            kind, damaged = rng.choice(odd_kinds)
+            damaged = odd(rng, damaged)
+        elif kind != "image" and rng.random() < 0.2:
             kind, damaged = f"hostile {kind}", hostile(rng, kind, contents, folder / "marker")
         elif kind == "checkpoint" and rng.random() < 0.5:
             kind, damaged = "archive", mutated_archive(rng, contents)

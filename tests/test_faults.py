@@ -203,6 +203,18 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_ends_with_a_line(tmp_path, s
     assert torch.load(checkpoint, weights_only=True)["step"] == 174
 
 
+def test_a_second_run_in_one_folder_is_refused_until_the_first_is_dead(tmp_path, start):
+    folder, output = tmp_path / "run", tmp_path / "output.txt"
+    first = start("--num_workers", 2, folder=folder)
+    wait_until((folder / "checkpoint.pth").exists, first)
+    assert start(folder=folder).wait(180) == 2
+    assert f"error: {folder} is in use by another run, process {first.pid} on " in output.read_text()
+    assert first.poll() is None
+    first.kill()
+    third = start("--num_workers", 2, folder=folder)  # at once: the workers of the first may still live
+    wait_until(lambda: "resuming after step" in output.read_text(), third)
+
+
 def test_no_room_for_the_smallest_file_is_one_line(tmp_path, start):
     limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "-", sys.executable]  # 1 KiB, less than args.json
     assert start(folder=tmp_path / "run", launcher=limited).wait(180) == 2

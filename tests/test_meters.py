@@ -8,6 +8,7 @@ from losses import LocalGlobalLoss
 from patch_matching import match_views
 from support.loader import ViewBatches
 from support.meters import Meters, measure
+from utils import UserError
 from vision_transformer import BackboneWithHead, DINOHead, Teacher, vit_micro
 
 
@@ -91,5 +92,5 @@ def test_fp16_gives_up_after_many_steps_without_a_finite_gradient():
             meters.stop_at_bad_step(["a", "b"])
         if step == 9:
             assert meters.end_interval({})["skipped_share"] == pytest.approx(0.9)
-    with pytest.raises(SystemExit, match="fp16 skipped the last 34 steps: .* a lower --lr or --precision bf16"):
+    with pytest.raises(UserError, match="fp16 skipped the last 34 steps: .* a lower --lr or --precision bf16"):
         meters.stop_at_bad_step(["a", "b"])

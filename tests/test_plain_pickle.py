@@ -90,3 +90,28 @@ def test_made_up_arrays_are_refused(tmp_path, contents):
 def test_a_right_array_of_the_same_making_is_read(tmp_path):
     (tmp_path / "p.pkl").write_bytes(pickled_array(b"i8", b"(I1\nt", b"S'\\x07\\x00\\x00\\x00\\x00\\x00\\x00\\x00'\n"))
     np.testing.assert_array_equal(read_plain_pickle(tmp_path / "p.pkl"), [7])
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_an_array_of_lists_can_occur_twice(tmp_path, protocol):
+    lists = np.empty(2, object)
+    lists[0], lists[1] = [1, 2], [3, 4]
+    (tmp_path / "p.pkl").write_bytes(pickle.dumps([lists, lists], protocol))
+    for found in read_plain_pickle(tmp_path / "p.pkl"):
+        assert found.tolist() == [[1, 2], [3, 4]]
+
+
+def test_small_pickles_of_huge_contents_are_refused(tmp_path):
+    nested = []
+    for _ in range(60):
+        nested = [nested, nested]
+    (tmp_path / "p.pkl").write_bytes(pickle.dumps({"gnd": nested}))
+    with pytest.raises(UserError, match="it expands to more than 1000[0-9]{3} values"):
+        read_plain_pickle(tmp_path / "p.pkl")
+    (tmp_path / "p.pkl").write_bytes(b"\x80\x02Nr\xff\xff\xff\x7f.")  # a memo index of 2^31
+    assert read_plain_pickle(tmp_path / "p.pkl") is None
+    loop = []
+    loop.append(loop)
+    (tmp_path / "p.pkl").write_bytes(pickle.dumps(loop))
+    with pytest.raises(UserError, match="it is damaged"):
+        read_plain_pickle(tmp_path / "p.pkl")
