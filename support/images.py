@@ -473,7 +473,7 @@ def listed_folders(root, classes_file) -> list[Path]:
         UserError: the file cannot be read, is empty, or names a folder that is missing or is listed twice.
     """
     names = [line.rstrip("/") for line in read_lines(classes_file, "the name of one class folder per line")]
-    missing = [name for name in names if Path(name).name != name or not os.path.isdir(root / name)]
+    missing = [name for name in names if name == ".." or Path(name).name != name or not os.path.isdir(root / name)]
     if missing:
         found = f"lacks {len(missing)} of the {len(names)} class folders in {classes_file}"
         raise UserError(f"{root} {found}, the first is {shown(missing[0])}")
