@@ -227,9 +227,8 @@ class ImageList(LabeledImages):
                 if isinstance(error.__cause__, UnknownRange):
                     raise
                 continue
-            found = len(np.unique(values)) if kept < MIN_LEVELS else kept
-            if kept < found and str(data_path) not in WARNED:
-                WARNED.add(str(data_path))
+            if data_path not in WARNED and kept < MIN_LEVELS and kept < (found := len(np.unique(values))):
+                WARNED.add(data_path)
                 hint = f"see --intensity_range; its values are {values.min()} to {values.max()}"
                 utils.warn(f"{shown(path)} keeps {kept} of its {found} gray levels in 8 bits: {hint}")
 
@@ -253,18 +252,16 @@ class ImageFolder(ImageList):
             raise UserError(f"no folder {root}: --data_path takes a folder of images, with or without class subfolders")
         if (root / "train").is_dir() and (root / "val").is_dir():
             root = root / split
-        else:
-            refuse_other_splits(root)
+        _, subfolders, files = next(walk(root), (root, [], []))
+        folders = [root / name for name in subfolders if not name.startswith(".")]
+        refuse_other_splits(root, folders)
+        found = [(str(root / name), -1) for name in sorted(files) if has_image_name(name)]
         if classes_file is not None:
-            folders, loose = listed_folders(root, classes_file), []
-        else:
-            _, names, files = next(walk(root), (root, [], []))
-            folders = [root / name for name in names if not name.startswith(".")]
-            loose = [str(root / name) for name in sorted(files) if has_image_name(name)]
-        found = [(path, -1) for path in loose]
+            folders, found = listed_folders(root, classes_file), []
         self.root, self.classes = root, []
+        others = set(map(os.path.realpath, [root, *folders]))
         for folder in folders:
-            below = [os.path.join(top, name) for top, _, names in walk(folder, [root, *folders]) for name in names]
+            below = [os.path.join(top, name) for top, _, names in walk(folder, others) for name in names]
             paths = sorted(path for path in below if has_image_name(os.path.basename(path)))
             if paths:
                 found += [(path, len(self.classes)) for path in paths]
@@ -277,38 +274,37 @@ class ImageFolder(ImageList):
         self.labels = [label for _, label in found]
 
 
-def refuse_other_splits(root) -> None:
-    """Raise UserError if a folder's subfolders are named like splits, as Train and Val, or train without val.
+def refuse_other_splits(root, folders) -> None:
+    """Raise UserError if the subfolders of a folder are named like splits, as Train and Val, or train without val.
 
     A class may be called "train" if there are other classes. Names like test_set and train2017 count as splits, too.
     """
-    names = [name for name in next(walk(root), (root, [], []))[1] if not name.startswith(".")]
-    splits = {name: re.match("[a-z]*", name.lower())[0] for name in names}
-    splits = {name: word for name, word in splits.items() if word in SPLITS}
-    both = len({word in ("train", "training") for word in splits.values()}) == 2
-    if splits and (both or len(splits) == len(names)):
+    words = {folder.name: re.match("[a-z]*", folder.name.lower())[0] for folder in folders}
+    splits = [name for name, word in words.items() if word in SPLITS]
+    both = len({words[name] in ("train", "training") for name in splits}) == 2
+    if both or (splits and len(splits) == len(folders)):
         expected = "expected train and val with the same class folders, or the class folders themselves"
         raise UserError(f"{root} has {', '.join(splits)}, {expected}: rename them, or give one of them as --data_path")
 
 
-def walk(folder, others=()) -> Iterator[tuple[str, list, list]]:
+def walk(folder, others=frozenset()) -> Iterator[tuple[str, list, list]]:
     """Walk through a folder like `os.walk`, follow links, and read no folder twice.
 
     Links to parents of the folder are not followed. A folder that cannot be read is skipped with a warning. Files are
     not examined, which would be slow for a million of them.
 
     Args:
-        others: folders that are not read either.
+        others: real paths of folders that are not read either.
     """
 
     def warn_of(error):
         utils.warn(f"cannot read folder {shown(error.filename)}: {error.strerror}; skipping it")
 
     real = Path(os.path.realpath(folder))
-    seen = {str(real), *map(str, real.parents), *map(os.path.realpath, others)}
+    seen = {str(real), *map(str, real.parents)}
     for top, below, names in os.walk(folder, onerror=warn_of, followlinks=True):
         found = {os.path.realpath(os.path.join(top, name)): name for name in sorted(below, reverse=True)}
-        below[:] = sorted(name for path, name in found.items() if path not in seen)
+        below[:] = sorted(name for path, name in found.items() if path not in seen and path not in others)
         seen.update(found)
         yield top, below, names
 

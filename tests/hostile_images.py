@@ -20,6 +20,11 @@ EXTRACT = f"extract_features.py {WEIGHTS} --output {{here}}/f.npz"
 MAP = f"visualize.py map {WEIGHTS} --output {{here}}/map.png"
 TRAIN = "main_lgssl.py --output_dir {here}/out {tiny}"
 WATCHED = TRAIN + " --knn_every 1"
+UNASKED = (
+    "main_lgssl.py --output_dir {here}/out --arch vit_micro --patch_size 8 --image_size 40 --global_crops_size 32 "
+)
+UNASKED += "--local_crops_size 16 --out_dim 24 --local_crops_number 1 --head_hidden_dim 32 --num_workers 0 --epochs 1 "
+UNASKED += "--warmup_epochs 0 --batch_size_per_gpu 4 --image_every 0"  # like {tiny}, without --knn_every
 COPIES = f"eval_copy_detection.py {WEIGHTS} --imsize 32 --output_dir {{here}}/out"
 RETRIEVAL = f"eval_image_retrieval.py {WEIGHTS} --imsize 32 --output_dir {{here}}/out {DATA}"
 BAD = "cannot read image .*x.png"
@@ -451,6 +456,13 @@ LAYOUTS = [
         f"{WATCHED} {DATA}",
         "--knn_every 1: the train images of .* have only one class, images",
         data({f"images/{name}": c for name, c in FLAT.items()}),
+    ),
+    Case(
+        "one folder of images in training",
+        f"{UNASKED} {DATA}",
+        "no online k-NN: the train images of .* have only one class, images",
+        data({f"images/{name}": c for name, c in FLAT.items()}),
+        0,
     ),
     Case(
         "one class in train and val",
