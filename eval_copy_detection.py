@@ -23,7 +23,15 @@ import utils
 from support import evaluation
 from support.arguments import number
 from support.features import to_pixels
-from support.images import IMAGENET100_CLASSES, ImageFolder, ImageList, has_image_name, listed_folders, listed_images
+from support.images import (
+    IMAGENET100_CLASSES,
+    ImageFolder,
+    ImageList,
+    add_intensity_range,
+    has_image_name,
+    listed_folders,
+    listed_images,
+)
 from utils import UserError
 
 COPYDAYS_BLOCKS = ["original", "strong"]
@@ -147,6 +155,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--data_path", required=True, help="folder of Copydays, with original and strong")
     add("--whitening_path", help="folder or list of images on which to fit the whitening; default: no whitening")
     add("--distractors_path", help="folder or list of images to add to the database; default: none")
+    add_intensity_range(add)
     evaluation.add_computation_arguments(parser, batch_size=16)
     return parser.parse_args(argv)
 
@@ -173,6 +182,8 @@ def main(argv=None) -> None:
             utils.warn(f"whitening: {few}, give more")
     transform = T.Compose([T.Resize((args.imsize, args.imsize), InterpolationMode.BICUBIC), to_pixels()])
     datasets = {name: ImageList(files, transform, upright=False) for name, files in paths.items() if files}
+    for dataset in datasets.values():
+        dataset.use_intensity_range(args.intensity_range or made_with.get("intensity_range"), args.data_path)
     features = evaluation.features_of_all(
         lambda images: copy_features(backbone, images), datasets, device, args.batch_size_per_gpu, args.num_workers
     )

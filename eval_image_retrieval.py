@@ -18,7 +18,7 @@ import utils
 from support import evaluation
 from support.arguments import bool_flag, number
 from support.features import to_pixels
-from support.images import ImageList, image_size
+from support.images import ImageList, add_intensity_range, image_size
 from support.plain_pickle import read_plain_pickle
 from utils import UserError
 
@@ -53,9 +53,7 @@ class RevisitedRetrieval:
         contents = read_plain_pickle(path)
         try:
             names = {key: [str(name) for name in contents[key]] for key in ("imlist", "qimlist")}
-            self.relevance = [
-                {kind: np.array(entry[kind], np.int64).ravel().tolist() for kind in KINDS} for entry in contents["gnd"]
-            ]
+            self.relevance = [{kind: integers(entry[kind]) for kind in KINDS} for entry in contents["gnd"]]
             self.boxes = [tuple(float(value) for value in entry["bbx"]) for entry in contents["gnd"]]
         except (LookupError, TypeError, ValueError, OverflowError) as error:
             expected = "expected imlist, qimlist, and gnd with easy, hard, junk and bbx"
@@ -73,12 +71,15 @@ class RevisitedRetrieval:
         if missing:
             raise UserError(f"{len(missing)} images are missing, the first is {missing[0]}: {layout}")
 
+        for path, box in zip(self.queries, self.boxes, strict=True):
+            check_box(path, box)
+
     def _what_is_wrong(self, relevance, box):
         """Return what is wrong with a query's relevance and box, or None."""
         if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
             return f"has the box {box}, expected left, top, right, bottom"
         indices = sum(relevance.values(), [])
-        if len(set(indices)) < sum(len(set(values)) for values in relevance.values()):
+        if len(set(indices)) < len(indices):
             return "has images that are more than one of easy, hard and junk"
         unknown = [i for i in indices if not 0 <= i < len(self.database)]
         if unknown:
@@ -86,6 +87,24 @@ class RevisitedRetrieval:
         if not relevance["easy"] + relevance["hard"]:
             return "has no relevant image, neither easy nor hard"
         return None
+
+
+def integers(values) -> list[int]:
+    """Return the distinct integers in an array or list. Raise ValueError if it has other values."""
+    values = np.array(values)
+    if values.size and values.dtype.kind not in "iu":
+        raise ValueError("not integers")
+    return sorted(set(values.ravel().tolist()))
+
+
+def check_box(path, box) -> None:
+    """Raise UserError if a box is thinner than a pixel, or if more than a tenth of it lies outside of its image."""
+    width, height = image_size(path)
+    inside = [max(min(box[2], width) - max(box[0], 0), 0), max(min(box[3], height) - max(box[1], 0), 0)]
+    sides = [box[2] - box[0], box[3] - box[1]]
+    if min(sides) < 1 or inside[0] * inside[1] < 0.9 * sides[0] * sides[1]:
+        found = f"the box {box} of {path} does not fit the image of {width}x{height} pixels"
+        raise UserError(f"{found}: expected left, top, right, bottom in pixels")
 
 
 def retrieval_features(backbone, images, multiscale) -> torch.Tensor:
@@ -184,6 +203,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=SETTINGS, default="roxford5k", help="revisited Oxford or Paris")
     add("--data_path", required=True, help="folder with DATASET/gnd_DATASET.pkl and DATASET/jpg")
+    add_intensity_range(add)
     evaluation.add_computation_arguments(parser)
     args = parser.parse_args(argv)
     side, multiscale = SETTINGS[args.dataset]
@@ -203,6 +223,8 @@ def main(argv=None) -> None:
     for paths, boxes in parts.values():
         check_sizes(paths, boxes, args.imsize, max(backbone.patch_embed.patch_size))
     datasets = {name: RetrievalImages(*part, Shrink(args.imsize)) for name, part in parts.items()}
+    for dataset in datasets.values():
+        dataset.use_intensity_range(args.intensity_range or made_with.get("intensity_range"), args.data_path)
 
     rank, _, device = utils.init_distributed(args.dist_url)
     backbone.to(device)

@@ -93,7 +93,7 @@ def main(argv=None) -> None:
         raise UserError(f"{path} already exists and is not overwritten: remove it, or give another --output")
     backbone, pretraining, crop_size = evaluation.open_model(*evaluation.model_options(args), args.seed, args.crop_size)
     transform = eval_transform(crop_size)
-    dataset = build_dataset(**source(args), split=args.split, transform=transform)
+    dataset = build_dataset(**source(args, pretraining), split=args.split, transform=transform)
     dataset.upright = False  # as in the evaluations
     found = {"arch": WIDTHS.get(backbone.embed_dim), "patch_size": backbone.patch_embed.patch_size[0]}
     found |= {"crop_size": crop_size, "pretraining": pretraining}

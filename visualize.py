@@ -188,7 +188,7 @@ def show_map(args, backbone, made_with, img_size) -> tuple:
     from sklearn.manifold import TSNE  # takes a second
 
     transform = features.eval_transform(img_size)
-    dataset = build_dataset(**source(args), split=args.split, transform=transform)
+    dataset = build_dataset(**source(args, made_with), split=args.split, transform=transform)
     labels, classes = np.array(dataset.labels), dataset.classes
     if labels.min() < 0 or len(set(labels.tolist())) < 2:
         problem = "images outside of class subfolders" if labels.min() < 0 else "one"

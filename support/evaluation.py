@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def open_classification(args, augmented=False) -> tuple:
     else:
         backbone, made_with, img_size = open_model(*model_options(args), args.seed, args.crop_size)
     plain = whole_transform(img_size) if pixels else eval_transform(img_size)
-    splits = open_splits(source(args), {"train": None if augmented else plain, "val": plain})
+    splits = open_splits(source(args, made_with), {"train": None if augmented else plain, "val": plain})
     if pixels:
         train = copy.copy(splits["train"])
         train.transform = plain
@@ -142,15 +143,10 @@ def open_splits(named, transforms) -> dict:
         {"train": data set, "val": data set}
 
     Raises:
-        UserError: a split is missing, a split has no labels, or the splits have different classes.
+        UserError: see `check_splits`.
     """
     splits = {s: build_dataset(**named, split=s, transform=transforms[s]) for s in ("train", "val")}
-    data_path = named["data_path"]
-    train, val = (getattr(images, "paths", ()) for images in splits.values())
-    if not set(train).isdisjoint(val):
-        expected = f"expected {data_path}/train/CLASS/IMAGE and .../val/..."
-        raise UserError(f"{data_path} has no subfolders train and val, {expected}")
-    check_splits(splits, data_path)
+    check_splits(splits, named["data_path"])
     return splits
 
 
@@ -161,18 +157,29 @@ def check_splits(splits, data_path) -> None:
         splits: {split: data set}.
 
     Raises:
-        UserError: a split has no labels, or the splits have different classes.
+        UserError: the splits are the same images, an image has no label, there are fewer than two classes, or the
+            splits have different classes.
     """
+    layout = f"expected {data_path}/train/CLASS/IMAGE and {data_path}/val/CLASS/IMAGE"
+    train, val = splits["train"], splits.get("val")
+    if val is not None and hasattr(train, "paths"):
+        twin = str(val.root) + train.paths[0].removeprefix(str(train.root))
+        if twin in val.paths and os.path.samefile(train.paths[0], twin):
+            raise UserError(f"{data_path} has no subfolders train and val, or they hold the same files: {layout}")
     for split, images in splits.items():
         images.upright = False  # DINO's evaluations ignore the EXIF orientation
-        if min(images.labels) < 0:
-            expected = f"expected {data_path}/{split}/CLASS/IMAGE"
-            raise UserError(f"the {split} images of {data_path} have no labels, {expected}")
-    train, *others = (images.classes for images in splits.values())
-    for other in others:
-        if other != train:
-            name = min(set(train) ^ set(other))
-            raise UserError(f"class {name} is in only one of {data_path}/train and {data_path}/val, expected in both")
+        unlabeled = images.labels.count(-1)
+        if unlabeled:
+            which = "the" if unlabeled == len(images) else f"{unlabeled} of the {len(images)}"
+            raise UserError(f"{which} {split} images of {data_path} have no labels, {layout}")
+    if val is not None and train.classes != val.classes:
+        only = {"train": sorted({*train.classes} - {*val.classes}), "val": sorted({*val.classes} - {*train.classes})}
+        found = [f"{len(x)} only in {s} ({', '.join(x[:5])}{', ...' * (len(x) > 5)})" for s, x in only.items() if x]
+        raise UserError(f"the classes of {data_path} differ, {' and '.join(found)}: {layout}")
+    found = sorted(set(train.labels))
+    if len(found) < 2:
+        name = train.classes[found[0]]
+        raise UserError(f"the train images of {data_path} have only one class, {name}: expected at least two; {layout}")
 
 
 def features_of_all(network, datasets, device, batch_size, num_workers, dtype=torch.float32) -> dict:

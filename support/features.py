@@ -14,6 +14,8 @@ from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
 from augment import MEAN, STD, normalize
+from support.images import MAX_PIXELS
+from utils import UserError
 
 GATHERED_NUMBERS = 2**23  # numbers per process that are gathered at a time
 
@@ -28,8 +30,25 @@ def eval_transform(crop_size) -> T.Compose:
 
     The shorter side is resized to 8/7 of `crop_size`, then the center is cropped: 256 and 224 by default in DINO.
     """
-    resize = T.Resize(crop_size * 8 // 7, InterpolationMode.BICUBIC)
-    return T.Compose([resize, T.CenterCrop(crop_size), to_pixels()])
+    return T.Compose([ResizeShorterSide(crop_size * 8 // 7), T.CenterCrop(crop_size), to_pixels()])
+
+
+class ResizeShorterSide:
+    """Resize a PIL image to a shorter side of `side` pixels, keeping the aspect ratio.
+
+    Raises:
+        UserError: the resized image would have more than MAX_PIXELS.
+    """
+
+    def __init__(self, side):
+        self.side, self.resize = side, T.Resize(side, InterpolationMode.BICUBIC)
+
+    def __call__(self, image):
+        short, long = sorted(image.size)
+        if self.side * (self.side * long // short) > MAX_PIXELS:
+            found = f"{image.width}x{image.height} pixels are too elongated for a shorter side of {self.side}"
+            raise UserError(f"{found}: the resized image would have more than {MAX_PIXELS} pixels")
+        return self.resize(image)
 
 
 def whole_transform(side) -> T.Compose:

@@ -10,7 +10,11 @@ import importlib
 import importlib.util
 import itertools
 import os
+import re
+import stat
+import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +26,16 @@ from augment import resize
 from support.arguments import number
 from utils import UserError
 
-SOURCE = ("dataset", "data_path", "classes", "download", "train_images", "tuning")  # options that name the images
+# Options that name the images
+SOURCE = ("dataset", "data_path", "classes", "download", "train_images", "tuning", "intensity_range")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 2**26  # 8192×8192, 200 MB decoded; larger images are bad, see --on_bad_image
+MAX_IDX = 2**28  # bytes of an unpacked idx file; those of Fashion-MNIST have up to 47 MB
+PROBED = 16  # number of images whose intensities are checked when a folder is opened
+MIN_LEVELS = 32  # gray levels; an image of more than 8 bits that keeps fewer causes a warning
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # names of splits in other layouts
+WARNED = set()  # values of `data_path` that `use_intensity_range` has warned of
 IMAGENET100_CLASSES = Path(__file__).parent.parent / "recipes" / "imagenet100_cmc.txt"
 
 
@@ -43,11 +53,31 @@ def add_source_arguments(add, layout) -> None:
     add("--train_images", type=number(int, 1), help="use only N training images, drawn once. Default: all")
     add("--tuning", action="store_true", help="hold out a fifth of the training images and use them as validation "
         "images, for choosing settings")  # fmt: skip
+    add_intensity_range(add)
 
 
-def source(args) -> dict:
-    """Return the arguments of `build_dataset` that name the images, from parsed options."""
-    return {name: getattr(args, name) for name in SOURCE}
+def add_intensity_range(add) -> None:
+    """Add --intensity_range to an argument group, given the group's `add_argument`."""
+    add("--intensity_range", type=number(float), nargs=2, metavar=("LOW", "HIGH"), help="values of 16-bit, 32-bit and "
+        "float images that become gray levels 0 and 255; signed and float images need it. Default: 0 65535; "
+        "evaluations: the pretraining's")  # fmt: skip
+
+
+def source(args, made_with=None) -> dict:
+    """Return the arguments of `build_dataset` that name the images, from parsed options.
+
+    Args:
+        made_with: return value of `evaluation.open_model`. The pretraining's intensity range is the default.
+
+    Raises:
+        UserError: --train_images has no effect on the split that is opened.
+    """
+    if getattr(args, "split", None) == "val" and args.train_images and not args.tuning:
+        raise UserError("--train_images has no effect with --split val: use --split train, or omit --train_images")
+    named = {name: getattr(args, name) for name in SOURCE}
+    if made_with and "intensity_range" in ACCEPTED[args.dataset]:
+        named["intensity_range"] = args.intensity_range or made_with.get("intensity_range")
+    return named
 
 
 def build_dataset(
@@ -59,6 +89,7 @@ def build_dataset(
     download=False,
     train_images=None,
     tuning=False,
+    intensity_range=None,
     min_side=None,
 ) -> "LabeledImages":
     """Open a data set.
@@ -80,15 +111,20 @@ def build_dataset(
         download: let torchvision download the data set if it is missing.
         train_images: number of training images to use, drawn once. None: all.
         tuning: use only these training images, a fifth of them for validation and the others for training.
-        min_side: see `read_image`.
+        intensity_range, min_side: see `read_image`.
 
     Raises:
-        UserError: the folder or a class is missing, there are no images, or fewer than `train_images`.
+        UserError: an argument has no effect on the data set, the folder or a class is missing, the subfolders are named
+            like splits, there are no images, or fewer than `train_images`.
     """
     opened = "train" if tuning else split
+    given = {"data_path": data_path, "classes": classes, "download": download, "intensity_range": intensity_range}
+    for name in given:
+        if given[name] and name not in ACCEPTED[dataset]:
+            raise UserError(f"--{name} has no effect with --dataset {dataset}: omit it, or give another --dataset")
     if dataset in WITHOUT_PATH:
         images = WITHOUT_PATH[dataset](opened)
-    elif data_path is None:
+    elif not data_path:
         raise UserError(f"--dataset {dataset} needs --data_path, the folder of the images")
     elif dataset == "cifar10":
         images = _cifar10(data_path, opened, download)
@@ -96,6 +132,9 @@ def build_dataset(
         images = _fashion_mnist(data_path, opened, download)
     else:
         images = ImageFolder(data_path, opened, classes or (IMAGENET100_CLASSES if dataset == "imagenet100" else None))
+        images.use_intensity_range(intensity_range, data_path)
+    if not len(images):
+        raise UserError(f"--dataset {dataset} has no {opened} images")
     images.transform, images.min_side = transform, min_side
     if opened == "train" and (train_images or tuning):
         count = train_images or len(images)
@@ -144,16 +183,54 @@ class ArrayImages(LabeledImages):
 
 
 class ImageList(LabeledImages):
-    """The images of a list of paths, without labels. See `read_image` for `min_side` and `upright`."""
+    """The images of a list of paths, without labels.
 
-    min_side = None
+    See `read_image` for `min_side`, `upright` and `intensity_range`. A UserError of `transform` gets the image's path.
+    """
+
+    min_side = intensity_range = None
 
     def __init__(self, paths, transform=None, upright=True):
         self.paths, self.transform, self.upright = list(map(str, paths)), transform, upright
         self.labels = [-1] * len(self.paths)
 
     def image(self, index) -> Image.Image:
-        return read_image(self.paths[index], self.min_side, self.upright)
+        return read_image(self.paths[index], self.min_side, self.upright, self.intensity_range)
+
+    def __getitem__(self, index):
+        image = self.image(index)
+        try:
+            return (self.transform(image) if self.transform else image), self.labels[index]
+        except UserError as error:
+            raise UserError(f"cannot use image {shown(self.paths[index])}: {error}") from error
+
+    def use_intensity_range(self, intensity_range, data_path) -> None:
+        """Set the intensity range, and check on a few images that their intensities survive the conversion to 8 bits.
+
+        Warns, once per `data_path`, if an image of more than 8 bits keeps fewer than MIN_LEVELS gray levels.
+
+        Raises:
+            UserError: the range is empty, or an image needs a range and there is none. Bad images are skipped.
+        """
+        if intensity_range and not intensity_range[0] < intensity_range[1]:
+            raise UserError("--intensity_range {} {}: expected two numbers, the smaller first".format(*intensity_range))
+        self.intensity_range = intensity_range
+        for path in self.paths[:: -(-len(self.paths) // PROBED)]:
+            try:
+                with opened(path) as image:
+                    refuse_unknown_range(image, intensity_range)
+                    if image.mode[0] not in "IF":
+                        continue
+                    values = np.asarray(image)
+                    kept = len(np.unique(gray_levels(values, intensity_range)))
+            except UserError as error:
+                if isinstance(error.__cause__, UnknownRange):
+                    raise
+                continue
+            if data_path not in WARNED and kept < MIN_LEVELS and kept < (found := len(np.unique(values))):
+                WARNED.add(data_path)
+                hint = f"see --intensity_range; its values are {values.min()} to {values.max()}"
+                utils.warn(f"{shown(path)} keeps {kept} of its {found} gray levels in 8 bits: {hint}")
 
     def keep(self, indices) -> None:
         """Keep only the images with these indices."""
@@ -165,31 +242,71 @@ class ImageFolder(ImageList):
 
     Attributes:
         root: folder that is read, `train` or `val` if the folder has both.
-        classes: names of the class folders.
+        classes: names of the class folders, which hold at least one image.
         labels: label of each image, -1 if it is not in a class folder.
     """
 
     def __init__(self, root, split="train", classes_file=None):
         root = Path(root)
-        if not root.is_dir():
+        if not os.path.isdir(root):
             raise UserError(f"no folder {root}: --data_path takes a folder of images, with or without class subfolders")
         if (root / "train").is_dir() and (root / "val").is_dir():
             root = root / split
+        _, subfolders, files = next(walk(root), (root, [], []))
+        folders = [root / name for name in subfolders if not name.startswith(".")]
+        refuse_other_splits(root, folders)
+        found = [(str(root / name), -1) for name in sorted(files) if has_image_name(name)]
         if classes_file is not None:
-            folders, loose = listed_folders(root, classes_file), []
-        else:
-            entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
-            folders = [entry for entry in entries if entry.is_dir()]
-            loose = [str(entry) for entry in entries if has_image_name(entry.name) and not entry.is_dir()]
-        found = [(path, -1) for path in loose]
-        for label, folder in enumerate(folders):
-            # os.walk does not stat each file, which would be slow for a million files.
-            below = [os.path.join(top, name) for top, _, names in os.walk(folder, followlinks=True) for name in names]
-            found += [(path, label) for path in sorted(below) if has_image_name(os.path.basename(path))]
+            folders, found = listed_folders(root, classes_file), []
+        self.root, self.classes = root, []
+        others = set(map(os.path.realpath, [root, *folders]))
+        for folder in folders:
+            below = [os.path.join(top, name) for top, _, names in walk(folder, others) for name in names]
+            paths = sorted(path for path in below if has_image_name(os.path.basename(path)))
+            if paths:
+                found += [(path, len(self.classes)) for path in paths]
+                self.classes.append(folder.name)
+            elif classes_file is not None:
+                raise UserError(f"the class folder {folder}, which {classes_file} lists, has no images")
         if not found:
             raise UserError(f"no images below {root}, expected files that end in {' '.join(IMAGE_SUFFIXES)}")
         super().__init__(path for path, _ in found)
-        self.root, self.labels, self.classes = root, [label for _, label in found], [folder.name for folder in folders]
+        self.labels = [label for _, label in found]
+
+
+def refuse_other_splits(root, folders) -> None:
+    """Raise UserError if the subfolders of a folder are named like splits, as Train and Val, or train without val.
+
+    A class may be called "train" if there are other classes. Names like test_set and train2017 count as splits, too.
+    """
+    words = {folder.name: re.match("[a-z]*", folder.name.lower())[0] for folder in folders}
+    splits = [name for name, word in words.items() if word in SPLITS]
+    both = len({words[name] in ("train", "training") for name in splits}) == 2
+    if both or (splits and len(splits) == len(folders)):
+        expected = "expected train and val with the same class folders, or the class folders themselves"
+        raise UserError(f"{root} has {', '.join(splits)}, {expected}: rename them, or give one of them as --data_path")
+
+
+def walk(folder, others=frozenset()) -> Iterator[tuple[str, list, list]]:
+    """Walk through a folder like `os.walk`, follow links, and read no folder twice.
+
+    Links to parents of the folder are not followed. A folder that cannot be read is skipped with a warning. Files are
+    not examined, which would be slow for a million of them.
+
+    Args:
+        others: real paths of folders that are not read either.
+    """
+
+    def warn_of(error):
+        utils.warn(f"cannot read folder {shown(error.filename)}: {error.strerror}; skipping it")
+
+    real = Path(os.path.realpath(folder))
+    seen = {str(real), *map(str, real.parents)}
+    for top, below, names in os.walk(folder, onerror=warn_of, followlinks=True):
+        found = {os.path.realpath(os.path.join(top, name)): name for name in sorted(below, reverse=True)}
+        below[:] = sorted(name for path, name in found.items() if path not in seen and path not in others)
+        seen.update(found)
+        yield top, below, names
 
 
 def digits(split) -> ArrayImages:
@@ -223,6 +340,8 @@ def solar_cells(split) -> ImageList:
         cells = [(root / name, float(probability) >= 0.5, kind) for name, probability, kind in lines]
         if not cells or {kind for *_, kind in cells} - {"mono", "poly"}:
             raise ValueError("no cells, or a type other than mono and poly")
+        if not all(0 <= float(probability) <= 1 for _, probability, _ in lines):
+            raise ValueError("a probability that is not in [0, 1]")
     except (OSError, ValueError) as error:
         expected = "expected lines of path, probability and type; install elpv-dataset again"
         raise UserError(f"cannot read {root / 'labels.csv'} ({utils.first_line(error)}): {expected}") from error
@@ -293,7 +412,9 @@ def _cifar10(data_path, split, download):
     try:
         dataset = CIFAR10(data_path, train=split == "train", download=download)
     except (RuntimeError, OSError) as error:
-        expected = f"expected {data_path}/cifar-10-batches-py, which --download fetches"
+        if download:
+            raise UserError(f"cannot download CIFAR-10 to {data_path}: {utils.first_line(error)}") from error
+        expected = f"expected intact files in {data_path}/cifar-10-batches-py, which --download fetches"
         raise UserError(f"no CIFAR-10 in {data_path}, {expected}") from error
     return ArrayImages(dataset.data, dataset.targets, dataset.classes)
 
@@ -308,7 +429,7 @@ def _fashion_mnist(data_path, split, download):
             raise UserError(f"cannot download Fashion-MNIST to {data_path}: {utils.first_line(error)}") from error
     name = "train" if split == "train" else "t10k"
     pixels, labels = (read_idx(data_path, f"{name}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
-    if pixels.ndim != 3 or pixels.shape[:1] != labels.shape or not len(labels) or labels.max() > 9:
+    if pixels.shape != (len(labels), 28, 28) or labels.ndim != 1 or not len(labels) or labels.max() > 9:
         found = f"{name}-images-idx3-ubyte {pixels.shape} and {name}-labels-idx1-ubyte {labels.shape}"
         expected = "expected the shapes (n, 28, 28) and (n,) and labels up to 9"
         raise UserError(f"{data_path} holds {found} with labels up to {labels.max(initial=0)}, {expected}")
@@ -326,12 +447,14 @@ def read_idx(folder, name) -> np.ndarray:
         UserError: the file is missing or no such file.
     """
     places = [Path(folder) / below / f"{name}{suffix}" for below in ("", "FashionMNIST/raw") for suffix in ("", ".gz")]
-    path = next((place for place in places if place.is_file()), None)
+    path = next((place for place in places if os.path.isfile(place)), None)
     if path is None:
         raise UserError(f"no {name} in {folder}: expected the four files of Fashion-MNIST, which --download fetches")
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            contents = np.frombuffer(file.read(), np.uint8)
+            contents = np.frombuffer(file.read(MAX_IDX + 1), np.uint8)
+        if len(contents) > MAX_IDX:
+            raise ValueError(f"more than {MAX_IDX} bytes")
         # Two zeros, the type (8: uint8), the number of dimensions, and each dimension as four bytes, big-endian
         count = int(contents[3])
         shape = contents[4 : 4 + 4 * count].view(">u4").tolist()
@@ -346,18 +469,16 @@ def listed_folders(root, classes_file) -> list[Path]:
     """Return the class folders in `root` that a file lists, one name per line.
 
     Raises:
-        UserError: the file cannot be read, is empty, or names a folder that is missing.
+        UserError: the file cannot be read, is empty, or names a folder that is missing or is listed twice.
     """
-    try:
-        names = Path(classes_file).read_text().split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list of classes {classes_file}: {error}") from error
-    missing = [name for name in names if not (root / name).is_dir()]
-    if not names:
-        raise UserError(f"the list of classes {classes_file} is empty, expected one class folder per line")
+    names = [line.rstrip("/") for line in read_lines(classes_file, "the name of one class folder per line")]
+    missing = [name for name in names if name == ".." or Path(name).name != name or not os.path.isdir(root / name)]
     if missing:
         found = f"lacks {len(missing)} of the {len(names)} class folders in {classes_file}"
-        raise UserError(f"{root} {found}, the first is {missing[0]}")
+        raise UserError(f"{root} {found}, the first is {shown(missing[0])}")
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise UserError(f"{classes_file} lists the class {shown(twice[0])} twice, expected each class once")
     return [root / name for name in names]
 
 
@@ -370,19 +491,45 @@ def listed_images(source) -> list[Path]:
         UserError: the folder or file does not exist, lists no image, or lists a missing one.
     """
     source = Path(source)
-    if source.is_dir():
+    if os.path.isdir(source):
         return [Path(path) for path in ImageFolder(source).paths]
-    try:
-        paths = [source.parent / line.strip() for line in source.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise UserError(f"cannot read {source} ({reason}): expected a folder of images, or a list of paths") from error
-    missing = [path for path in paths if not path.is_file()]
-    if not paths:
-        raise UserError(f"the list {source} is empty, expected one path per line")
+    paths = [source.parent / line for line in read_lines(source, "a folder of images, or one path per line")]
+    missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
-        raise UserError(f"{source} lists {len(paths)} images, {len(missing)} are missing; the first: {missing[0]}")
+        found = f"{source} lists {len(paths)} images, {len(missing)} are missing"
+        raise UserError(f"{found}; the first: {shown(missing[0])}")
     return paths
+
+
+def read_lines(path, expected) -> list[str]:
+    """Return the lines of a text file that are not blank, without surrounding spaces.
+
+    Args:
+        expected: text for the message.
+
+    Raises:
+        UserError: the path is no regular file, the file is not UTF-8, or all its lines are blank.
+    """
+    try:
+        refuse_irregular(path)
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        if not lines:
+            raise ValueError("it is empty")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or ("not text" if isinstance(error, UnicodeError) else error)
+        raise UserError(f"cannot read {shown(path)} ({reason}): expected {expected}") from error
+    return lines
+
+
+def refuse_irregular(path) -> None:
+    """Raise ValueError if a path is not a regular file. Reading a pipe or a device could wait forever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
+
+
+def shown(path) -> str:
+    """Return a path as it is shown in messages, with escapes if it has characters that are not printable."""
+    return str(path) if str(path).isprintable() else ascii(str(path))
 
 
 def has_image_name(name) -> bool:
@@ -390,12 +537,29 @@ def has_image_name(name) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-def read_image(path, min_side=None, upright=True) -> Image.Image:
+@contextlib.contextmanager
+def opened(path) -> Iterator[Image.Image]:
+    """Open an image file, without Pillow's warnings. All errors inside the context become a UserError with the path."""
+    try:
+        refuse_irregular(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
+                yield image
+    except Exception as error:  # Pillow's decoders raise many kinds of errors for damaged files
+        raise UserError(f"cannot read image {shown(path)}: {utils.first_line(error)}") from error
+
+
+def read_image(path, min_side=None, upright=True, intensity_range=None) -> Image.Image:
     """Decode an image of any PIL mode to RGB, with transparent parts white.
 
     Args:
         min_side: decode a JPEG at 1/2, 1/4 or 1/8 of its size, as long as both sides keep `min_side` pixels.
         upright: rotate the image according to its EXIF orientation.
+        intensity_range: (low, high), values of grayscale images of more than 8 bits that become 0 and 255. Values
+            between them are mapped linearly, others are clipped. None: (0, 65535).
 
     Which files are bad:
 
@@ -403,37 +567,35 @@ def read_image(path, min_side=None, upright=True) -> Image.Image:
     |---|---|
     | grayscale, palette, bilevel, CMYK, with transparency | decoded |
     | 16-bit grayscale | decoded, scaled to 8 bits |
+    | signed 16-bit, 32-bit or float grayscale | decoded with an intensity range, bad without one |
+    | float, with a value that is NaN or infinite | bad |
     | animated or with several pages | the first frame or page is decoded |
     | 1×1, 20,000×10 | decoded |
     | with a broken EXIF block | decoded, not rotated |
     | with a broken ICC profile | decoded; profiles are not applied |
     | truncated, empty, not an image, damaged | bad |
+    | not a regular file: a pipe, device, socket or folder | bad, not opened |
     | more than MAX_PIXELS according to its header | bad, not decoded |
     | a format that is not in FORMATS, whatever the file's name | bad: some of Pillow's decoders start other programs |
 
     Raises:
         UserError: the file is bad.
     """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
-            if min_side:
-                image.draft(None, (min_side, min_side))
-            image.load()
-            if upright:
-                with contextlib.suppress(Exception):  # a broken EXIF block; the pixels may still be intact
-                    image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                levels = np.asarray(image, np.int64)
-                return Image.fromarray((levels.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                return Image.alpha_composite(white, image).convert("RGB")
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many kinds of errors for damaged files
-        raise UserError(f"cannot read image {path}: {utils.first_line(error)}") from error
+    with opened(path) as image:
+        refuse_unknown_range(image, intensity_range)
+        if min_side:
+            image.draft(None, (min_side, min_side))
+        image.load()
+        if upright:
+            with contextlib.suppress(Exception):  # a broken EXIF block; the pixels may still be intact
+                image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":
+            return Image.fromarray(gray_levels(np.asarray(image), intensity_range)).convert("RGB")
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            return Image.alpha_composite(white, image).convert("RGB")
+        return image.convert("RGB")
 
 
 def image_size(path) -> tuple[int, int]:
@@ -442,16 +604,45 @@ def image_size(path) -> tuple[int, int]:
     Raises:
         UserError: the file has no such header.
     """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return image.size
-    except Exception as error:
-        raise UserError(f"cannot read image {path}: {utils.first_line(error)}") from error
+    with opened(path) as image:
+        return image.size
+
+
+class UnknownRange(ValueError):
+    """The values of a signed or float image have no known range."""
+
+
+def refuse_unknown_range(image, intensity_range) -> None:
+    """Raise UnknownRange if an opened image needs an intensity range and there is none."""
+    signed = image.mode == "F" or (image.mode == "I" and image.format == "TIFF")  # unsigned PNG and PPM may be I, too
+    if signed and not intensity_range:
+        kind = "floats" if image.mode == "F" else "signed or 32-bit integers"
+        raise UnknownRange(f"its values are {kind}; give --intensity_range LOW HIGH, one range for all images")
+
+
+def gray_levels(values, intensity_range) -> np.ndarray:
+    """Map an array of intensities to uint8, see `read_image`.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError("it holds NaN or infinite values")
+    low, high = intensity_range or (0, 65535)
+    return ((values.astype(np.float64).clip(low, high) - low) * 255 // (high - low)).astype(np.uint8)
 
 
 # Data sets that need no path: {name: function from the split}
 WITHOUT_PATH = {"elpv": solar_cells, "digits": digits, "photographs": photograph_crops}
-DATASETS = ("folder", "cifar10", "imagenet100", "torchvision:FashionMNIST", *WITHOUT_PATH)
+# {data set: arguments of `build_dataset` that it accepts; all accept train_images and tuning}
+ACCEPTED = {
+    "folder": ("data_path", "classes", "intensity_range"),
+    "cifar10": ("data_path", "download"),
+    "imagenet100": ("data_path", "classes", "intensity_range"),
+    "torchvision:FashionMNIST": ("data_path", "download"),
+    **dict.fromkeys(WITHOUT_PATH, ()),
+}
+DATASETS = tuple(ACCEPTED)
 
 
 class ResizedArray:

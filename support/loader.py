@@ -125,7 +125,7 @@ class ViewBatches(Dataset):
                 return self.dataset[sample][0], bad_images
             except UserError as error:
                 if not self.skip_bad:
-                    raise
+                    raise UserError(f"{error}; --on_bad_image skip replaces bad images") from error
                 bad_images[sample] = str(error)
         raise UserError(f"{self.MAX_BAD_IN_A_ROW} consecutive images cannot be read; the last: {bad_images[sample]}")
 

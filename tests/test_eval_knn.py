@@ -280,7 +280,7 @@ def test_bad_input_is_named(photo_folder, tmp_path):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(tmp_path / name / "i.png")
     assert "have no labels, expected" in message("--data_path", tmp_path / "flat")
-    assert "class b is in only one of" in message("--data_path", tmp_path)
+    assert "differ, 1 only in val (b): expected" in message("--data_path", tmp_path)
     (tmp_path / "file").touch()
     assert "cannot write to --output_dir" in message(
         "--data_path", photo_folder, "--nb_knn", 1, "--output_dir", tmp_path / "file"
