@@ -230,7 +230,8 @@ class ImageList(LabeledImages):
             if data_path not in WARNED and kept < MIN_LEVELS and kept < (found := len(np.unique(values))):
                 WARNED.add(data_path)
                 hint = f"see --intensity_range; its values are {values.min()} to {values.max()}"
-                utils.warn(f"{shown(path)} keeps {kept} of its {found} gray levels in 8 bits: {hint}")
+                if os.environ.get("RANK", "0") == "0":
+                    utils.warn(f"{shown(path)} keeps {kept} of its {found} gray levels in 8 bits: {hint}")
 
     def keep(self, indices) -> None:
         """Keep only the images with these indices."""

@@ -1,6 +1,7 @@
 import gzip
 import importlib.util
 import io
+import json
 import pickle
 import struct
 import subprocess
@@ -13,12 +14,18 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+import torch
+import torchvision.transforms.v2 as T
 from conftest import ROOT
 from PIL import Image
 from torchvision.datasets import FashionMNIST
+from torchvision.transforms import InterpolationMode
 
+import eval_knn
+import main_lgssl
 from support import images
 from support.evaluation import open_splits
+from support.features import eval_transform, to_pixels
 from support.images import IMAGENET100_CLASSES, ResizedArray, build_dataset, listed_images, read_image
 from utils import UserError
 
@@ -548,3 +555,120 @@ def test_datasets_of_hugging_face_is_found_from_the_root(tmp_path):
     words = [sys.executable, "-c", code, ROOT, tmp_path / "installed"]
     process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert process.stdout.splitlines() == [str(package), str(ROOT / "utils.py")], process.stderr
+
+
+def test_intensities_are_mapped_linearly_and_clipped(tmp_path):
+    floats = np.array([[-9, 0, 0.25, 0.5, 1, 1e9]], np.float32)
+    Image.fromarray(floats).save(tmp_path / "float.tif")
+    read = read_image(tmp_path / "float.tif", intensity_range=(0, 1))
+    assert np.asarray(read)[0, :, 1].tolist() == [0, 0, 63, 127, 255, 255]
+    Image.fromarray(np.array([[-5, -1, 0, 1, 70000]], np.int32)).save(tmp_path / "signed.tif")
+    read = read_image(tmp_path / "signed.tif", intensity_range=[-1, 1])
+    assert np.asarray(read)[0, :, 1].tolist() == [0, 0, 127, 255, 255]
+    levels = np.array([[0, 1000, 2000, 3000]], np.uint16)
+    for name in ("i.png", "i.tif"):
+        Image.fromarray(levels).save(tmp_path / name)
+        read = read_image(tmp_path / name, intensity_range=(1000, 2000))
+        assert np.asarray(read)[0, :, 0].tolist() == [0, 0, 255, 255]
+    Image.fromarray(np.array([[7, 200]], np.uint8)).save(tmp_path / "i.png")  # 8 bits stay what they are
+    assert np.asarray(read_image(tmp_path / "i.png", intensity_range=(0, 1)))[0, :, 0].tolist() == [7, 200]
+
+
+@pytest.mark.parametrize("name", ["x.tif", "y.tif"])
+def test_unknown_intensities_are_refused_before_the_first_batch(tmp_path, gradient, name):
+    kind = np.float32 if name == "x.tif" else np.int32
+    for split in ("train", "val"):
+        for i in range(3):
+            save(tmp_path / split / f"{i}.png", gradient)
+        Image.fromarray(gradient[..., 0].astype(kind)).save(tmp_path / split / name)
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match=f"{split}/{name}: its values are .* give --intensity_range LOW HIGH"):
+            build_dataset("folder", tmp_path, split)
+        dataset = build_dataset("folder", tmp_path, split, intensity_range=[0, 255])
+        assert np.array_equal(np.asarray(dataset[3][0])[..., 2], gradient[..., 0])
+
+
+def test_lost_gray_levels_are_a_warning_once_per_data_set(tmp_path, capsys):
+    """A mask of two levels loses none."""
+    levels = np.arange(200, dtype=np.uint16).reshape(10, 20)
+    for name, pixels in {"a/0": levels, "a/1": levels, "b/0": np.uint16(levels > 5) * 65535}.items():
+        for split in ("train", "val"):
+            (tmp_path / split / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / split / f"{name}.png")
+    for split in ("train", "val"):
+        build_dataset("folder", tmp_path, split)
+    (line,) = capsys.readouterr().err.splitlines()
+    expected = "a/0.png keeps 1 of its 200 gray levels in 8 bits: see --intensity_range; its values are 0 to 199"
+    assert line == f"warning: {tmp_path}/train/{expected}"
+    build_dataset("folder", tmp_path / "train" / "b")
+    build_dataset("folder", tmp_path / "val", intensity_range=[0, 199])
+    assert not capsys.readouterr().err
+
+
+def test_bad_images_are_quiet(tmp_path, recwarn, gradient, capfd):
+    Image.fromarray(gradient).save(tmp_path / "exif.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x07garbage")
+    (tmp_path / "bomb.png").write_bytes(png_header(10000, 10000))
+    assert read_image(tmp_path / "exif.jpg").size == (24, 16)
+    for read in (read_image, images.image_size):
+        with pytest.raises(UserError, match="10000x10000 pixels are more than"):
+            read(tmp_path / "bomb.png")
+    assert not recwarn.list
+    assert capfd.readouterr().err == ""
+
+
+def test_each_folder_is_read_once(tmp_path, gradient):
+    for name in ("top/a/1.png", "top/a/deep/2.png", "top/b/3.png", "elsewhere/4.png", "elsewhere/below/5.png"):
+        save(tmp_path / name, gradient)
+    for name, target in {"a/up": "..", "a/deep/self": ".", "a/b": "../b", "b/out": "../../elsewhere"}.items():
+        (tmp_path / "top" / name).symlink_to(target)
+    (tmp_path / "top/b/again").symlink_to("../../elsewhere/below")
+    (tmp_path / "elsewhere/up").symlink_to("../top")
+    (tmp_path / "top/c").symlink_to("../elsewhere/below")
+    dataset = build_dataset("folder", tmp_path / "top")
+    found = [
+        (Path(path).name, dataset.classes[label]) for path, label in zip(dataset.paths, dataset.labels, strict=True)
+    ]
+    assert found == [("1.png", "a"), ("2.png", "a"), ("3.png", "b"), ("4.png", "b"), ("5.png", "c")]
+
+
+def test_elongated_images_are_named_and_others_resized_as_by_torchvision(tmp_path, gradient):
+    save(tmp_path / "i.png", gradient)
+    transform = eval_transform(14)
+    image, _ = build_dataset("folder", tmp_path, transform=transform)[0]
+    resized = T.Resize(16, InterpolationMode.BICUBIC)(Image.fromarray(gradient))
+    assert torch.equal(image, to_pixels()(T.CenterCrop(14)(resized)))
+    Image.new("L", (1, 70000)).save(tmp_path / "i.png")
+    with pytest.raises(UserError, match=f"cannot use image {tmp_path}/i.png: 1x70000 pixels are too elongated"):
+        build_dataset("folder", tmp_path, transform=eval_transform(224))[0]
+    assert build_dataset("folder", tmp_path, transform=pickle.loads(pickle.dumps(transform)))[0][0].shape == (3, 14, 14)
+
+
+def test_the_intensity_range_of_the_pretraining_is_taken_over(tmp_path, capsys):
+    """Of images of two brightnesses. In the range 0 to 1 all are white."""
+    for split in ("train", "val"):
+        for name, low in (("bright", 2000), ("dark", 1000)):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(4):
+                pixels = np.random.default_rng((i, low)).uniform(low, low + 400, (40, 40)).astype(np.float32)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.tif")
+    words = "--arch vit_micro --patch_size 8 --image_size 40 --global_crops_size 32 --local_crops_size 16 --out_dim 24 "
+    words += "--local_crops_number 1 --head_hidden_dim 32 --num_workers 0 --epochs 1 --batch_size_per_gpu 4 "
+    run = f"--data_path {tmp_path}/data --output_dir {tmp_path}/run"
+    main_lgssl.main(f"{words} {run} --intensity_range 0 3000".split())
+    assert json.loads((tmp_path / "run/args.json").read_text())["intensity_range"] == [0, 3000]
+    with pytest.raises(UserError, match="other arguments: --intensity_range "):
+        main_lgssl.main(f"{words} {run} --intensity_range 0 3001".split())
+
+    def top1(*more, dataset="folder"):
+        path = ["--data_path", str(tmp_path / "data")] if dataset == "folder" else ["--dataset", dataset]
+        eval_knn.main(
+            [*path, *f"--nb_knn 4 --num_workers 0 --pretrained_weights {tmp_path}/run/checkpoint.pth".split(), *more]
+        )
+        return json.loads((tmp_path / f"run/knn_{dataset}.json").read_text())["knn"]["4"]["top1"]
+
+    assert top1() == 100
+    assert top1("--intensity_range", "0", "1") == 50
+    assert top1(dataset="digits") > 50
+    network = ["--pretrained_weights", "none", "--arch", "vit_micro"]
+    with pytest.raises(UserError, match="its values are floats; give --intensity_range"):
+        eval_knn.main(["--data_path", str(tmp_path / "data"), *network])
