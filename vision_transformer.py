@@ -14,7 +14,7 @@ from torch import nn
 from support.checkpoints import load_file, plain_arguments, shown
 from utils import UserError
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")  # types of weights in files
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types of weights in files
 MAX_SIDE = 8192  # largest side of a view or patch in pixels
 
 
@@ -335,10 +335,10 @@ def load_backbone(
         own = ARCHITECTURES[arch](patch_size, img_size=side * patch_size).state_dict()
     problems = [f"{name} is missing" for name in own if name not in state]
     problems += [f"{name} is not part of the network" for name in state if name not in own]
-    shapes = {name: (list(state[name].shape), list(own[name].shape)) for name in own if name in state}
-    problems += [f"{name} is {shape}, expected {wanted}" for name, (shape, wanted) in shapes.items() if shape != wanted]
-    kinds = {name: str(state[name].dtype).removeprefix("torch.") for name in own if name in state}
-    problems += [f"{name} is {kind}, expected float32" for name, kind in kinds.items() if kind not in FLOATS]
+    for name in (name for name in own if name in state):
+        shape, wanted = list(state[name].shape), list(own[name].shape)
+        problems += [f"{name} is {shape}, expected {wanted}"] if shape != wanted else []
+        problems += [] if state[name].dtype in FLOATS else [f"{name} is {state[name].dtype}, expected torch.float32"]
     if problems:
         first_three = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise UserError(f"{path} does not fit {arch} with patch size {patch_size}: {first_three}")

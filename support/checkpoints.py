@@ -87,10 +87,7 @@ def _reason(error):
 
 def shown(value) -> str:
     """Return a short text of a value from a file, of any size, in one line."""
-    try:
-        return " ".join(reprlib.repr(value).split())[:80]
-    except ValueError:  # Python does not print whole numbers of more than 4,300 digits
-        return f"a {type(value).__name__}"
+    return " ".join(reprlib.repr(value).split())[:80]
 
 
 def _check_tensors(contents, path):
@@ -99,26 +96,17 @@ def _check_tensors(contents, path):
     while left:
         name, value = left.pop()
         if torch.is_tensor(value):
-            kind = None
-            if value.device.type != "cpu":
-                kind = f"without numbers, on device {value.device}"
-            elif value.layout is not torch.strided or value.is_nested:
-                kind = "of the sparse or nested kind"
-            elif value.is_quantized:
-                kind = "of the quantized kind"
-            elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                kind = f"of {value.numel()} numbers with fewer stored"
-            if kind:
-                raise UserError(f"{path} holds a tensor {kind}, expected dense arrays: {name[:80]}")
+            is_dense = value.device.type == "cpu" and value.layout is torch.strided and not value.is_nested
+            is_dense = is_dense and not value.is_quantized
+            if not is_dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                kind = f"{str(value.dtype).removeprefix('torch.')} tensor of {value.numel()} numbers"
+                expected = "expected a dense one with all its numbers"
+                raise UserError(f"{path} holds a sparse, quantized or incomplete {kind}, {expected}: {name[:80]}")
         elif id(value) not in seen:  # lists can contain one list many times
             seen.add(id(value))
             value = vars(value) if isinstance(value, argparse.Namespace) else value
             items = (
-                value.items()
-                if isinstance(value, dict)
-                else enumerate(value)
-                if isinstance(value, list | tuple)
-                else ()
+                value.items() if isinstance(value, dict) else enumerate(value if type(value) in (list, tuple) else ())
             )
             left += [(f"{name}.{key}".strip(".") if isinstance(key, str | int) else name, item) for key, item in items]
 
@@ -297,10 +285,8 @@ def refuse_other_run(earlier, args, defaults, may_change, path) -> None:
         there = {name: str(earlier.get(name, "unknown"))[:80] for name in names}
         differences = ", ".join(f"--{name} {there[name]} there, {args[name]} here" for name in names)
         longer = "; the schedules depend on --epochs, so that a run cannot be extended" if "epochs" in names else ""
-        raise UserError(
-            f"{path} belongs to a run with other arguments: {differences}{longer}; use those to resume, or another "
-            "--output_dir"
-        )
+        advice = "use those to resume, or another --output_dir"
+        raise UserError(f"{path} belongs to a run with other arguments: {differences}{longer}; {advice}")
 
 
 def open_output(output_dir, args, defaults) -> tuple[dict, Path] | tuple[None, None]:
@@ -315,12 +301,10 @@ def open_output(output_dir, args, defaults) -> tuple[dict, Path] | tuple[None, N
     """
     make_folder(output_dir, "--output_dir")
     for path in output_dir.iterdir():
-        is_folder = path.name == "tb"
-        if is_folder or re.fullmatch(RUN_FILES, path.name):
-            is_right = path.is_dir() if is_folder else path.is_file()
-            if not is_right and os.path.lexists(path):  # not removed meanwhile
-                kind = "folder" if is_folder else "file"
-                raise UserError(f"{path} is not a {kind}: move it, or use another --output_dir")
+        kind = "folder" if path.name == "tb" else "file"
+        is_right = path.is_dir() if kind == "folder" else path.is_file() or not re.fullmatch(RUN_FILES, path.name)
+        if not is_right and os.path.lexists(path):  # not removed meanwhile
+            raise UserError(f"{path} is not a {kind}: move it, or use another --output_dir")
     checkpoint, source_path = load_latest(output_dir / "checkpoint.pth")
     earlier = output_dir / "args.json"
     if checkpoint:
