@@ -253,6 +253,8 @@ def main(argv=None) -> None:
         write_lists(lists, Path(args.output_dir))
         return
     runs, only_show = Path(args.runs), args.command == "show"
+    if os.path.exists(runs) and not runs.is_dir():
+        raise UserError(f"--runs {runs} is a file, expected the folder of all runs")
     if args.command == "list":
         list_tables(runs)
     elif args.command == "report" and args.output is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from support.checkpoints import MAY_CHANGE
 from support.report import read_log
+from utils import UserError, read_text
 
 ROOT = Path(__file__).parent.parent
 # column: (title, evaluation, function from the evaluation's result to the number, format)
@@ -82,23 +83,27 @@ class Step:
 def read_json(path) -> dict:
     """Return the dictionary in a file, or an empty one if the file is missing or broken."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
+        contents = json.loads(read_text(path))
+    except (UserError, ValueError, RecursionError):
+        contents = None
+    return contents if isinstance(contents, dict) else {}
 
 
 def progress(run) -> float:
     """Return the share of its epochs that a pretraining has finished."""
     log, epochs = run / "log.txt", read_json(run / "args.json").get("epochs")
     entries = read_log(log) if log.is_file() and (run / "checkpoint.pth").is_file() else []
-    return (entries[-1].get("epoch", -1) + 1) / epochs if entries and epochs else 0.0
+    done = entries[-1].get("epoch", -1) + 1 if entries else 0
+    return done / epochs if isinstance(epochs, int) and 0 <= done <= epochs > 0 else 0.0
 
 
 def read_result(path) -> dict | None:
     """Return an evaluation's result, or None if it is missing or its pretraining had not finished."""
     result = read_json(path)
-    pretraining = result.get("pretraining", {})
-    return result if "args" in result and pretraining.get("epoch") == pretraining.get("epochs") else None
+    parts = [result.get("args"), result.get("images", {}), pretraining := result.get("pretraining", {})]
+    if not all(isinstance(part, dict) for part in parts) or pretraining.get("epoch") != pretraining.get("epochs"):
+        return None
+    return result
 
 
 def differences(expected, actual) -> list:
