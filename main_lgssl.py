@@ -95,7 +95,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     area = {"type": fraction, "nargs": 2, "metavar": ("LOW", "HIGH")}
     add("--global_crops_scale", default=[0.4, 1.0], help="area of a global view as a fraction of the image", **area)
     add("--local_crops_scale", default=[0.05, 0.4], help="area of a local view as a fraction of the image", **area)
-    add("--local_crops_number", type=count, default=8, help="number of local views")
+    add("--local_crops_number", type=number(int, 0, 1000), default=8, help="number of local views")
     add("--flip_prob", type=fraction, default=0.5, help="flip probability; use 0 if mirroring changes the class")
     add("--distortion", type=fraction, default=1.0, help="strength of the photometric distortion, an option of this "
         "repository: 1 is the paper's and DINO's, 0 none")
@@ -113,7 +113,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         "labels. Training never uses labels")
     add("--image_every", type=count, default=10, help="write pictures to TensorBoard every N epochs (0: never)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of all random numbers")
-    add("--num_workers", type=count, default=min(10, os.cpu_count()), help="data-loading workers per process")
+    add("--num_workers", type=number(int, 0, 1000), default=min(10, os.cpu_count()), help="data-loading workers per "
+        "process")
     add("--dist_url", default="env://", help="URL to set up distributed training")
     add("--dist_timeout", type=natural, default=600, help="seconds to wait for another process")
     add("--local_rank", "--local-rank", type=int, help="ignored; taken from the environment")

@@ -62,14 +62,17 @@ def one_line_errors() -> Iterator[None]:
         _exit(2, f"error: {message}")
 
 
-def _exit(code, message) -> NoReturn:
-    """Print a line, give it to torchrun for its summary, and exit."""
-    line = f"{Path(sys.argv[0]).name}: {message}"
+def print_error(line) -> None:
+    """Print the line that a command ends with, and give it to torchrun for its summary."""
     print(line, file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps({"message": details}), encoding="utf-8")
+
+
+def _exit(code, message) -> NoReturn:
+    print_error(f"{Path(sys.argv[0]).name}: {message}")
     try:
         sys.stdout.flush()
     except OSError:  # the reader of a pipe has ended, or the disk is full: Python must not try again

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from utils import UserError, read_text
+from utils import UserError, print_error, read_text
 
 ROOT = Path(__file__).parent.parent
 MAX_FILES, MAX_CHARACTERS = 100, 2**20  # of the argument files of a command
@@ -127,4 +127,5 @@ class ArgumentParser(argparse.ArgumentParser):
                 self.error(f"--{name} {low} {high}: expected two positive fractions, the smaller first")
 
     def error(self, message) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
+        print_error(f"{self.prog}: error: {' '.join(message.splitlines())}")
+        sys.exit(2)

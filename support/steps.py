@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -100,10 +101,19 @@ def progress(run) -> float:
 def read_result(path) -> dict | None:
     """Return an evaluation's result, or None if it is missing or its pretraining had not finished."""
     result = read_json(path)
-    parts = [result.get("args"), result.get("images", {}), pretraining := result.get("pretraining", {})]
-    if not all(isinstance(part, dict) for part in parts) or pretraining.get("epoch") != pretraining.get("epochs"):
+    result = {"images": {}, "pretraining": {}, "args": None, **result}
+    if not all(isinstance(result[name], dict) for name in ("images", "pretraining", "args")):
         return None
-    return result
+    return result if result["pretraining"].get("epoch") == result["pretraining"].get("epochs") else None
+
+
+def score(column, step) -> float | None:
+    """Return the number of a column in an evaluation's result, or None without a result that has a finite number."""
+    try:
+        value = COLUMNS[column][2](read_result(step.result))
+    except (KeyError, TypeError):
+        return None
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def differences(expected, actual) -> list:
@@ -136,8 +146,8 @@ def mark(notes, step, pretraining, total_batch, images) -> str:
         batch_size = result["pretraining"].get("batch_size", total_batch)
         changed += [f"a total batch of {batch_size} instead of {total_batch}"] if batch_size != total_batch else []
         changed += differences(pretraining, result["pretraining"])
-    if step.name == "linear" and result["batch_size"] != wanted.batch_size_per_gpu:
-        changed.append(f"{result['batch_size']} images per step instead of {wanted.batch_size_per_gpu}")
+    if step.name == "linear" and result.get("batch_size") != wanted.batch_size_per_gpu:
+        changed.append(f"{result.get('batch_size')} images per step instead of {wanted.batch_size_per_gpu}")
     changed += differences(vars(wanted), result["args"])
     for split, count in images.items():
         found = result["images"].get(split, 0)
