@@ -117,7 +117,7 @@ def main():
     modules["eval_knn"].main(["--dataset", "digits", *weights])
 
 sys.path.insert(0, os.getcwd())
-if __name__ == "__main__":
+if __name__ == '__main__':
     main()
 """
 
