@@ -7,8 +7,8 @@ they have different lengths, each point averages the runs that reached it. Losse
 do not show which run is better. The last values are printed per setting, as mean ± standard deviation over the seeds.
 """
 
-import json
 import math
+import os
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from main_lgssl import parse_arguments as pretraining_arguments
 from support.arguments import ArgumentParser
 from support.checkpoints import MAY_CHANGE
 from support.report import read_log
+from support.steps import read_json
 from utils import UserError
 
 NAMES = ("loss", "knn_top1", "entropy_share", "matched_patches")
@@ -47,22 +48,23 @@ def read_run(folder) -> Run:
     Raises:
         UserError: the folder has no log or no finished epoch, or args.json cannot be read.
     """
-    log, arguments, starts = (folder / name for name in ("log.txt", "args.json", "environment.jsonl"))
-    if not log.exists():
+    log, path, starts = (folder / name for name in ("log.txt", "args.json", "environment.jsonl"))
+    if not os.path.exists(log):  # also False for a name that is too long
         raise UserError(f"no {log}: expected the --output_dir of a run of main_lgssl.py with a finished epoch")
-    epochs = {entry["epoch"] + 1: entry for entry in read_log(log) if "epoch" in entry}
+    epochs = {entry["epoch"] + 1: entry for entry in read_log(log) if isinstance(entry.get("epoch"), int)}
     if not epochs:
         raise UserError(f"{folder} has no finished epoch yet: omit this folder")
     curves = {name: {} for name in NAMES}
     for name in NAMES:
         for epoch, entry in sorted(epochs.items()):
-            value = entry.get(f"train_{name}", entry.get(name))
-            if value is not None and math.isfinite(value):
+            value = entry.get(f"train_{name}", entry.get(name, math.nan))
+            if math.isfinite(value):
                 curves[name][epoch] = value
-    try:
-        arguments = dict(json.loads(arguments.read_text())) if arguments.exists() else None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read {arguments}: remove it to name the run by its folder") from error
+    if not any(curves.values()):
+        raise UserError(f"{log} has no finite number of {', '.join(NAMES)}: omit this folder")
+    arguments = None
+    if path.exists() and not (arguments := read_json(path)):
+        raise UserError(f"cannot read {path}: remove it to name the run by its folder")
     if arguments is not None and starts.exists():
         arguments["processes"] = max((start.get("processes", 1) for start in read_log(starts)), default=1)
     return Run(folder, arguments, curves)
@@ -85,7 +87,7 @@ def settings(runs) -> dict:
         setting, seed = {"": folder if folders.count(folder) == 1 else str(run.folder)}, None
         if run.arguments is not None:
             arguments = {**defaults, **run.arguments}
-            seed, loss = arguments["seed"], arguments["loss"]
+            seed, loss = _text(arguments["seed"]), arguments["loss"]
             # λ affects only the λ-loss, and DINO's loss does not match patches.
             unused = ["lambda_cls"] * (loss != "lambda") + ["matching", "center"] * (loss == "cls")
             setting = {name: _text(arguments[name]) for name in arguments.keys() - NO_SETTING - {*unused}}

@@ -28,7 +28,7 @@ import main_lgssl
 import utils
 from support.arguments import ArgumentParser, number
 from support.images import IMAGENET100_CLASSES
-from support.steps import COLUMNS, ROOT, Step, mark, markdown, progress, read_result
+from support.steps import COLUMNS, ROOT, Step, mark, markdown, progress, score
 from support.study import STUDIES, run_study, search, seeds_of, study_steps
 from support.study import report as study_report
 from utils import UserError
@@ -155,10 +155,8 @@ def report(runs) -> str:
             steps = {step.name: step for step in evaluation_steps(recipe, evaluations_of(table), setup)}
             pretraining = vars(recipe_arguments(recipe))
             for column, theirs in zip(table["columns"], row["paper"], strict=True):
-                _, evaluation, value, form = COLUMNS[column]
-                try:
-                    ours = value(read_result(steps[evaluation].result))
-                except (KeyError, TypeError):  # no result, or a result without this number
+                _, evaluation, _, form = COLUMNS[column]
+                if (ours := score(column, steps[evaluation])) is None:
                     cells.append(f"{theirs:{form}} / not run")
                     continue
                 images = IMAGES[pretraining["dataset"] if evaluation in ("linear", "knn") else evaluation]
@@ -253,6 +251,8 @@ def main(argv=None) -> None:
         write_lists(lists, Path(args.output_dir))
         return
     runs, only_show = Path(args.runs), args.command == "show"
+    if os.path.exists(runs) and not runs.is_dir():
+        raise UserError(f"--runs {runs} is a file, expected the folder of all runs")
     if args.command == "list":
         list_tables(runs)
     elif args.command == "report" and args.output is None:

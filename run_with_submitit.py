@@ -44,7 +44,7 @@ def parse_arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
         add(f"--{name}", help=f"--{name} of sbatch; default: that of the cluster")
     add("--use_volta32", dest="constraint", action="store_const", const="volta32gb", help="--constraint volta32gb")
     add("--job_name", default="lgssl", help="name in the queue")
-    args, words = parser.parse_known_args(argv)
+    args, words = parser.parse_known_args(argv)  # the words of argument files replace their names
     if args.gpus_per_node is None:
         args.gpus_per_node = torch.cuda.device_count() if args.cluster == "local" else 8
     args.tasks_per_node = args.tasks_per_node or max(args.gpus_per_node, 1)

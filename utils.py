@@ -8,8 +8,10 @@ import multiprocessing
 import os
 import re
 import signal
+import stat
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -21,6 +23,9 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 VERSION = "0.9.0"
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+NO_MEMORY = re.compile("MemoryError|out of memory|not enough memory|[Cc](an't|annot) allocate memory|ALLOC_FAILED")
 DEAD_WORKER = "a data-loading worker died, probably because memory ran out: use fewer --num_workers"
 
 
@@ -30,12 +35,22 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print a UserError as one line on stderr and exit with code 2.
+    """Print a UserError as one line on stderr and exit with code 2. Ctrl-C exits with code 130.
 
-    The same happens if the disk is full, a GPU runs out of memory, or a data-loading worker or another rank dies.
+    The line also explains a full disk, a path that the system refuses, a lack of memory, and the death of a
+    data-loading worker or of another rank. Characters that the terminal cannot show are replaced.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        with contextlib.suppress(AttributeError):  # a notebook's stream
+            getattr(sys, name).reconfigure(errors="replace")
     try:
         yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        kill_workers()
+        _exit(130, "interrupted")
     except Exception as error:
         kill_workers()
         # The error of a data-loading worker contains a traceback; the message is its last line.
@@ -44,17 +59,35 @@ def one_line_errors() -> Iterator[None]:
             message = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
         if message is None:
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-        if dist.is_initialized():
-            # A regular exit would wait for ranks that are inside a collective.
-            os._exit(2)
-        sys.exit(2)
+        _exit(2, f"error: {message}")
+
+
+def print_error(line) -> None:
+    """Print the line that a command ends with, and give it to torchrun for its summary."""
+    print(line, file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": details}), encoding="utf-8")
+
+
+def _exit(code, message) -> NoReturn:
+    print_error(f"{Path(sys.argv[0]).name}: {message}")
+    try:
+        sys.stdout.flush()
+    except OSError:  # the reader of a pipe has ended, or the disk is full: Python must not try again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if dist.is_initialized():
+        # A regular exit would wait for ranks that are inside a collective.
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(main) -> NoReturn:
     """Run the main function of a script, see `one_line_errors`, and exit with the code that it returns."""
     with one_line_errors():
-        sys.exit(main())
+        code = main()
+    sys.exit(code)
 
 
 def kill_workers() -> None:
@@ -62,7 +95,8 @@ def kill_workers() -> None:
 
     Training workers ignore SIGTERM, so Python's exit-time join would hang.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report dead workers
+    if hasattr(signal, "SIGCHLD"):  # Windows has none
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report dead workers
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
@@ -82,10 +116,10 @@ def printable(name) -> str:
 def _explain(error):
     """Return a one-line explanation of an error for the user, or None for an unexpected error."""
     text = first_line(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        return f"cannot write {error.filename or 'a file'}: {error.strerror}; free some space and run the command again"
     if isinstance(error, torch.OutOfMemoryError):
         return "GPU out of memory: use a smaller --batch_size_per_gpu and more --accum_steps, or --grad_checkpointing"
+    if isinstance(error, (MemoryError, RuntimeError, OSError)) and NO_MEMORY.search(f"{type(error).__name__}: {text}"):
+        return f"out of memory: use smaller images, batches or networks, or fewer --num_workers ({text})"
     # PyTorch raises the death of a worker in a signal handler; the interrupted code may raise another error after it.
     earlier = error
     while earlier is not None:
@@ -94,7 +128,36 @@ def _explain(error):
         earlier = earlier.__context__
     if dist.is_initialized() and (isinstance(error, dist.DistError) or re.search("gloo|[Cc]onnection", text)):
         return f"rank {dist.get_rank()} waited for another process that died or hangs: see its message ({text})"
+    if isinstance(error, BrokenPipeError):
+        return "the reader of the output has ended"
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return f"cannot write {error.filename or 'a file'}: {error.strerror}; free some space and run the command again"
+    if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)):
+        return f"cannot open {printable(error.filename)}: {error.strerror}"
     return None
+
+
+def launched_as() -> tuple[int, int, int]:
+    """Return (rank, world_size, local_rank) as torchrun sets them in the environment: (0, 1, 0) without a launcher.
+
+    Raises:
+        UserError: they are incomplete, no numbers or contradict each other.
+    """
+    found = {name: os.environ[name] for name in (*RANKS, "MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+    expected = "start several processes with torchrun, or one process without " + ", ".join(RANKS)
+    numbers = {name: found.get(name, default) for name, default in zip(RANKS, "010", strict=True)}
+    for name, text in numbers.items():
+        if not re.fullmatch("[0-9]{1,9}", text):
+            raise UserError(f"the environment has {name}={text!r}, no number of at least 0: {expected}")
+    rank, world_size, local_rank = map(int, numbers.values())
+    if rank >= world_size:
+        raise UserError(f"the environment has RANK={rank} and WORLD_SIZE={world_size}, RANK must be less: {expected}")
+    if world_size > 1 and "RANK" not in found:
+        raise UserError(f"the environment has WORLD_SIZE={world_size}, but no RANK: {expected}")
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # only srun sets it
+    if "WORLD_SIZE" not in found and tasks != "1":
+        warn(f"srun starts {tasks} tasks, each a run of its own: use torchrun or run_with_submitit.py for a common one")
+    return rank, world_size, local_rank
 
 
 def init_distributed(dist_url="env://", timeout=None) -> tuple[int, int, torch.device]:
@@ -108,10 +171,9 @@ def init_distributed(dist_url="env://", timeout=None) -> tuple[int, int, torch.d
         (rank, world_size, device): the device is the GPU of this process, or the CPU if there is no GPU.
 
     Raises:
-        UserError: there are more processes than GPUs, or the processes did not meet.
+        UserError: the environment is inconsistent, there are more processes than GPUs, or the processes did not meet.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, world_size, local_rank = launched_as()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -122,12 +184,18 @@ def init_distributed(dist_url="env://", timeout=None) -> tuple[int, int, torch.d
     if world_size > 1:
         rendezvous = {"init_method": dist_url}
         try:
-            if dist_url == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                # Processes restarted by torchrun use the store of its agent again and must not find old keys there.
-                # With torch 2.14, "env://" mostly fails after a restart.
-                address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-                store = dist.TCPStore(*address, is_master=False, **({"timeout": timeout} if timeout else {}))
-                rendezvous = {"store": dist.PrefixStore(f"try{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)}
+            if dist_url == "env://":
+                address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+                if not (address and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2**16):
+                    named = f"the environment has MASTER_ADDR={address} and MASTER_PORT={port or None}"
+                    raise UserError(f"{named}, expected a host and a port below 65536: start them with torchrun")
+                if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                    # Processes restarted by torchrun use the store of its agent again and must not find old keys there.
+                    # With torch 2.14, "env://" mostly fails after a restart.
+                    waiting = {"timeout": timeout} if timeout else {}
+                    store = dist.TCPStore(address, int(port), is_master=False, **waiting)
+                    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+                    rendezvous = {"store": dist.PrefixStore(f"try{attempt}", store)}
             group = {"backend": "nccl" if device.type == "cuda" else "gloo", "rank": rank, "world_size": world_size}
             dist.init_process_group(**group, **rendezvous, timeout=timeout)
         except (RuntimeError, ValueError) as error:
@@ -240,7 +308,10 @@ def atomic_write(path, backup=None) -> Iterator[Path]:
             raise
         reason = cause.strerror if isinstance(cause, OSError) else first_line(cause)
         kept = f"the last saved {path} is kept" if path.exists() else "no earlier one exists"
-        raise UserError(f"cannot save {path}: {reason}; {kept}: free some space and run the command again") from error
+        advice = "free some space and run the command again"
+        if isinstance(cause, OSError) and cause.errno not in NO_SPACE:
+            advice = "make its folder writable, or give another one"
+        raise UserError(f"cannot save {path}: {reason}; {kept}: {advice}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -253,6 +324,42 @@ def write_text(text, path) -> None:
 
 
 def append_line(entry, path) -> None:
-    """Append a JSON line to a file."""
-    with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    """Append a JSON line to a file, see `append_text`."""
+    append_text(json.dumps(entry) + "\n", path)
+
+
+def append_text(text, path) -> None:
+    """Append text to a regular file.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        if path.exists() and not path.is_file():  # to open a pipe would hang
+            raise OSError(errno.EINVAL, "it is no regular file")
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_text(path, errors="strict", max_bytes=2**28) -> str:
+    """Read a UTF-8 text file, with or without a byte order mark. Only regular files are opened: a pipe would hang.
+
+    Args:
+        errors: as for `open`.
+        max_bytes: largest size.
+
+    Raises:
+        UserError: the file is missing, no regular file, too large or no text.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no regular file")
+        if status.st_size > max_bytes:
+            raise ValueError(f"it has {status.st_size} bytes, expected at most {max_bytes}")
+        with open(path, encoding="utf-8-sig", errors=errors) as file:
+            return file.read(max_bytes)
+    except (OSError, ValueError) as error:  # ValueError: also a name with a NUL, or bytes that are not UTF-8
+        raise UserError(f"cannot read {printable(path)}: {getattr(error, 'strerror', None) or error}") from error

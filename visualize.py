@@ -21,7 +21,7 @@ from torch.utils.data import Subset
 import utils
 from augment import MultiCrop, crop_and_resize, resize
 from patch_matching import RULES, match_patches
-from support import evaluation, features, figures
+from support import evaluation, features
 from support.arguments import ArgumentParser, number
 from support.images import PHOTOGRAPHS, ImageList, build_dataset, listed_images, photograph, read_image, source
 from utils import UserError
@@ -81,6 +81,8 @@ def nearest_tokens(features_a, features_b, idx_b) -> torch.Tensor:
 
 def show_attention(args, backbone, made_with, img_size) -> tuple:
     """Draw the attention of the CLS token. Like each command, return (figure, text to print)."""
+    from support import figures  # imports matplotlib, which --help does not need
+
     images = open_images(args.images, args, backbone, img_size)
     heads = [features.cls_attention(backbone, image) for image in images.values()]
     attentions = [np.concatenate([maps, maps.mean(0, keepdims=True)]) for maps in heads]
@@ -91,6 +93,8 @@ def show_attention(args, backbone, made_with, img_size) -> tuple:
 
 def show_features(args, backbone, made_with, img_size) -> tuple:
     """Draw the principal components of the patch features as colors."""
+    from support import figures  # imports matplotlib, which --help does not need
+
     images = open_images(args.images, args, backbone, img_size)
     tokens = [features.patch_features(backbone, image) for image in images.values()]
     count = sum(f.shape[0] * f.shape[1] for f in tokens)
@@ -103,6 +107,8 @@ def show_features(args, backbone, made_with, img_size) -> tuple:
 
 def show_matches(args, backbone, made_with, img_size) -> tuple:
     """Draw the matches of two views by geometry and, given a network, by features."""
+    from support import figures  # imports matplotlib, which --help does not need
+
     patch_size = patch_side(backbone) if backbone else args.patch_size or 16
     given = {name: value for name in CROPS if (value := getattr(args, name)) is not None}
     settings = {name: given.get(name, made_with.get(name, default)) for name, default in CROPS.items()}
@@ -146,6 +152,8 @@ def plain_crop(image, box, flip, size) -> np.ndarray:
 
 def show_neighbours(args, backbone, made_with, img_size) -> tuple:
     """Draw the images nearest to a query, or with --patch the nearest patches."""
+    from support import figures  # imports matplotlib, which --help does not need
+
     query = find_image(args.query)
     if args.patch:
         return show_patch_neighbours(args, query, backbone, img_size)
@@ -164,6 +172,8 @@ def show_neighbours(args, backbone, made_with, img_size) -> tuple:
 
 def show_patch_neighbours(args, query, backbone, img_size) -> tuple:
     """Draw the patches nearest to the patch at a point of the query, in the query and in the other images."""
+    from support import figures  # imports matplotlib, which --help does not need
+
     images = open_images([query, *args.images], args, backbone, img_size)
     width, height = read_image(query).size
     x, y = args.patch
@@ -186,6 +196,8 @@ def show_patch_neighbours(args, query, backbone, img_size) -> tuple:
 def show_map(args, backbone, made_with, img_size) -> tuple:
     """Draw a map of a labeled data set, by t-SNE."""
     from sklearn.manifold import TSNE  # takes a second
+
+    from support import figures  # imports matplotlib, which --help does not need
 
     transform = features.eval_transform(img_size)
     dataset = build_dataset(**source(args, made_with), split=args.split, transform=transform)
@@ -331,12 +343,14 @@ def parse_arguments(argv=None) -> Namespace:
     add_map("--max_images", type=natural, default=2000, help="number of images to draw, sampled at random")
     add_map("--perplexity", type=number(float, 1), default=30.0, help="perplexity of t-SNE")
     for add in (add_nearest, add_map):
-        add("--num_workers", type=number(int, 0), default=2, help="data-loading processes")
+        add("--num_workers", type=number(int, 0, 1000), default=2, help="data-loading processes")
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> None:
     args = parse_arguments(argv)
+    from support import figures  # as above
+
     for path in args.output:
         figures.check_output(path)
     backbone, made_with, img_size = None, {}, None

@@ -3,13 +3,17 @@
 import argparse
 import difflib
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from utils import UserError, print_error, read_text
+
 ROOT = Path(__file__).parent.parent
+MAX_FILES, MAX_CHARACTERS = 100, 2**20  # of the argument files of a command
 
 
 def bool_flag(text) -> bool:
@@ -21,17 +25,18 @@ def bool_flag(text) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is not a boolean, expected true or false")
 
 
-def number(kind, low=-math.inf, high=math.inf) -> Callable:
-    """Return an argparse type that accepts a finite int or float in [low, high]."""
+def number(kind, low=-math.inf, high=None) -> Callable:
+    """Return an argparse type that accepts a finite int or float in [low, high], by default up to 2^31 - 1 or 10^9."""
+    limit = high or (2**31 - 1 if kind is int else 1e9)
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
+        if not low <= value <= limit:  # NaN neither
             article = "a whole number" if kind is int else "a number"
-            bounds = f"of at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            bounds = f"of at least {low}" if high is None and not value > limit else f"in [{low}, {limit}]"
             raise argparse.ArgumentTypeError(f"found {text!r}, expected {article} {bounds}")
         return value
 
@@ -57,11 +62,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
-        self.origin = {}
+        self.origin, self.files, self.characters = {}, 0, 0  # of the argument files
+
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(self._expand(sys.argv[1:] if args is None else args), namespace)
 
     def parse_args(self, args=None, namespace=None):
-        words = self._expand(sys.argv[1:] if args is None else args, Path(), ())
-        namespace, unknown = self.parse_known_args(words, namespace)
+        namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].split("=")[0]
             close = difflib.get_close_matches(word, self._options(namespace), n=1)
@@ -79,23 +86,32 @@ class ArgumentParser(argparse.ArgumentParser):
                 names += action.choices[getattr(namespace, action.dest)]._options(namespace)
         return names
 
-    def _expand(self, words, folder, including):
+    def _expand(self, words, folder="", including=()):
+        """Replace the names of argument files in the words by the contents of these files."""
         expanded = []
         for word in words:
             if not word.startswith("@"):
                 expanded.append(word)
                 continue
-            path = folder / word[1:]
-            if not including and not path.exists() and (ROOT / word[1:]).exists():
+            path = Path(folder, word[1:])
+            if not including and not os.path.exists(path) and os.path.exists(ROOT / word[1:]):
                 path = ROOT / word[1:]
-            if path.resolve() in including:
-                self.error(f"argument file {path} includes itself")
             try:
-                inner = shlex.split(path.read_text(encoding="utf-8"), comments=True)
-            except (OSError, ValueError) as error:  # ValueError: an open quotation mark, or not text
-                self.error(f"cannot read argument file {path}: {getattr(error, 'strerror', None) or error}")
+                text = read_text(path, max_bytes=MAX_CHARACTERS)
+                if "\0" in text:
+                    raise ValueError("it contains a NUL character")
+                inner = shlex.split(text, comments=True)
+            except (UserError, ValueError) as error:  # ValueError: also an open quotation mark
+                reason = str(error).removeprefix(f"cannot read {path}: ")
+                self.error(f"cannot read argument file {path}: {reason}")
+            file = os.path.realpath(path)
+            if file in including:
+                self.error(f"argument file {path} includes itself")
+            self.files, self.characters = self.files + 1, self.characters + len(text)
+            if self.files > MAX_FILES or self.characters > MAX_CHARACTERS:
+                self.error(f"argument file {path}: expected at most {MAX_FILES} files of {MAX_CHARACTERS} characters")
             self.origin.update((w, path) for w in inner)
-            expanded += self._expand(inner, path.parent, (*including, path.resolve()))
+            expanded += self._expand(inner, path.parent, (*including, file))
         return expanded
 
     def check_crops(self, args) -> None:
@@ -111,4 +127,5 @@ class ArgumentParser(argparse.ArgumentParser):
                 self.error(f"--{name} {low} {high}: expected two positive fractions, the smaller first")
 
     def error(self, message) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        print_error(f"{self.prog}: error: {' '.join(message.splitlines())}")
+        sys.exit(2)

@@ -71,7 +71,7 @@ def add_computation_arguments(parser, batch_size=None, json_result=True) -> None
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of all random numbers")
     if batch_size:
         add("--batch_size_per_gpu", type=number(int, 1), default=batch_size, help="images per process and step")
-    add("--num_workers", type=number(int, 0), default=2, help="data-loading workers per process")
+    add("--num_workers", type=number(int, 0, 1000), default=2, help="data-loading workers per process")
     add("--dist_url", default="env://", help="URL to set up distributed computation")
     add("--local_rank", "--local-rank", type=int, help="ignored; the rank is read from the environment")
 

@@ -8,7 +8,8 @@ import time
 import torch
 import torch.distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# Windows has only the first two.
+SIGNALS = [getattr(signal, name) for name in "SIGTERM SIGINT SIGUSR1 SIGUSR2".split() if hasattr(signal, name)]
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped early, the same command resumes
 
 

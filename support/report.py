@@ -15,7 +15,7 @@ from collections import defaultdict
 import torch
 from tqdm import tqdm
 
-from utils import append_line, warn, write_text
+from utils import append_line, append_text, first_line, read_text, warn, write_text
 
 PATIENCE = 50  # reports in a row
 WATCH_FROM = 2000  # the watch for a collapse starts at this step, or at the end of the warm-up if that is earlier
@@ -56,8 +56,6 @@ class Report:
     """
 
     def __init__(self, output_dir, start_step, epochs, steps_per_epoch, watch_from=0):
-        from torch.utils.tensorboard import SummaryWriter  # importing takes a second, and only one process needs it
-
         self.output_dir, self.start_step = output_dir, start_step
         self.epochs, self.total_steps = epochs, epochs * steps_per_epoch
         self.watch, self.watch_from = CollapseWatch(), watch_from
@@ -68,8 +66,23 @@ class Report:
         for values in _cut_log(self.step_log, "step", start_step):
             if values["step"] >= watch_from:
                 self.watch(values)  # ignore the warnings: the run has printed them before
-        # A slow disk blocks the training only when 1,000 entries are waiting.
-        self.board = SummaryWriter(output_dir / "tb", max_queue=1000, purge_step=start_step)
+        self.board = None  # TensorBoard's writer
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second, and only one process needs it
+
+            # A slow disk blocks the training only when 1,000 entries are waiting.
+            self.board = SummaryWriter(output_dir / "tb", max_queue=1000, purge_step=start_step)
+        except (OSError, ImportError) as error:
+            warn(f"no TensorBoard in {output_dir / 'tb'}: {first_line(error)}; the run goes on without")
+
+    def _board(self, method, *args, **options):
+        """Call a method of TensorBoard's writer, if there is one. If it fails, warn and go on without."""
+        try:
+            if self.board:
+                getattr(self.board, method)(*args, **options)
+        except OSError as error:
+            self.board = None
+            warn(f"cannot write {self.output_dir / 'tb'}: {first_line(error)}; the run goes on without TensorBoard")
 
     def start(self, args, environment, headline) -> None:
         """Write the arguments and the environment of the run, print a headline and open the progress bar.
@@ -81,7 +94,7 @@ class Report:
         write_text(json.dumps(args, indent=2) + "\n", self.output_dir / "args.json")
         append_line(environment, self.output_dir / "environment.jsonl")
         for name, values in (("arguments", args), ("environment", environment)):
-            self.board.add_text(name, "    " + json.dumps(values, indent=2).replace("\n", "\n    "), 0)
+            self._board("add_text", name, "    " + json.dumps(values, indent=2).replace("\n", "\n    "), 0)
         print(headline, flush=True)
         self.bar = tqdm(total=self.total_steps, initial=self.start_step, unit="step", disable=not sys.stderr.isatty())
 
@@ -94,7 +107,7 @@ class Report:
         append_line({"epoch": epoch, "step": step, **values}, self.step_log)
         for name, value in values.items():
             if value is not None:
-                self.board.add_scalar(name, value, step)
+                self._board("add_scalar", name, value, step)
         loss, rate = f"{values['loss']:.3f}", f"{values['images_per_s']:.0f}"
         if self.bar.disable:
             left = datetime.timedelta(seconds=round((self.total_steps - step - 1) * seconds_per_step))
@@ -111,7 +124,7 @@ class Report:
         values = {f"train_{name}": value for name, value in means.items()}
         if knn_top1 is not None:
             values["knn_top1"] = knn_top1
-            self.board.add_scalar("knn_top1", knn_top1, step)
+            self._board("add_scalar", "knn_top1", knn_top1, step)
             tqdm.write(f"epoch {epoch + 1}/{self.epochs}  online k-NN top-1 {knn_top1:.2f} %")
         self._remember(values)
         append_line({**values, "epoch": epoch}, self.epoch_log)
@@ -123,7 +136,7 @@ class Report:
     def pictures(self, pictures, step) -> None:
         """Write pictures {name: uint8 [H, W, 3]} to TensorBoard."""
         for name, picture in pictures.items():
-            self.board.add_image(name, picture, step, dataformats="HWC")
+            self._board("add_image", name, picture, step, dataformats="HWC")
 
     def histogram(self, name, counts, step) -> None:
         """Write a histogram to TensorBoard from the counts [n] of the values 0, 1, ..., n-1."""
@@ -131,7 +144,8 @@ class Report:
             values = torch.arange(len(counts), dtype=counts.dtype)
             sums = [(counts * values**power).sum().item() for power in (0, 1, 2)]  # number, sum, sum of squares
             low, high = values[counts > 0][[0, -1]].tolist()
-            self.board.add_histogram_raw(name, low, high, *sums, (values + 0.5).tolist(), counts.tolist(), step)
+            buckets = (values + 0.5).tolist(), counts.tolist()
+            self._board("add_histogram_raw", name, low, high, *sums, *buckets, step)
 
     def sync(self) -> None:
         """Flush the logs to disk, so that they survive a machine failure like the checkpoint that follows."""
@@ -145,9 +159,9 @@ class Report:
         if self.metrics and not stopped_by:
             plain = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in args.items()}
             metrics = {f"final/{name}": value for name, value in self.metrics.items()}
-            self.board.add_hparams(plain, metrics, run_name=".")
+            self._board("add_hparams", plain, metrics, run_name=".")
         self.bar.close()
-        self.board.close()
+        self._board("close")
         path = self.output_dir / "checkpoint.pth"
         if stopped_by:
             print(f"stopped by {stopped_by.name}: run the same command to resume from {path}", flush=True)
@@ -157,7 +171,10 @@ class Report:
 
 def _cut_log(path, key, end):
     """Remove the lines of a log with `key` >= `end` and incomplete lines of a killed process. Return the others."""
-    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    if not path.exists():
+        return []
+    append_text("", path)  # fails now, not after an epoch
+    lines = read_text(path, errors="replace").splitlines(keepends=True)
     kept = [(line, entry) for line in lines if type(n := (entry := _entry(line)).get(key)) is int and n < end]
     if len(kept) < len(lines):
         write_text("".join(line for line, _ in kept), path)
@@ -165,15 +182,22 @@ def _cut_log(path, key, end):
 
 
 def read_log(path) -> list[dict]:
-    """Return the entries of a log. Incomplete lines are skipped."""
-    return [entry for line in path.read_text(errors="replace").splitlines(keepends=True) if (entry := _entry(line))]
+    """Return the numbers in the entries of a log. Incomplete lines and other values are skipped.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    lines = read_text(path, errors="replace").splitlines(keepends=True)
+    return [entry for line in lines if (entry := _entry(line))]
 
 
 def _entry(line):
     try:
-        return dict(json.loads(line)) if line.endswith("\n") else {}
-    except (ValueError, TypeError, RecursionError):
+        values = json.loads(line) if line.endswith("\n") else {}
+    except (ValueError, RecursionError):
         return {}
+    values = values.items() if isinstance(values, dict) else ()
+    return {name: v for name, v in values if isinstance(v, float) or (isinstance(v, int) and abs(v) < 2**63)}
 
 
 class CollapseWatch:

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from support.checkpoints import MAY_CHANGE
 from support.report import read_log
+from utils import UserError, read_text
 
 ROOT = Path(__file__).parent.parent
 # column: (title, evaluation, function from the evaluation's result to the number, format)
@@ -82,23 +84,36 @@ class Step:
 def read_json(path) -> dict:
     """Return the dictionary in a file, or an empty one if the file is missing or broken."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
+        contents = json.loads(read_text(path))
+    except (UserError, ValueError, RecursionError):
+        contents = None
+    return contents if isinstance(contents, dict) else {}
 
 
 def progress(run) -> float:
     """Return the share of its epochs that a pretraining has finished."""
     log, epochs = run / "log.txt", read_json(run / "args.json").get("epochs")
     entries = read_log(log) if log.is_file() and (run / "checkpoint.pth").is_file() else []
-    return (entries[-1].get("epoch", -1) + 1) / epochs if entries and epochs else 0.0
+    done = entries[-1].get("epoch", -1) + 1 if entries else 0
+    return done / epochs if isinstance(epochs, int) and 0 <= done <= epochs > 0 else 0.0
 
 
 def read_result(path) -> dict | None:
     """Return an evaluation's result, or None if it is missing or its pretraining had not finished."""
     result = read_json(path)
-    pretraining = result.get("pretraining", {})
-    return result if "args" in result and pretraining.get("epoch") == pretraining.get("epochs") else None
+    result = {"images": {}, "pretraining": {}, "args": None, **result}
+    if not all(isinstance(result[name], dict) for name in ("images", "pretraining", "args")):
+        return None
+    return result if result["pretraining"].get("epoch") == result["pretraining"].get("epochs") else None
+
+
+def score(column, step) -> float | None:
+    """Return the number of a column in an evaluation's result, or None without a result that has a finite number."""
+    try:
+        value = COLUMNS[column][2](read_result(step.result))
+    except (KeyError, TypeError):
+        return None
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def differences(expected, actual) -> list:
@@ -131,8 +146,8 @@ def mark(notes, step, pretraining, total_batch, images) -> str:
         batch_size = result["pretraining"].get("batch_size", total_batch)
         changed += [f"a total batch of {batch_size} instead of {total_batch}"] if batch_size != total_batch else []
         changed += differences(pretraining, result["pretraining"])
-    if step.name == "linear" and result["batch_size"] != wanted.batch_size_per_gpu:
-        changed.append(f"{result['batch_size']} images per step instead of {wanted.batch_size_per_gpu}")
+    if step.name == "linear" and result.get("batch_size") != wanted.batch_size_per_gpu:
+        changed.append(f"{result.get('batch_size')} images per step instead of {wanted.batch_size_per_gpu}")
     changed += differences(vars(wanted), result["args"])
     for split, count in images.items():
         found = result["images"].get(split, 0)

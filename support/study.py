@@ -16,7 +16,7 @@ import numpy as np
 
 import main_lgssl
 import utils
-from support.steps import COLUMNS, ROOT, Step, mark, markdown, read_result
+from support.steps import COLUMNS, ROOT, Step, mark, markdown, read_result, score
 from utils import UserError
 
 
@@ -211,11 +211,10 @@ def scores_of(name, row, runs, notes) -> tuple[dict, dict]:
         steps = {step.name: step for step in study_steps(name, row, seed, runs)}
         wanted = vars(steps["pretraining"].settings()) if "pretraining" in steps else {}
         for column in STUDY_COLUMNS:
-            _, evaluation, value, _ = COLUMNS[column]
-            try:
-                scores[column].append(value(read_result(steps[evaluation].result)))
-            except (KeyError, TypeError):  # no result, or a result without this number
+            evaluation = COLUMNS[column][1]
+            if (found := score(column, steps[evaluation])) is None:
                 continue
+            scores[column].append(found)
             batch_size = wanted.get("batch_size_per_gpu")
             marks[column].append(mark(notes, steps[evaluation], wanted, batch_size, STUDIES[name].images))
     return scores, marks

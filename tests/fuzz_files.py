@@ -1,4 +1,4 @@
-"""Read mutated checkpoints, pickles and images. Each must be read or refused, and none may execute code.
+"""Read mutated checkpoints, pickles, images, logs and other files. Each must be read or refused, none may execute code.
 
     python tests/fuzz_files.py --count 2000
 
@@ -7,15 +7,19 @@ program, nor change the weights of a checkpoint unnoticed.
 """
 
 import argparse
+import contextlib
 import copy
 import faulthandler
 import io
+import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import sys
 import tempfile
+import unittest.mock
 import warnings
 import zipfile
 from pathlib import Path
@@ -25,7 +29,11 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import eval_image_retrieval
 import main_lgssl
+import plot_runs
+import utils
+from support import steps
 from support.checkpoints import load_file, open_output, refuse_diverged, restore
 from support.images import read_image
 from support.meters import Meters
@@ -34,6 +42,15 @@ from utils import UserError
 from vision_transformer import load_backbone, vit_micro
 
 FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect")
+# Files that are text, or that a command reads as a whole
+SMALL_FILES = {
+    "log.txt": "".join(f'{{"epoch": {i}, "train_loss": {5.0 - i}, "knn_top1": 10.0}}\n' for i in range(4)),
+    "args.json": json.dumps({"loss": "lambda", "lambda_cls": 0.5, "seed": 1, "epochs": 4, "crops": [0.4, 1.0]}),
+    "environment.jsonl": '{"processes": 2, "torch": "2.14"}\n{"processes": 1}\n',
+    "result": json.dumps({"knn": {"10": {"top1": 90.5}}, "args": {"seed": 0}, "images": {"train": 4}}),
+    "arguments": "# a comment\n--loss lambda --lambda_cls 0.5\n--data_path 'a folder' --local_crops_scale 0.1 0.4\n",
+    "environment": "RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 SLURM_STEP_NUM_TASKS=2",
+}
 TOKENS = [
     b"cos\nsystem\n(S'true'\ntR",
     b"cbuiltins\neval\n(S'1'\ntR",
@@ -189,7 +206,7 @@ def seeds(folder):
     buffer = io.BytesIO()
     torch.save({"teacher": state, "lr": np.float64(0.1)}, buffer, _use_new_zipfile_serialization=False)
     files.append(("old checkpoint", buffer.getvalue()))
-    gnd = [{"easy": np.arange(5), "hard": [1], "junk": np.array([], np.int64), "bbx": [0.0, 1.0, 2.0, 3.0]}]
+    gnd = [{"easy": np.arange(5), "hard": [5], "junk": np.array([], np.int64), "bbx": [0.0, 1.0, 2.0, 3.0]}]
     for protocol in (0, 2, 4):
         files.append(("pickle", pickle.dumps({"imlist": ["a", "b"], "gnd": gnd}, protocol)))
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
@@ -208,6 +225,11 @@ def seeds(folder):
         buffer = io.BytesIO()
         image.save(buffer, form, **options)
         files.append(("image", buffer.getvalue()))
+    files += [(name, text.encode()) for name, text in SMALL_FILES.items()]
+    names = [f"image{i}" for i in range(6)]
+    for protocol in (0, 2, 4):
+        contents = pickle.dumps({"imlist": names, "qimlist": ["query"], "gnd": gnd}, protocol)
+        files.append(("ground truth", contents))
     buffer = io.BytesIO()
     Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(buffer, "PNG")
     files.append(("image", buffer.getvalue()))
@@ -263,10 +285,45 @@ def hostile(rng, kind, contents, marker):
     return buffer.getvalue()
 
 
+def read_small_file(kind, path):
+    """Read the ground truth of a retrieval benchmark, or one of SMALL_FILES, as its users do."""
+    run = path.parent / "run"
+    if kind == "ground truth":
+        (run / "roxford5k/jpg").mkdir(parents=True, exist_ok=True)
+        for name in ("query", *(f"image{i}" for i in range(6))):
+            (run / f"roxford5k/jpg/{name}.jpg").touch()
+        shutil.copy(path, run / "roxford5k/gnd_roxford5k.pkl")
+        eval_image_retrieval.RevisitedRetrieval(run, "roxford5k")
+    elif kind == "arguments":
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            try:
+                main_lgssl.parse_arguments([f"@{path}"])
+            except SystemExit as error:
+                raise UserError(printed.getvalue().strip() or f"exit code {error.code} without a message") from error
+    elif kind == "environment":
+        words = path.read_bytes().replace(b"\0", b"").split()
+        environment = dict(word.split(b"=", 1) for word in words if b"=" in word[1:])
+        with unittest.mock.patch.dict(os.environb, environment), contextlib.redirect_stderr(io.StringIO()):
+            utils.launched_as()
+    elif kind == "result":
+        steps.score("knn10", steps.Step("knn", [], path))
+    else:
+        run.mkdir(exist_ok=True)
+        for name in ("log.txt", "args.json", "environment.jsonl"):
+            (run / name).write_text(SMALL_FILES[name])
+        shutil.copy(path, run / kind)
+        (run / "checkpoint.pth").touch()
+        steps.progress(run)
+        labeled = plot_runs.settings([plot_runs.read_run(run)])
+        plot_runs.last_values(labeled)
+
+
 def read(kind, path, original):
     """Read a file as its users do; return "read" or "refused"."""
     try:
-        if kind == "image":
+        if kind == "ground truth" or kind in SMALL_FILES:
+            read_small_file(kind, path)
+        elif kind == "image":
             read_image(path, min_side=32).resize((8, 8))
         elif kind.endswith("pickle"):
             read_plain_pickle(path)
@@ -309,7 +366,7 @@ def batch(numbers, seed, files, folder):
         if rng.random() < 0.25:
             kind, damaged = rng.choice(odd_kinds)
             damaged = odd(rng, damaged)
-        elif kind != "image" and rng.random() < 0.2:
+        elif kind in ("checkpoint", "old checkpoint", "pickle") and rng.random() < 0.2:
             kind, damaged = f"hostile {kind}", hostile(rng, kind, contents, folder / "marker")
         elif kind == "checkpoint" and rng.random() < 0.5:
             kind, damaged = "archive", mutated_archive(rng, contents)

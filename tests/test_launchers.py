@@ -1,10 +1,18 @@
 """The scripts as a user starts them, by their `__main__` block: in one process and under torchrun."""
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import digits_run
 import pytest
 import torch
+from conftest import ROOT
 
 from utils import UserError
 
@@ -20,6 +28,11 @@ TINY = (
 @pytest.fixture(scope="module")
 def torchrun():
     return digits_run.torchrun()[1:]
+
+
+def children(pid):
+    """Return the processes that a process has started."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def steps(output):
@@ -127,6 +140,34 @@ def test_a_linear_evaluation_in_two_processes_goes_on(tmp_path, run_script, torc
     run_script("eval_linear.py", *options, launcher=torchrun)
     resumed = json.loads((tmp_path / "linear_folder.json").read_text())
     assert undisturbed["history"] == resumed["history"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "eval_linear.py --epochs 1000 --dataset digits --crop_size 32",
+        "visualize.py map --dataset digits --crop_size 224 --output {}/m.png",
+    ],
+)
+def test_ctrl_c_in_a_terminal_is_one_line(tmp_path, words):
+    """A terminal sends SIGINT to the data-loading workers too."""
+    model = "--pretrained_weights none --arch vit_micro --patch_size 8 --num_workers 2"
+    command = [sys.executable, *f"{words} {model}".format(tmp_path).split()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
+    deadline = time.monotonic() + 200
+    try:
+        while len(children(process.pid)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, output
+    assert output.splitlines()[-1] == f"{words.split()[0]}: interrupted"
+    assert "Traceback" not in output
 
 
 def test_features_of_uneven_parts_keep_their_order(photo_folder, tmp_path, run_script, torchrun):

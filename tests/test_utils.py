@@ -1,5 +1,10 @@
+import errno
+import json
+import os
+
 import numpy as np
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import utils
 
@@ -37,3 +42,64 @@ def test_a_dead_worker_is_named_also_where_its_signal_interrupts_a_save(capsys):
     message = capsys.readouterr().err
     assert "error: a data-loading worker died, probably because memory ran out: use fewer --num_workers" in message
     assert message.endswith("(DataLoader worker (pid 12) is killed by signal: Killed.)\n")
+
+
+def ended(capsys, error):
+    """Raise an error in a script; return the code it exits with and its line."""
+    with pytest.raises(SystemExit) as ends, utils.one_line_errors():
+        raise error
+    return ends.value.code, capsys.readouterr().err.split(": ", 1)[1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        np._core._exceptions._ArrayMemoryError((10**9, 10**9), np.dtype("f4")),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: not enough memory: you tried to"),
+        RuntimeError("unable to mmap 4096 bytes from file </c.pth>: Cannot allocate memory (12)"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=lambda error: f"{type(error).__name__} {str(error)[:20]}",
+)
+def test_a_lack_of_memory_is_explained(capsys, error):
+    code, line = ended(capsys, error)
+    assert code == 2
+    assert line.startswith("error: out of memory: use smaller images, batches or networks")
+    assert line.count("\n") == 1
+
+
+def test_ctrl_c_and_paths_that_the_system_refuses_are_one_line(capsys):
+    assert ended(capsys, KeyboardInterrupt()) == (130, "interrupted\n")
+    name = "n" * 300
+    refused = OSError(errno.ENAMETOOLONG, "File name too long", name)
+    assert ended(capsys, refused) == (2, f"error: cannot open {name}: File name too long\n")
+    with pytest.raises(ZeroDivisionError), utils.one_line_errors():
+        _ = 1 / 0  # a fault of the program keeps its traceback
+
+
+def test_torchrun_gets_the_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    ended(capsys, utils.UserError("λ is wrong"))
+    message = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert message["extraInfo"]["py_callstack"].endswith("error: λ is wrong")
+    ChildFailedError("s", {0: ProcessFailure(0, 1, 2, str(tmp_path / "error.json"))})  # reads the file
+
+
+def test_only_regular_files_of_text_are_read(tmp_path):
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfa\xff")
+    assert utils.read_text(tmp_path / "a", errors="replace") == "a\ufffd"
+    os.mkfifo(tmp_path / "pipe")
+    for name, reason in (
+        ("a", "can't decode"),
+        ("pipe", "no regular file"),
+        (".", "a folder"),
+        ("b\0", "null"),
+        ("c", "No such"),
+    ):
+        with pytest.raises(utils.UserError, match=f"cannot read .*{reason}"):
+            utils.read_text(tmp_path / name)
+    with pytest.raises(utils.UserError, match="it has 5 bytes, expected at most 4"):
+        utils.read_text(tmp_path / "a", max_bytes=4)
