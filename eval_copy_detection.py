@@ -57,7 +57,8 @@ def copydays(root) -> tuple[dict, dict]:
     blocks = {}
     for name in COPYDAYS_BLOCKS:
         folder = root / name
-        paths = sorted(path for path in folder.glob("*") if has_image_name(path.name))
+        files = os.listdir(folder) if os.path.isdir(folder) else []
+        paths = [folder / file for file in sorted(files) if has_image_name(file)]
         if not paths and name in ("original", "strong"):
             expected = f"Copydays is {root}/original/*.jpg and {root}/strong/*.jpg"
             raise UserError(f"no images in {folder}: {expected}, and optionally jpegqual/*/*.jpg and crops/*/*.jpg")

@@ -7,6 +7,7 @@ on GPUs or CPUs, in one process or under torchrun. Writes a JSON result to the f
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ class RevisitedRetrieval:
         folder = Path(root) / name
         path = folder / f"gnd_{name}.pkl"
         layout = f"expected {path} and {folder}/jpg/*.jpg"
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"no ground truth {path}: {layout}")
         contents = read_plain_pickle(path)
         try:
@@ -67,7 +68,7 @@ class RevisitedRetrieval:
             wrong = self._what_is_wrong(relevance, box)
             if wrong:
                 raise UserError(f"{path}: query {query} {wrong}")
-        missing = [path for path in self.queries + self.database if not path.is_file()]
+        missing = [path for path in self.queries + self.database if not os.path.isfile(path)]
         if missing:
             raise UserError(f"{len(missing)} images are missing, the first is {missing[0]}: {layout}")
 

@@ -906,6 +906,12 @@ RETRIEVALS = [
     Case("negative index", RETRIEVAL, "query q names image -1 of 3", retrieval(easy=[-1])),
     Case("index that is too large", RETRIEVAL, "query q names image 3 of 3", retrieval(junk=[3])),
     Case("image that is easy and junk", RETRIEVAL, "more than one of easy, hard and junk", retrieval(junk=[0])),
+    Case(
+        "very long name of a folder of retrieval",
+        f"{RETRIEVAL}{'x' * 5000}",
+        "no ground truth .*gnd_roxford5k.pkl",
+    ),
+    Case("very long name of an image", RETRIEVAL, "1 images are missing", retrieval(imlist=["a", "b", "x" * 5000])),
     Case("nothing relevant", RETRIEVAL, "query q has no relevant image", retrieval(easy=[], hard=[])),
     Case("ground truth of other keys", RETRIEVAL, TRUTH, retrieval(gnd=pickle.dumps({"images": []}))),
     Case("ground truth that is a list", RETRIEVAL, TRUTH, retrieval(gnd=pickle.dumps([1, 2]))),
@@ -961,6 +967,7 @@ COPY_DETECTION = [
         "299901.jpg has no original",
         data(COPYDAYS, {"strong/299901.jpg": JPEG}),
     ),
+    Case("very long name of a folder of copies", f"{COPIES} {DATA}{'x' * 5000}", "no images in .*/original"),
     Case("copy detection in a file", f"{COPIES} --data_path {{weights}}", "no images in .*/original"),
     Case(
         "original that is a pipe",
