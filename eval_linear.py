@@ -8,6 +8,7 @@ stopped run resumes after its last complete epoch. Runs on GPUs or CPUs, in one 
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,11 +81,17 @@ def train(classifier, optimizer, batches, steps_per_epoch, epochs, lr, start_epo
 
     Args:
         batches: iterator over the batches of `train_one_epoch` for all epochs from `start_epoch` on.
+
+    Raises:
+        UserError: the loss is not finite.
     """
     for epoch in range(start_epoch, epochs):
         for group in optimizer.param_groups:
             group["lr"] = cosine_schedule(epoch, epochs, lr, 0.0)
-        yield epoch, train_one_epoch(classifier, optimizer, itertools.islice(batches, steps_per_epoch))
+        loss = train_one_epoch(classifier, optimizer, itertools.islice(batches, steps_per_epoch))
+        if not math.isfinite(loss):
+            raise UserError(f"the loss of the linear classifier is {loss} in epoch {epoch + 1}: use a smaller --lr")
+        yield epoch, loss
 
 
 def cached_batches(sampler, features, labels) -> Iterator:
