@@ -91,6 +91,7 @@ def main(argv=None) -> int:
     folder = Path(output_dir)
     while "%j" in str(folder):
         folder = folder.parent
+    utils.make_folder(folder / "submitit", "--output_dir")
     try:
         executor = submitit.AutoExecutor(folder / "submitit", cluster=args.cluster)
     except RuntimeError as error:
@@ -104,7 +105,10 @@ def main(argv=None) -> int:
     # The job imports this repository regardless of the folder from which it is submitted.
     paths = [str(Path(__file__).parent.absolute()), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    job = executor.submit(Training(words, args.gpus_per_node))
+    try:
+        job = executor.submit(Training(words, args.gpus_per_node))
+    except submitit.core.utils.FailedJobError as error:
+        raise UserError(f"the cluster refuses the job: {' '.join(str(error).split())}") from error
     print(f"job {job.job_id}, output in {output_dir.replace('%j', job.job_id)}, messages in {job.paths.stdout}")
     if args.cluster == "local":
         job.wait()

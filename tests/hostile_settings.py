@@ -363,6 +363,7 @@ COMMANDS = [
         "run_with_submitit.py --gpus_per_node 0 --output_dir {here} --node 2",
         "unknown option --node",
     ),
+    ("job that writes below a file", "run_with_submitit.py --output_dir {weights}/out", "cannot write to --output_dir"),
     ("job with a missing argument file", "run_with_submitit.py @absent.args", "cannot read argument file absent.args"),
 ]
 # Argument files: name, message, function that makes {here}/a.args
