@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import hostile_figures
 import hostile_files
 import hostile_images
 import hostile_settings
@@ -16,7 +17,7 @@ from conftest import ROOT
 import main_lgssl
 from vision_transformer import vit_micro
 
-CASES = [*hostile_images.CASES, *hostile_files.CASES, *hostile_settings.CASES]
+CASES = [*hostile_images.CASES, *hostile_figures.CASES, *hostile_files.CASES, *hostile_settings.CASES]
 SECONDS = 20
 TINY_RUN = (
     "--arch vit_micro --patch_size 8 --image_size 40 --global_crops_size 32 --local_crops_size 16 --out_dim 24 "
