@@ -64,13 +64,8 @@ def read_run(folder) -> Run:
     curves = {name: {} for name in NAMES}
     for name in NAMES:
         for epoch, entry in sorted(epochs.items()):
-<<<<<<< HEAD
-            value = entry.get(f"train_{name}", entry.get(name, math.nan))
-            if math.isfinite(value):
-=======
             value = entry.get(f"train_{name}", entry.get(name))
             if value is not None and abs(value) < 3e38:  # False for NaN; the values are those of float32 at most
->>>>>>> 6e38f7b49b2c66d8732cda77025f076e992c075b
                 curves[name][epoch] = value
     if not any(curves.values()):
         raise UserError(f"{log} has no finite number of {', '.join(NAMES)}: omit this folder")

@@ -496,9 +496,8 @@ ENDS = [
         "the schedules depend on --epochs, so that a run cannot be extended",
     ),
     ("fewer --epochs after a part of them", f"{TRAIN} --epochs 5", run(), "--epochs 1 there, 5 here; the schedules"),
-    ("--lr 1e300", f"{TRAIN} --lr 1e300 --batch_size_per_gpu 12", None, "is not finite after step 0; the weights were"),
-    ("--lr 1e300 in several steps", f"{TRAIN} --lr 1e300", None, "is not finite at step|is not finite after step"),
-    ("--weight_decay 1e300", f"{TRAIN} --weight_decay 1e300 --lr 1e9", None, "is not finite"),
+    ("--lr 1e300", f"{TRAIN} --lr 1e300 --batch_size_per_gpu 12", None, "--lr: found '1e300'"),
+    ("--weight_decay 1e300", f"{TRAIN} --weight_decay 1e300", None, "--weight_decay: found '1e300'"),
     *(
         (
             f"--{name} {value}",

@@ -1,4 +1,5 @@
 import argparse
+import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -86,3 +87,13 @@ def test_what_differs_from_an_earlier_run_is_named():
     checkpoints.refuse_other_run(earlier, {"lr": 1, "loss": "sum", "num_workers": 9}, {}, ["num_workers"], "c.pth")
     with pytest.raises(UserError, match="--loss sum there, mean here, --seed unknown there, 3 here"):
         checkpoints.refuse_other_run(earlier, {"lr": 1, "loss": "mean", "seed": 3}, {}, [], "c.pth")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_not_saved(value):
+    modules = {"student": torch.nn.Linear(2, 3), "teacher": torch.nn.Linear(2, 3)}
+    checkpoints.refuse_diverged(modules, 3)
+    with torch.no_grad():
+        modules["teacher"].bias[1] = value
+    with pytest.raises(UserError, match="bias is not finite after step 3"):
+        checkpoints.refuse_diverged(modules, 3)
