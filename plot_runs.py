@@ -4,7 +4,8 @@
 
 Runs that differ only in the seed become one curve: their mean, with a band of one standard deviation on each side. If
 they have different lengths, each point averages the runs that reached it. Losses of different `--loss` or `--out_dim`
-do not show which run is better. The last values are printed per setting, as mean ± standard deviation over the seeds.
+do not show which run is better. Settings are named by the options that differ. A table of their last values is printed,
+as mean ± standard deviation over the seeds.
 """
 
 import json
@@ -22,7 +23,13 @@ from support.checkpoints import MAY_CHANGE
 from support.report import read_log
 from utils import UserError
 
-NAMES = ("loss", "knn_top1", "entropy_share", "matched_patches")
+COLUMNS = (  # of the table: (logged value, title, digits)
+    ("loss", "loss", 3),
+    ("knn_top1", "k-NN top-1 in %", 1),
+    ("entropy_share", "entropy / ln K", 3),
+    ("matched_patches", "matched patches", 1),
+)
+NAMES = [name for name, _, _ in COLUMNS]
 NO_SETTING = {*MAY_CHANGE, "seed", "output_dir"} - {"data_path"}  # runs on different images are not averaged
 
 
@@ -72,17 +79,19 @@ def settings(runs) -> dict:
     """Group runs by their arguments.
 
     Returns:
-        {label: runs}. The label lists the arguments that differ between the groups, or the loss if none differs. A run
-        without arguments is a group of its own, labeled by its folder.
+        {label: runs}. The label lists the arguments that differ between the groups, or the loss if none differs; of
+        paths only the parts that differ. A run without arguments is a group of its own, labeled by its folder.
 
     Raises:
         UserError: two runs have the same arguments and the same seed.
     """
     defaults = {**vars(pretraining_arguments([])), "processes": 1}  # for arguments that an older run did not have
-    folders = [run.folder.resolve().name for run in runs]
+    folders = [run.folder.resolve() for run in runs]
+    names = [folder.name for folder in folders]
+    folders = names if len(set(names)) == len(names) else differing_parts(folders)
     groups = {}  # {setting: {seed: run}}
     for run, folder in zip(runs, folders, strict=True):
-        setting, seed = {"": folder if folders.count(folder) == 1 else str(run.folder)}, None
+        setting, seed = {"": folder}, None
         if run.arguments is not None:
             arguments = {**defaults, **run.arguments}
             seed, loss = arguments["seed"], arguments["loss"]
@@ -96,6 +105,11 @@ def settings(runs) -> dict:
     found = [dict(key) for key in groups]
     names = [*defaults, *sorted({name for setting in found for name in setting} - {*defaults, ""})]
     differing = [name for name in names if len({s[name] for s in found if name in s}) > 1] or ["loss"]
+    for name in differing:
+        values = list(dict.fromkeys(setting[name] for setting in found if name in setting))
+        if any("/" in value for value in values):
+            parts = dict(zip(values, differing_parts(values), strict=True))
+            found = [{**setting, name: parts[setting[name]]} if name in setting else setting for setting in found]
     labeled = {}
     for setting, members in zip(found, groups.values(), strict=True):
         words = [f"{'λ' if name == 'lambda_cls' else name} {setting[name]}" for name in differing if name in setting]
@@ -105,6 +119,15 @@ def settings(runs) -> dict:
 
 def _text(value):
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def differing_parts(paths) -> list[str]:
+    """Return paths without the leading and trailing parts that all of them share."""
+    split = [Path(path).parts or (".",) for path in paths]
+    shortest = min(map(len, split))
+    first = next((i for i in range(shortest) if len({parts[i] for parts in split}) > 1), shortest - 1)
+    last = next((i for i in range(shortest - first) if len({parts[-1 - i] for parts in split}) > 1), 0)
+    return [str(Path(*parts[first : len(parts) - last])) for parts in split]
 
 
 def mean_curve(curves) -> np.ndarray:
@@ -119,17 +142,17 @@ def mean_curve(curves) -> np.ndarray:
 
 
 def last_values(labeled) -> list:
-    """Return the lines of a table with the last loss and k-NN accuracy per setting, mean ± standard deviation."""
-    rows = [("setting", "seeds", "epochs", "loss", "k-NN top-1 in %")]
+    """Return the lines of a table with the last values per setting, mean ± standard deviation."""
+    rows = [("setting", "seeds", "epochs", *(title for _, title, _ in COLUMNS))]
     for label, runs in labeled.items():
         row, ends = [], []
-        for name, digits in (("loss", 3), ("knn_top1", 1)):
+        for name, _, digits in COLUMNS:
             last = [list(run.curves[name].items())[-1] for run in runs if run.curves[name]]
             values = np.array([value for _, value in last])
             deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
             row.append(f"{values.mean():.{digits}f}{deviation}" if len(values) else "-")
             ends.append(span([epoch for epoch, _ in last]))
-        rows.append((label, str(len(runs)), ends[0], *row))
+        rows.append((utils.printable(label), str(len(runs)), ends[0], *row))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -159,7 +182,7 @@ def main(argv=None) -> None:
         curve = {name: mean_curve([run.curves[name] for run in members]) for name in NAMES}
         seeds = span(np.concatenate([values[3] for values in curve.values()]))
         curves[f"{label} ({seeds} {'seed' if seeds == '1' else 'seeds'})"] = curve
-    figures.save(figures.draw_curves(curves), args.output)
+    figures.save([figures.draw_curves(curves)], args.output)
     print("\n".join([*last_values(labeled), f"drawn in {args.output}"]))
 
 

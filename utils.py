@@ -75,8 +75,8 @@ def first_line(error) -> str:
 
 
 def printable(name) -> str:
-    """Return a file name with replacement characters for bytes that are not UTF-8."""
-    return os.fsencode(name).decode(errors="replace")
+    """Return a file name with replacement characters for bytes that are not UTF-8 and for control characters."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in str(name))
 
 
 def _explain(error):

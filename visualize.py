@@ -7,7 +7,7 @@
     python visualize.py map        --data_path FOLDER --pretrained_weights OUT/checkpoint.pth
 
 Reads checkpoints of this repository and of DINO, and timm's `.safetensors`. Writes PNG or PDF, depending on the suffix
-of --output. Without weights, `matches` draws the matches by geometry only.
+of --output, and numbers further pages: NAME-2.png. Without weights, `matches` draws the matches by geometry only.
 """
 
 from argparse import Namespace
@@ -27,6 +27,8 @@ from support.images import PHOTOGRAPHS, ImageList, build_dataset, listed_images,
 from utils import UserError
 
 MAX_PATCHES = 8000  # per image; the memory of attention grows with the square
+MAX_DRAWN = 500  # images in the pages of one command
+THUMBNAIL = 512  # longer side of nearest images, in pixels
 
 # Views of `matches` if neither an option nor the pretraining defines them, in the order of MultiCrop's parameters.
 CROPS = {"global_crops_size": 224, "local_crops_size": 96}
@@ -42,9 +44,13 @@ def whole_patches(image, side, patch_size) -> np.ndarray:
     Returns:
         uint8 [rows * patch_size, columns * patch_size, 3]
     """
-    scale = side / min(image.shape[:2])
-    height, width = (max(round(length * scale / patch_size), 1) * patch_size for length in image.shape[:2])
-    return resize(image[None], (height, width), "bicubic")[0]
+    rows, columns = patch_grid(image, side, patch_size)
+    return resize(image[None], (rows * patch_size, columns * patch_size), "bicubic")[0]
+
+
+def patch_grid(image, side, patch_size) -> tuple[int, int]:
+    """Return (rows, columns) of patches of an image [H, W, 3] after `whole_patches`."""
+    return tuple(max(round(length * side / min(image.shape[:2]) / patch_size), 1) for length in image.shape[:2])
 
 
 def most_of(attention, share) -> np.ndarray:
@@ -80,13 +86,13 @@ def nearest_tokens(features_a, features_b, idx_b) -> torch.Tensor:
 
 
 def show_attention(args, backbone, made_with, img_size) -> tuple:
-    """Draw the attention of the CLS token. Like each command, return (figure, text to print)."""
+    """Draw the attention of the CLS token. Like each command, return (figures, text to print)."""
     images = open_images(args.images, args, backbone, img_size)
     heads = [features.cls_attention(backbone, image) for image in images.values()]
     attentions = [np.concatenate([maps, maps.mean(0, keepdims=True)]) for maps in heads]
     masks = [most_of(maps, args.threshold) for maps in attentions]
-    figure = figures.draw_attention(images, attentions, masks, patch_side(backbone), args.threshold)
-    return figure, f"attention of {len(heads[0])} heads on {', '.join(images)}"
+    pages = figures.draw_attention(images, attentions, masks, patch_side(backbone), args.threshold)
+    return pages, f"attention of {len(heads[0])} heads on {', '.join(images)}"
 
 
 def show_features(args, backbone, made_with, img_size) -> tuple:
@@ -96,9 +102,9 @@ def show_features(args, backbone, made_with, img_size) -> tuple:
     count = sum(f.shape[0] * f.shape[1] for f in tokens)
     if count < 4:
         raise UserError(f"found {count} patches, expected at least 4: give a larger --image_size or more images")
-    colors, explained = features.principal_colors(tokens)
-    figure = figures.draw_features(images, colors, patch_side(backbone), explained)
-    return figure, f"patch features of {', '.join(images)}"
+    colors, explained = features.principal_colors(tokens, list(images.values()))
+    pages = figures.draw_features(images, colors, patch_side(backbone), explained)
+    return pages, f"patch features of {', '.join(images)}"
 
 
 def show_matches(args, backbone, made_with, img_size) -> tuple:
@@ -107,6 +113,11 @@ def show_matches(args, backbone, made_with, img_size) -> tuple:
     given = {name: value for name in CROPS if (value := getattr(args, name)) is not None}
     settings = {name: given.get(name, made_with.get(name, default)) for name, default in CROPS.items()}
     args.check_crops(Namespace(patch_size=patch_size, **settings))
+    for name, most in (("global", MAX_PATCHES), ("local", figures.MAX_PAIRS)):
+        count = (settings[f"{name}_crops_size"] // patch_size) ** 2
+        if count > most:
+            raise UserError(f"--{name}_crops_size {settings[f'{name}_crops_size']} has {count} patches, expected at "
+                f"most {most}: give a smaller crop or a larger --patch_size")  # fmt: skip
     sizes = settings["global_crops_size"], settings["local_crops_size"]
     grid_a, grid_b = ((size // patch_size,) * 2 for size in sizes)
     image = open_image(find_image(args.image), patch_size)
@@ -135,7 +146,7 @@ def show_matches(args, backbone, made_with, img_size) -> tuple:
         distance = np.concatenate(distances)
         text += f"; nearest features: {(distance == 0).mean():.1%} on the same patch "
         text += f"(chance {1 / np.prod(grid_a):.1%}), {(distance <= 1).mean():.1%} within one patch"
-    return figure, text
+    return [figure], text
 
 
 def plain_crop(image, box, flip, size) -> np.ndarray:
@@ -156,10 +167,12 @@ def show_neighbours(args, backbone, made_with, img_size) -> tuple:
     cls = cls_features(backbone, ImageList([query, *paths], features.eval_transform(img_size)), args.num_workers)
     similarity, nearest = (cls[1:] @ cls[0]).topk(min(args.k, len(paths)))
     similarity, chosen = similarity.tolist(), [paths[i] for i in nearest.tolist()]
-    pictures = [np.array(read_image(path)) for path in (query, *chosen)]
-    names = [f"{path.parent.name}/{path.name}" for path in chosen]
+    pictures = [read_image(path) for path in (query, *chosen)]
+    for picture in pictures:
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    names = [f"{path.parent.name}/{path.stem}" for path in chosen]
     lines = [f"{s:.3f}  {utils.printable(path)}" for s, path in zip(similarity, chosen, strict=True)]
-    return figures.draw_image_neighbours(pictures, similarity, names), "\n".join(lines)
+    return figures.draw_image_neighbours(list(map(np.array, pictures)), similarity, names), "\n".join(lines)
 
 
 def show_patch_neighbours(args, query, backbone, img_size) -> tuple:
@@ -178,9 +191,9 @@ def show_patch_neighbours(args, query, backbone, img_size) -> tuple:
     places.remove((0, *patch))
     places.sort(key=lambda place: -similarities[place[0]][place[1:]])
     nearest, names = places[: args.k], list(images)
-    figure = figures.draw_patch_neighbours(images, similarities, patch, nearest, patch_side(backbone))
+    pages = figures.draw_patch_neighbours(images, similarities, patch, nearest, patch_side(backbone))
     lines = [f"{similarities[i][row, col]:.3f}  row {row}, column {col} of {names[i]}" for i, row, col in nearest]
-    return figure, "\n".join(lines)
+    return pages, "\n".join(lines)
 
 
 def show_map(args, backbone, made_with, img_size) -> tuple:
@@ -199,10 +212,12 @@ def show_map(args, backbone, made_with, img_size) -> tuple:
         chosen = np.sort(np.random.default_rng(args.seed).choice(len(labels), args.max_images, replace=False))
         dataset, labels = Subset(dataset, chosen.tolist()), labels[chosen]
     cls = cls_features(backbone, dataset, args.num_workers)
+    if cls.std(0).max() < 1e-6:
+        raise UserError(f"the CLS features of all {len(labels)} images are the same: expected images that differ")
     perplexity = min(args.perplexity, (len(labels) - 1) / 3)
     points = TSNE(perplexity=perplexity, random_state=args.seed, init="pca").fit_transform(cls.numpy())
     title = f"t-SNE of the CLS features of {len(labels)} images of {len(set(labels.tolist()))} classes"
-    return figures.draw_map(points, labels, classes, title), title
+    return [figures.draw_map(points, labels, classes, title)], title
 
 
 def cls_features(backbone, dataset, num_workers) -> torch.Tensor:
@@ -235,13 +250,14 @@ def open_images(names, args, backbone, img_size) -> dict:
         utils.warn(f"found {len(paths)} images, drawing the first {args.max_images}: see --max_images")
     images = {}
     for path in paths[: args.max_images]:
-        name = utils.printable(path.stem)
-        name = name if name not in images else f"{name} ({len(images) + 1})"
-        images[name] = whole_patches(open_image(path, patch_size), side, patch_size)
-        rows, columns = (length // patch_size for length in images[name].shape[:2])
+        name, image = utils.printable(path.stem), open_image(path, patch_size)
+        rows, columns = patch_grid(image, side, patch_size)
         if rows * columns > MAX_PATCHES:
             found = f"{name} has {rows}x{columns} patches, more than {MAX_PATCHES}, at --image_size {side}"
             raise UserError(f"{found}: give a smaller --image_size")
+        while name in images:
+            name += f" ({len(images) + 1})"
+        images[name] = whole_patches(image, side, patch_size)
     return images
 
 
@@ -282,7 +298,13 @@ def parse_arguments(argv=None) -> Namespace:
         sub.set_defaults(draw=draw, check_crops=sub.check_crops)
         evaluation.add_model_arguments(sub, required=weights_required)
         add = sub.add_argument_group("output").add_argument
-        add("--output", nargs="+", default=[f"{name}.png"], metavar="FILE", help="files to write, PNG or PDF")
+        add(
+            "--output",
+            nargs="+",
+            default=[f"{name}.png"],
+            metavar="FILE",
+            help="files to write, PNG or PDF; page 2 is FILE-2.png",
+        )
         add = sub.add_argument_group("method").add_argument
         add("--seed", type=number(int, 0, 2**32 - 1), default=0, help=f"seed of {seeded}a random network")
         return sub, add
@@ -294,7 +316,7 @@ def parse_arguments(argv=None) -> Namespace:
         default, text = [] if query else ["china", "flower"], "files, folders, or photographs of scikit-learn or -image"
         add("images", nargs="*", default=default, metavar="IMAGE", help=text)
         add("--image_size", type=natural, help="shorter side in pixels; default: twice the pretraining's, or 448")
-        add("--max_images", type=natural, default=8, help="number of images to draw, the first ones")
+        add("--max_images", type=number(int, 1, MAX_DRAWN), default=8, help="number of images to draw, the first ones")
 
     sub, add = command(show_attention, "attention", "the attention of the CLS token, head by head")
     add("--threshold", type=number(float, 0, 1), default=0.6, help="share of the attention in the bright patches")
@@ -320,7 +342,7 @@ def parse_arguments(argv=None) -> Namespace:
 
     sub, add_nearest = command(show_neighbours, "neighbours", "the nearest images, or the nearest patches")
     images(sub, query=True)
-    add_nearest("--k", type=natural, default=5, help="number of neighbours")
+    add_nearest("--k", type=number(int, 1, MAX_DRAWN), default=5, help="number of neighbours")
     point = {"type": number(int, 0), "nargs": 2, "metavar": ("X", "Y")}
     add_nearest("--patch", help="point of the query in pixels: draw the patches nearest to the one there", **point)
 
@@ -344,10 +366,9 @@ def main(argv=None) -> None:
         model, crop_size = evaluation.model_options(args), getattr(args, "crop_size", None)
         backbone, made_with, img_size = evaluation.open_model(*model, args.seed, crop_size)
         backbone.to("cuda" if torch.cuda.is_available() else "cpu")
-    figure, text = args.draw(args, backbone, made_with, img_size)
-    for path in args.output:
-        figures.save(figure, path)
-    print(f"{text}\ndrawn in {', '.join(map(str, args.output))}", flush=True)
+    pages, text = args.draw(args, backbone, made_with, img_size)
+    written = [utils.printable(file) for path in args.output for file in figures.save(pages, path)]
+    print(f"{text}\ndrawn in {', '.join(written)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from tqdm import tqdm
 from augment import MEAN, STD, normalize
 
 GATHERED_NUMBERS = 2**23  # numbers per process that are gathered at a time
+UNIFORM_LEVELS = 4  # gray levels
+LEAST_VARIANCE = 0.02  # share of the second moment. A uniform image has 0.004, a photograph of the moon 0.13
 
 
 def to_pixels() -> T.Compose:
@@ -144,23 +146,38 @@ def patch_features(backbone, image) -> torch.Tensor:
     return tokens[0, 1:].unflatten(0, (-1, columns)).cpu()
 
 
-def principal_colors(features) -> tuple[list[np.ndarray], np.ndarray]:
+def principal_colors(features, images) -> tuple[list[np.ndarray], np.ndarray]:
     """Map patch features to colors: the first three principal components over the patches of all images.
+
+    An image without structure is gray and not part of the components, whose colors would show amplified noise: its
+    pixels differ by at most UNIFORM_LEVELS, or the variance of its features is below LEAST_VARIANCE.
 
     Args:
         features: list of [rows, columns, D].
+        images: list of uint8 [H, W, 3].
 
     Returns:
         (colors, explained): per image uint8 [rows, columns, 3], with the middle 98 % of each component's values scaled
-        to 0-255; and the share of the variance that each component explains, [3]
+        to 0-255; and the share of the variance that each component explains, [3], 0 if no image has structure
     """
-    everything = torch.cat([f.flatten(0, 1) for f in features]).double()
+    colors = [np.full((*f.shape[:2], 3), 128, np.uint8) for f in features]
+    chosen = [i for i, f in enumerate(features) if np.ptp(images[i], (0, 1)).max() > UNIFORM_LEVELS and _differ(f)]
+    if not chosen:
+        return colors, np.zeros(3)
+    everything = torch.cat([features[i].flatten(0, 1) for i in chosen]).double()
     mean = everything.mean(0)
     covariance = (everything - mean).T @ (everything - mean) / len(everything)
     variance, axes = torch.linalg.eigh(covariance)
     axes, explained = axes[:, -3:].flip(1), variance[-3:].flip(0) / variance.sum().clamp(min=1e-12)
     axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # fix the arbitrary sign of each axis
-    projected = [(f.double() - mean) @ axes for f in features]
-    low, high = np.quantile(torch.cat([p.flatten(0, 1) for p in projected]), (0.01, 0.99), axis=0)
-    scaled = [((p.numpy() - low) / np.maximum(high - low, 1e-12)).clip(0, 1) for p in projected]
-    return [(255 * s).round().astype(np.uint8) for s in scaled], explained.numpy()
+    projected = {i: (features[i].double() - mean) @ axes for i in chosen}
+    low, high = np.quantile(torch.cat([p.flatten(0, 1) for p in projected.values()]), (0.01, 0.99), axis=0)
+    for i, p in projected.items():
+        colors[i] = (255 * ((p.numpy() - low) / np.maximum(high - low, 1e-12)).clip(0, 1)).round().astype(np.uint8)
+    return colors, explained.numpy()
+
+
+def _differ(features):
+    """Return whether the variance of patch features [rows, columns, D] is a noticeable share of their second moment."""
+    features = features.flatten(0, 1).double()
+    return (features - features.mean(0)).square().sum() > LEAST_VARIANCE * features.square().sum()

@@ -138,9 +138,12 @@ def training_pictures(backbone, view_batches, key) -> dict[str, np.ndarray]:
         key: key of a batch with one image, (epoch, step, [sample index]).
 
     Returns:
-        views: the first global view above each other view, with matched patches in the same color.
+        views: the teacher's first global view above each other view of the student, with matched patches in the same
+            color.
         attention: attention of CLS in the last block, per head, and the mean over heads.
-        features: the first three principal components of the patch features as colors.
+        features: the first three principal components of the patch features as colors, if they differ.
+
+        Each part of a picture is labeled.
     """
     from support import figures  # imports matplotlib, which only this process needs
 
@@ -149,23 +152,29 @@ def training_pictures(backbone, view_batches, key) -> dict[str, np.ndarray]:
     size = views[0].pixels.shape[-1]
     grids = [(view.pixels.shape[-1] // patch_size,) * 2 for view in views]
     pixels = [figures.to_picture(view.pixels[0]) for view in views]
+    names = [
+        f"{kind} view {i}" for kind, count in (("global", 2), ("local", len(views) - 2)) for i in range(1, 1 + count)
+    ]
     above, below = [], []
-    for view, picture, grid in zip(views[1:], pixels[1:], grids[1:], strict=True):
+    for name, view, picture, grid in zip(names[1:], views[1:], pixels[1:], grids[1:], strict=True):
         idx_a = idx_b = torch.zeros(1, dtype=torch.int64)  # only CLS
         if rule is not None:
             box_a, flip_a, box_b, flip_b = views[0].boxes[0], views[0].flips[0], view.boxes[0], view.flips[0]
             idx_a, idx_b = match_patches(box_a, flip_a, grids[0], box_b, flip_b, grid, rule)
-        above.append(figures.tint_patches(pixels[0], idx_a[1:].numpy(), grids[0][1], patch_size))
-        below.append(figures.tint_patches(picture, idx_b[1:].numpy(), grid[1], patch_size))
+        tinted = figures.tint_patches(pixels[0], idx_a[1:].numpy(), grids[0][1], patch_size)
+        above.append((f"teacher: {names[0]}", tinted))
+        below.append((f"student: {name}", figures.tint_patches(picture, idx_b[1:].numpy(), grid[1], patch_size)))
 
     resized = resize(image[None], (size, size), "bicubic")[0]
     heads = features.cls_attention(backbone, resized)
-    maps = [figures.heat_map(head, patch_size) for head in (*heads, heads.mean(0))]
-    (colors,), _ = features.principal_colors([features.patch_features(backbone, resized)])
+    titles = [*(f"head {head}" for head in range(1, len(heads) + 1)), "mean of heads"]
+    maps = [(t, figures.heat_map(head, patch_size)) for t, head in zip(titles, (*heads, heads.mean(0)), strict=True)]
+    (colors,), explained = features.principal_colors([features.patch_features(backbone, resized)], [resized])
+    title = "patch features" if explained.any() else "no structure"
     return {
         "views": figures.tile([above, below]),
-        "attention": figures.tile([[resized, *maps]]),
-        "features": figures.tile([[resized, figures.enlarge(colors, patch_size)]]),
+        "attention": figures.tile([[("image", resized), *maps]]),
+        "features": figures.tile([[("image", resized), (title, figures.enlarge(colors, patch_size))]]),
     }
 
 

@@ -1,20 +1,34 @@
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patches import ConnectionPatch, Rectangle
+from matplotlib.transforms import Bbox
+from PIL import Image
 
+import utils
 from patch_matching import match_patches
+from support import figures
 from support.figures import (
+    ADJACENT,
+    COLORS,
+    HEAT,
     LINE_COLORS,
-    OVERLAP,
+    OTHER,
+    SAME,
     STUDENT,
     TEACHER,
-    WRONG,
+    draw_attention,
     draw_curves,
+    draw_features,
+    draw_image_neighbours,
+    draw_map,
     draw_matches,
+    draw_patch_neighbours,
     patch_distance,
     save,
+    shown,
+    text_width,
 )
 from utils import UserError
 
@@ -65,7 +79,7 @@ def test_pairs_by_features_are_colored_by_their_distance(photographs):
     assert ((idx_a - 1) % 14 >= 2).all()  # so that all shifted patches stay in their row
     lines = figure.artists[len(idx_a) :]
     assert [to_hex(line.get_edgecolor()).upper() for line in lines] == [
-        (STUDENT, OVERLAP, WRONG)[i % 3] for i in range(len(idx_a))
+        (SAME, ADJACENT, OTHER)[i % 3] for i in range(len(idx_a))
     ]
     found = tokens_at([line.xy1 for line in lines], 14)
     assert found == [token - i % 3 for i, token in enumerate(idx_a.tolist())]
@@ -82,7 +96,7 @@ def test_boxes_and_intersection_stand_on_the_image(photographs):
     rows, columns = np.nonzero(mask.all(0))
     overlap = rectangles[2]
     assert overlap.get_label() == "intersection"
-    assert OVERLAP.lower() == "#009e73"
+    assert to_hex(overlap.get_facecolor()).upper() == SAME
     assert (overlap.get_y(), overlap.get_x()) == (rows.min(), columns.min())
     assert (overlap.get_height(), overlap.get_width()) == (np.ptp(rows) + 1, np.ptp(columns) + 1)
 
@@ -161,10 +175,187 @@ def test_a_figure_is_written_as_png_or_pdf(tmp_path):
     figure = draw_curves({"a": run_curves(4.0, seeds=1)})
     assert figure.legends[0].get_title().get_text() == ""
     for suffix, start in ((".png", b"\x89PNG"), (".pdf", b"%PDF")):
-        save(figure, tmp_path / f"c{suffix}")
+        assert save([figure], tmp_path / f"c{suffix}") == [tmp_path / f"c{suffix}"]
         assert (tmp_path / f"c{suffix}").read_bytes().startswith(start)
     assert b"/Type3" not in (tmp_path / "c.pdf").read_bytes()
     for name in ("c", "c.xyz", "c.png/c.png"):
         with pytest.raises(UserError, match="cannot write"):
-            save(figure, tmp_path / name)
+            save([figure], tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pdf", "c.png"]
+
+
+def check_texts(figure):
+    """Check that no two texts of a figure overlap, and that each is inside of it."""
+    figure.draw_without_rendering()
+    legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
+    texts = [*figure.texts, *(text for legend in legends for text in legend.get_texts())]
+    texts += [text for axis in figure.axes for text in (axis.title, axis.yaxis.label, axis.xaxis.label, *axis.texts)]
+    texts = [text for text in texts if text.get_text().strip()]
+    boxes = [text.get_window_extent() for text in texts]
+    for i, box in enumerate(boxes):
+        assert -1 <= box.x0 <= box.x1 <= figure.bbox.width + 1, texts[i].get_text()
+        assert -1 <= box.y0 <= box.y1 <= figure.bbox.height + 1, texts[i].get_text()
+        for other, text in zip(boxes[:i], texts, strict=False):
+            both = Bbox.intersection(box, other)
+            assert both is None or min(both.width, both.height) < 1, (texts[i].get_text(), text.get_text())
+
+
+LONG = [
+    "a name of two hundred characters " * 6,
+    "W" * 200,
+    "$x_$ \\alpha $ \\",
+    "line\nbreak\ttab",
+    "été",
+    "_a",
+    "x" * 40,
+]
+
+
+def long_names(count):
+    return [f"{i} {LONG[i % len(LONG)]} {i}" for i in range(count)]
+
+
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(("count", "shape"), [(1, (400, 8)), (3, (8, 400)), (3, (400, 8)), (12, (32, 48))])
+def test_texts_of_panels_do_not_overlap(count, shape):
+    images = {name: noise(*shape) for name in long_names(count)}
+    rows, columns = shape[0] // 8, shape[1] // 8
+    maps = [np.random.default_rng(0).random((8, rows, columns))] * count
+    colors = [noise(rows, columns), np.full((rows, columns, 3), 128, np.uint8)] * count
+    cosines = [np.linspace(-1, 1, rows * columns).reshape(rows, columns)] * count
+    nearest = [(i, rows - 1, columns - 1) for i in range(count)]
+    pages = [
+        *draw_attention(images, maps, [m > 0.5 for m in maps], 8, 0.6),
+        *draw_features(images, colors[:count], 8, np.array([0.5, 0.25, 0.125])),
+        *draw_patch_neighbours(images, cosines, (0, 0), nearest, 8),
+        *draw_image_neighbours(list(images.values()), [0.98765] * (count - 1), list(images)[1:]),
+    ]
+    for page in pages[:3] + pages[-3:]:
+        check_texts(page)
+    assert all(max(page.get_size_inches() * page.dpi) < 2**16 for page in pages)
+    if count == 12:
+        assert "page 1 of" in pages[0].texts[0].get_text()
+        assert [axis.get_title() for page in pages for axis in page.axes].count("head 3") == 12
+
+
+def test_cells_are_equal():
+    images = {"wide": noise(16, 64), "tall": noise(64, 16), "square": noise(32, 32)}
+    (figure,) = draw_features(images, [noise(2, 8), noise(8, 2), noise(4, 4)], 8, np.ones(3) / 3)
+    cells = [axis.get_position(original=True) for axis in figure.axes]
+    np.testing.assert_allclose([cell.size for cell in cells], [cells[0].size] * 6)
+    np.testing.assert_allclose([cell.y0 for cell in cells[::2]], [cells[0].y0] * 3)
+
+
+def test_no_structure_is_said_instead_of_colors():
+    images = {"flat": np.full((16, 16, 3), 90, np.uint8), "rich": noise(16, 16)}
+    (figure,) = draw_features(images, [np.full((2, 2, 3), 128, np.uint8), noise(2, 2)], 8, np.array([0.6, 0.3, 0.1]))
+    assert "no structure" in figure.axes[1].texts[0].get_text()
+    assert not figure.axes[1].images
+    assert figure.axes[3].images
+    (figure,) = draw_features({"flat": images["flat"]}, [np.full((2, 2, 3), 128, np.uint8)], 8, np.zeros(3))
+    assert "%" not in figure.texts[0].get_text()
+
+
+def test_bright_is_high_and_a_bar_says_so():
+    brightness = HEAT(np.linspace(0, 1, 64))[:, :3] @ (0.2126, 0.7152, 0.0722)
+    assert (np.diff(brightness) > 0).all()
+    images = {"a": noise(16, 16)}
+    (figure,) = draw_attention(images, [np.eye(2)[None]], [np.eye(2)[None] > 0], 8, 0.6)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["low", "high"]
+    (figure,) = draw_patch_neighbours(images, [np.array([[1, 0.5], [-0.25, 0]])], (0, 0), [(0, 0, 1)], 8)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["cosine -0.25", "1"]
+
+
+def test_cosines_have_three_decimals():
+    (figure,) = draw_image_neighbours([noise(9, 9)] * 3, [0.98765, 0.5], ["a/b", "c/d"])
+    assert [axis.get_title() for axis in figure.axes] == ["query", "a/b\n0.988", "c/d\n0.500"]
+    assert to_hex(figure.axes[0].patches[0].get_edgecolor()).upper() == TEACHER
+
+
+def test_frames_have_other_colors_than_matches(photographs):
+    figure, (idx_a, _) = draw(photographs, found_a=lambda idx: idx - torch.arange(len(idx)) % 3)
+    frames = [to_rgb(TEACHER), to_rgb(STUDENT)]
+    pairs = {tuple(line.get_edgecolor()[:3]) for line in figure.artists}
+    assert len(pairs) == len(idx_a) + 3
+    assert min(np.abs(np.subtract(frame, pair)).max() for frame in frames for pair in pairs) > 0.2
+
+
+def test_patches_of_several_pairs_have_one_number(photographs):
+    figure, (idx_a, _) = draw(photographs, found_a=lambda idx: idx[:1].expand(len(idx)))
+    by_features = [text.get_text() for text in figure.texts[2 * len(idx_a) :]]
+    assert sorted(by_features) == sorted(["1+", *(str(n + 1) for n in range(len(idx_a)))])
+    assert "5+: pair 5 and others" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_names_are_shortened_in_the_middle_and_shown_literally(name):
+    for width in (0.5, 1.0, 3.0):
+        text = shown(name, width)
+        assert text_width(text.replace(r"\$", "$").lstrip(), 8) <= width
+        assert "\n" not in text
+        first, *last = text.replace(r"\$", "$").strip().split("…")
+        assert utils.printable(name).strip().startswith(first.strip())
+        assert not last or utils.printable(name).strip().endswith(last[0])
+    assert shown("short", 3) == "short"
+
+
+def test_a_few_classes_have_a_legend_and_many_have_labels_at_their_centers():
+    rng = np.random.default_rng(0)
+    figure = draw_map(rng.random((40, 2)), np.arange(40) % 10, long_names(10), "title")
+    check_texts(figure)
+    colors = {to_hex(points.get_facecolor()[0]) for points in figure.axes[0].collections}
+    assert len(colors) == len(figure.axes[0].get_legend().get_texts()) == len(COLORS) == 10
+
+    centers = np.stack(np.meshgrid(np.arange(4), np.arange(3)), -1).reshape(-1, 2)
+    points = (centers[:, None] + 0.1 * rng.normal(size=(12, 30, 2))).reshape(-1, 2)
+    figure = draw_map(points, np.repeat(np.arange(12), 30), [f"class {i}" for i in range(12)], "title")
+    check_texts(figure)
+    (axis,) = figure.axes
+    assert axis.get_legend() is None
+    assert [text.get_text() for text in axis.texts] == [f"class {i}" for i in range(12)]
+    for text, dots in zip(axis.texts, axis.collections, strict=True):
+        assert text.get_position() == pytest.approx(np.median(dots.get_offsets(), 0))
+        assert to_hex(text.get_color()) == to_hex(dots.get_facecolor()[0])
+
+
+@pytest.mark.parametrize("count", [11, 200])
+def test_labels_of_many_classes_do_not_overlap(count):
+    rng = np.random.default_rng(0)
+    points = np.concatenate([rng.normal(size=(2 * count, 2)), np.zeros((count, 2))])
+    figure = draw_map(points, np.arange(3 * count) % count, long_names(count), "title")
+    check_texts(figure)
+    labels = len(figure.axes[0].texts)
+    assert labels >= 11
+    assert labels == count or figure.texts[-1].get_text() == f"no room for {count - labels} names"
+
+
+def test_settings_that_no_look_tells_apart_are_refused():
+    with pytest.raises(UserError, match="found 29 settings, a figure tells at most 28 apart"):
+        draw_curves({str(i): run_curves(i) for i in range(29)})
+
+
+def test_pages_are_numbered_and_other_files_are_kept(tmp_path, capsys):
+    pages = draw_features({f"{i} 名": noise(8, 8) for i in range(16)}, [noise(1, 1)] * 16, 8, np.zeros(3))
+    assert len(pages) > 1
+    names = ["a.png", *(f"a-{number}.png" for number in range(2, len(pages) + 1))]
+    for _ in range(2):  # figures may be replaced
+        assert save(pages, tmp_path / "a.png") == [tmp_path / name for name in names]
+    assert capsys.readouterr().err.count("the font lacks characters of some names\n") == 2
+    photo = tmp_path / "photo.png"
+    Image.fromarray(noise(8, 8)).save(photo)
+    before = photo.read_bytes()
+    with pytest.raises(UserError, match="photo.png: found a file that is not a figure"):
+        figures.check_output(photo)
+    assert photo.read_bytes() == before
+
+
+def test_pictures_in_a_tile_are_labeled():
+    plain, labeled = (figures.tile([[(label, noise(16, 16))] * 2]) for label in ("", "teacher: global view 1"))
+    assert plain.shape == labeled.shape == (figures.LABEL_HEIGHT + 164, 2 * 164, 3)
+    changed = (plain != labeled).any(-1)
+    assert changed[: figures.LABEL_HEIGHT].any()
+    assert not changed[figures.LABEL_HEIGHT :].any()
+    assert not changed[:, 158:166].any()  # a label is inside of its picture's width

@@ -14,6 +14,7 @@ import main_lgssl
 from augment import MultiCrop
 from patch_matching import match_patches, match_views
 from support import observe
+from support.figures import LABEL_HEIGHT
 from support.images import ResizedArray, build_dataset
 from support.loader import ViewBatches
 from support.meters import Meters
@@ -125,10 +126,10 @@ def test_pictures_show_the_matched_patches(photo_folder, loss):
     batches = ViewBatches(dataset, MultiCrop(32, 16, local_number=2, geometry="image"), 8, rule, 0)
     views, _ = batches.make_views((3, 7, [0]))
     pictures = training_pictures(vit_micro(8, img_size=32).eval(), batches, (3, 7, [0]))
-    height, gap = 160, 4
-    assert pictures["views"].shape == (2 * (height + gap), 3 * (height + gap), 3)
-    assert pictures["attention"].shape == (height + gap, 5 * (height + gap), 3)
-    assert pictures["features"].shape == (height + gap, 2 * (height + gap), 3)
+    side, height = 164, 164 + LABEL_HEIGHT
+    assert pictures["views"].shape == (2 * height, 3 * side, 3)
+    assert pictures["attention"].shape == (height, 5 * side, 3)
+    assert pictures["features"].shape == (height, 2 * side, 3)
     # Patches that are tinted are those of the table; the others are the view's own pixels.
     for j in (1, 2, 3):
         box_a, box_b = views[0].boxes[0], views[j].boxes[0]
@@ -136,7 +137,8 @@ def test_pictures_show_the_matched_patches(photo_folder, loss):
         idx_a, idx_b = match_patches(box_a, views[0].flips[0], grids[0], box_b, views[j].flips[0], grids[1])
         for row, (view, idx) in enumerate(((views[0], idx_a), (views[j], idx_b))):
             side = view.pixels.shape[-1]
-            shown = pictures["views"][row * 164 : row * 164 + 160, (j - 1) * 164 : (j - 1) * 164 + 160]
+            top = row * height + LABEL_HEIGHT
+            shown = pictures["views"][top : top + 160, (j - 1) * 164 : (j - 1) * 164 + 160]
             shown = shown[:: 160 // side, :: 160 // side]
             changed = (shown != view.pixels[0].permute(1, 2, 0).numpy()).any(-1)
             cells = changed.reshape(side // 8, 8, side // 8, 8).any((1, 3)).ravel()
@@ -150,7 +152,7 @@ def test_tensorboard_has_pictures_histogram_and_hyperparameters(photo_folder, tm
     assert set(events.Tags()["images"]) == {"views", "attention", "features"}
     for name in ("views", "attention", "features"):
         assert [event.step for event in events.Images(name)] == [2, 5]
-    assert pixels(events.Images("attention")[0]).shape == (164, 5 * 164, 3)
+    assert pixels(events.Images("attention")[0]).shape == (164 + LABEL_HEIGHT, 5 * 164, 3)
     # All pairs of views: 12 images, 2 x 3 pairs each; their mean is the log's.
     histograms = events.Histograms("matched_patches_per_pair")
     assert [h.histogram_value.num for h in histograms] == [72, 72]

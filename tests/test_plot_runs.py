@@ -40,7 +40,7 @@ def drawn(tmp_path, monkeypatch):
 
     def run(*folders):
         written = []
-        monkeypatch.setattr(figures, "save", lambda figure, path: written.append(figure))
+        monkeypatch.setattr(figures, "save", lambda pages, path: written.extend(pages))
         plot_runs.main([*map(str, folders), "--output", str(tmp_path / "runs.png")])
         legend = [text.get_text() for text in written[0].legends[0].get_texts()]
         return {axis.get_title(): axis for axis in written[0].axes}, legend
@@ -74,7 +74,12 @@ def test_curves_are_means_over_seeds_with_a_band_of_one_deviation(write_run, dra
     last = np.array([losses[-1] for _, losses in ours])
     table = capsys.readouterr().out.splitlines()
     assert table[0].split("  ")[0] == "setting"
-    assert table[1].split() == ["loss", "mean", "3", "3", f"{last.mean():.3f}", "±", f"{last.std(ddof=1):.3f}", "-"]
+    start = ["loss", "mean", "3", "3", f"{last.mean():.3f}", "±", f"{last.std(ddof=1):.3f}", "-"]
+    assert table[1].split() == [*start, f"{last.mean() / 10:.3f}", "±", f"{last.std(ddof=1) / 10:.3f}"] + [
+        f"{2 * last.mean():.1f}",
+        "±",
+        f"{2 * last.std(ddof=1):.1f}",
+    ]
     assert table[-1].startswith("drawn in ")
 
 
@@ -136,6 +141,9 @@ def test_labels_name_the_arguments_that_differ(write_run):
     moved = write_run("moved", seed=1, data_path="other")
     assert labels(mean[0], moved) == {"data_path None": 1, "data_path other": 1}
     assert labels(mean[0], write_run("bare", arguments={})) == {"loss mean": 1, "bare": 1}
+    paths = [f"/data/{name}/train" for name in ("imagenet", "imagenet100")]
+    sets = [write_run(f"set-{i}", seed=i, lr=i, data_path=path) for i, path in enumerate(paths)]
+    assert labels(*sets) == {"lr 0, data_path imagenet": 1, "lr 1, data_path imagenet100": 1}
     with pytest.raises(UserError, match="mean-0 and .*again are runs of one setting and seed"):
         labels(*mean, write_run("again"))
 
@@ -178,3 +186,26 @@ def test_runs_on_other_numbers_of_processes_are_other_settings(write_run, capsys
         "processes 1": 2,
         "processes 2": 1,
     }
+
+
+def test_folders_are_named_by_the_parts_that_differ(write_run, tmp_path):
+    runs = []
+    for name in "ab":
+        (tmp_path / "deep" / name).mkdir(parents=True)
+        runs.append(write_run(f"deep/{name}/out", arguments={})[0])
+    assert list(plot_runs.settings([plot_runs.read_run(folder) for folder in runs])) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "parts"),
+    [
+        (["/x/a/out", "/x/b/out"], ["a", "b"]),
+        (["/x/a", "/x/a/b"], ["a", "a/b"]),
+        (["/x/a/1/out", "/x/b/2/out"], ["a/1", "b/2"]),
+        (["None", "/x"], ["None", "/x"]),
+        (["/x/a"], ["a"]),
+        (["", "a/b"], [".", "a/b"]),
+    ],
+)
+def test_differing_parts_of_paths(paths, parts):
+    assert plot_runs.differing_parts(paths) == parts
