@@ -49,7 +49,7 @@ class Run:
 
 
 def read_run(folder) -> Run:
-    """Read the log of a run. Truncated lines and values that are not finite are skipped.
+    """Read the log of a run. Truncated lines and values that no float32 has are skipped.
 
     Raises:
         UserError: the folder has no log or no finished epoch, or args.json cannot be read.
@@ -64,7 +64,7 @@ def read_run(folder) -> Run:
     for name in NAMES:
         for epoch, entry in sorted(epochs.items()):
             value = entry.get(f"train_{name}", entry.get(name))
-            if value is not None and math.isfinite(value):
+            if value is not None and abs(value) < 3e38:  # False for NaN; the values are those of float32 at most
                 curves[name][epoch] = value
     try:
         arguments = dict(json.loads(arguments.read_text())) if arguments.exists() else None

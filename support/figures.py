@@ -14,6 +14,7 @@ from pathlib import Path
 os.environ["MPLBACKEND"] = "agg"  # matplotlib refuses to be imported with an unknown backend
 
 import cv2
+import matplotlib
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.colors import hsv_to_rgb
@@ -29,6 +30,7 @@ from matplotlib.transforms import Bbox
 import utils
 from utils import UserError
 
+matplotlib.rcdefaults()  # a matplotlibrc may ask for LaTeX or for another layout
 # Color-blind safe palette of Okabe and Ito. Frames of views have other colors than matches.
 TEACHER, STUDENT = "#E69F00", "#0072B2"
 SAME, ADJACENT, OTHER = "#009E73", "#F0E442", "#CC79A7"
@@ -537,6 +539,8 @@ def draw_curves(curves) -> Figure:
     if len(curves) > MAX_CURVES:
         raise UserError(f"found {len(curves)} settings, a figure tells at most {MAX_CURVES} apart: give fewer runs")
     names = [name for name in PANELS if any(curve[name].size for curve in curves.values())]
+    if not names:
+        raise UserError(f"the logs have no value to draw, expected one of {', '.join(PANELS)}")
     labels = [textwrap.fill(shown(label, 10, size=7), 52) for label in curves]
     banded = any(np.isfinite(curve[name][2]).any() for curve in curves.values() for name in names)
     columns = 2 if max(map(len, labels)) <= 21 else 1

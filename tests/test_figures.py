@@ -1,6 +1,11 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patches import ConnectionPatch, Rectangle
 from matplotlib.transforms import Bbox
@@ -359,3 +364,12 @@ def test_pictures_in_a_tile_are_labeled():
     assert changed[: figures.LABEL_HEIGHT].any()
     assert not changed[figures.LABEL_HEIGHT :].any()
     assert not changed[:, 158:166].any()  # a label is inside of its picture's width
+
+
+def test_a_matplotlibrc_changes_no_figure(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 1\nimage.cmap: no such map\n")
+    environment = {**os.environ, "MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "no backend", "PYTHONPATH": str(ROOT)}
+    draw = "from support.figures import *; save(draw_image_neighbours([np.zeros((9, 9, 3))] * 2, [1], '$'), 'a.png')"
+    subprocess.run([sys.executable, "-c", draw], cwd=tmp_path, env=environment, check=True)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width == 200 * figures.WIDTH
