@@ -336,8 +336,8 @@ def load_backbone(
     problems = [f"{name} is missing" for name in own if name not in state]
     problems += [f"{name} is not part of the network" for name in state if name not in own]
     for name in (name for name in own if name in state):
-        shape, wanted = list(state[name].shape), list(own[name].shape)
-        problems += [f"{name} is {shape}, expected {wanted}"] if shape != wanted else []
+        found, expected = list(state[name].shape), list(own[name].shape)
+        problems += [f"{name} is {found}, expected {expected}"] if found != expected else []
         problems += [] if state[name].dtype in FLOATS else [f"{name} is {state[name].dtype}, expected torch.float32"]
     if problems:
         first_three = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")

@@ -5,7 +5,7 @@ A figure spans one or two columns of a paper and is written as PNG or PDF. Many 
 
 import contextlib
 import os
-import textwrap
+import re
 import warnings
 from functools import cache
 from itertools import cycle
@@ -64,19 +64,34 @@ def text_width(text, size) -> float:
     return sum(map(_character_width, text)) * size / 100 / 72
 
 
-def shown(name, width=WIDTH, size=8) -> str:
-    """Return a name that matplotlib displays literally, on one line at most `width` inches wide.
+def shown(name, width=WIDTH, size=8, lines=1) -> str:
+    """Return a name that matplotlib displays literally, on at most `lines` lines of at most `width` inches.
 
     The middle of a longer name is replaced by `…`. `$` is escaped, since it would start mathematics. A leading `_` is
     preceded by a space, since matplotlib hides such legend entries.
     """
     name = utils.printable(name)
-    text = name
+    wrapped = [name]
     for kept in range(min(len(name), 300), 2, -1):
         text = name if kept == len(name) else f"{name[: -(-kept // 2)]}…{name[len(name) - kept // 2 :]}"
-        if text_width(text, size) <= width:
+        if text_width(text, size) <= lines * width and len(wrapped := _wrap(text, width, size)) <= lines:
             break
-    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+    return (" " if name.startswith("_") else "") + "\n".join(wrapped).replace("$", r"\$")
+
+
+def _wrap(text, width, size):
+    """Break a text into lines of at most `width` inches, between words if possible."""
+    lines = [""]
+    for part in re.findall(r"\s*\S+\s*$|\s*\S+|\s+", text):
+        if text_width(lines[-1] + part, size) <= width:
+            lines[-1] += part
+            continue
+        lines.append("")
+        for character in part.lstrip():
+            if text_width(lines[-1] + character, size) > width:
+                lines.append("")
+            lines[-1] += character
+    return [line for line in lines if line]
 
 
 def check_output(path) -> None:
@@ -205,7 +220,7 @@ def draw_attention(images, attentions, masks, patch_size, threshold) -> list[Fig
             grayed = np.where(enlarge(kept, patch_size)[..., None], image, 160 + image // 5)
             panels.append((title, heat_map(values, patch_size), grayed))
         lines += [panels[start : start + 7] for start in range(0, len(panels), 7)]
-    title = "Attention of CLS in the last block, each map scaled to its maximum"
+    title = "Attention of CLS in the last block, scaled per map"
     return _draw_panels(lines, title, len(lines) // len(images), ("low", "high"))
 
 
@@ -541,9 +556,9 @@ def draw_curves(curves) -> Figure:
     names = [name for name in PANELS if any(curve[name].size for curve in curves.values())]
     if not names:
         raise UserError(f"the logs have no value to draw, expected one of {', '.join(PANELS)}")
-    labels = [textwrap.fill(shown(label, 10, size=7), 52) for label in curves]
+    labels = [shown(label, 2.75, 7, lines=4) for label in curves]
     banded = any(np.isfinite(curve[name][2]).any() for curve in curves.values() for name in names)
-    columns = 2 if max(map(len, labels)) <= 21 else 1
+    columns = 2 if max(text_width(label, 7) for label in labels) <= 1.1 else 1
     lines = sum(1 + label.count("\n") for label in labels) / columns + banded
     # 0.45 inches for the axis label and margins, 1.2 per panel, 0.13 per line of the legend
     figure = Figure(figsize=(3.35, 0.45 + 1.2 * len(names) + 0.13 * lines), dpi=300, layout="constrained")

@@ -37,6 +37,16 @@ from support.figures import (
 )
 from utils import UserError
 
+LONG = [
+    "a name of two hundred characters " * 6,
+    "W" * 200,
+    "$x_$ \\alpha $ \\",
+    "line\nbreak\ttab",
+    "été",
+    "_a",
+    "x" * 40,
+]
+
 BOXES, FLIPS = ((10, 20, 300, 300), (100, 250, 192, 192)), (False, True)
 
 
@@ -158,7 +168,7 @@ def test_losses_of_different_size_share_a_panel():
     assert scale(4.0, 30.0).get_ylabel() == "nats, log scale"
 
 
-@pytest.mark.parametrize("label", ["loss cls", "loss lambda, λ 0.5, geometry image, lr 0.0005, " * 3])
+@pytest.mark.parametrize("label", ["loss cls", *LONG, "loss lambda, λ 0.5, geometry image, lr 0.0005, " * 3])
 def test_everything_stands_inside_a_column_and_can_be_read(label):
     figure = draw_curves({f"{label} {i}": run_curves(4.0 + i) for i in range(3)})
     figure.draw_without_rendering()
@@ -166,6 +176,7 @@ def test_everything_stands_inside_a_column_and_can_be_read(label):
     assert width == pytest.approx(8.5 / 2.54, abs=0.01)
     box = figure.get_tightbbox()
     assert min(box.x0, box.y0, width - box.x1, height - box.y1) >= 0
+    check_texts(figure)
     legend = figure.legends[0]
     texts = [*legend.get_texts(), legend.get_title()]
     texts += [t for axis in figure.axes for t in (axis.title, axis.yaxis.label, *axis.get_yticklabels())]
@@ -203,17 +214,6 @@ def check_texts(figure):
         for other, text in zip(boxes[:i], texts, strict=False):
             both = Bbox.intersection(box, other)
             assert both is None or min(both.width, both.height) < 1, (texts[i].get_text(), text.get_text())
-
-
-LONG = [
-    "a name of two hundred characters " * 6,
-    "W" * 200,
-    "$x_$ \\alpha $ \\",
-    "line\nbreak\ttab",
-    "été",
-    "_a",
-    "x" * 40,
-]
 
 
 def long_names(count):
