@@ -14,7 +14,7 @@ from support.arguments import ArgumentParser, number
 from support.features import RawPixels, eval_transform, extract_features, whole_transform
 from support.images import add_source_arguments, build_dataset, source
 from utils import UserError, make_folder, write_text
-from vision_transformer import ARCHITECTURES, architecture, load_backbone
+from vision_transformer import ARCHITECTURES, MAX_SIDE, architecture, load_backbone
 
 
 def model_parser(doc, other_weights="") -> ArgumentParser:
@@ -54,7 +54,11 @@ def add_data_arguments(
     """
     add = parser.add_argument_group("data").add_argument
     add_source_arguments(add, layout)
-    add("--crop_size", type=number(int, 1), help="side of the images in pixels; default: the pretraining's, or 224")
+    add(
+        "--crop_size",
+        type=number(int, 1, MAX_SIDE),
+        help="side of the images in pixels; default: the pretraining's, or 224",
+    )
     return add
 
 

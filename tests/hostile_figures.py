@@ -191,7 +191,7 @@ CASES = [
         "found 29 settings, a figure tells at most 28 apart", runs(*[[4.0]] * 29, lr=list(range(29)))),
     Case("curves instead of a photograph", "plot_runs.py {run} --output {here}/photo.png", "is not a figure", photo),
     Case("run given twice", f"plot_runs.py {{run}} {{run}}/../run {OUT}", r"loss mean +1 ", code=0),
-    Case("log without values", PLOT, "the logs have no value to draw", runs([None], [1e308])),
+    Case("log without values", PLOT, "log.txt has no finite number of loss", runs([None], [1e308])),
     Case("losses near overflow", PLOT, "drawn in", runs([1e37, 2e38, 1e308], [1e38, -1e38, 1e-38]), code=0),
     Case("losses near overflow, averaged", PLOT, "drawn in",
         runs([2e38, 2e38, 1e300], [-2e38, 1e-38], seed=[0, 1], loss=["mean", "mean"]), code=0),
