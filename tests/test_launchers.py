@@ -154,6 +154,7 @@ def test_ctrl_c_in_a_terminal_is_one_line(tmp_path, words):
     model = "--pretrained_weights none --arch vit_micro --patch_size 8 --num_workers 2"
     command = [sys.executable, *f"{words} {model}".format(tmp_path).split()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored if a shell has `pytest &`
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
     deadline = time.monotonic() + 200
     try:
