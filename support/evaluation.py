@@ -258,8 +258,6 @@ def classification_metrics(scores, labels) -> dict[str, float]:
         auroc: area under the ROC curve of the score of class 1. Only for two classes that both occur, and finite
             scores.
     """
-    from sklearn.metrics import roc_auc_score  # takes a second
-
     own = scores.gather(1, labels[:, None])
     earlier = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
     rank = ((scores > own) | ((scores == own) & earlier)).sum(1)
@@ -270,6 +268,8 @@ def classification_metrics(scores, labels) -> dict[str, float]:
     recalls = [hits["top1"][labels == label].double().mean() for label in labels.unique()]
     metrics["balanced_accuracy"] = 100 * (sum(recalls) / len(recalls)).item()
     if scores.shape[1] == 2 and 0 < labels.sum() < len(labels) and scores.isfinite().all():
+        from sklearn.metrics import roc_auc_score  # takes a second, and few data sets have two classes
+
         metrics["auroc"] = 100 * float(roc_auc_score(labels.cpu().numpy(), scores[:, 1].cpu().numpy()))
     return metrics
 
