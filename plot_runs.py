@@ -21,7 +21,7 @@ from main_lgssl import parse_arguments as pretraining_arguments
 from support.arguments import ArgumentParser
 from support.checkpoints import MAY_CHANGE
 from support.report import read_log
-from support.steps import read_json
+from support.steps import recorded
 from utils import UserError
 
 COLUMNS = (  # of the table: (logged value, title, digits)
@@ -70,7 +70,7 @@ def read_run(folder) -> Run:
     if not any(curves.values()):
         raise UserError(f"{log} has no finite number of {', '.join(NAMES)}: omit this folder")
     arguments = None
-    if path.exists() and not (arguments := read_json(path)):
+    if path.exists() and not (arguments := recorded(path)):
         raise UserError(f"cannot read {path}: remove it to name the run by its folder")
     if arguments is not None and starts.exists():
         arguments["processes"] = max((start.get("processes", 1) for start in read_log(starts)), default=1)

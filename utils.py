@@ -343,6 +343,21 @@ def append_text(text, path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
+def read_json(path) -> dict:
+    """Read the dictionary in a JSON file.
+
+    Raises:
+        UserError: the file cannot be read, see `read_text`, or holds something else.
+    """
+    try:
+        contents = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {printable(path)}: no JSON") from error
+    if not isinstance(contents, dict):
+        raise UserError(f"cannot read {printable(path)}: no dictionary in JSON")
+    return contents
+
+
 def read_text(path, errors="strict", max_bytes=2**28) -> str:
     """Read a UTF-8 text file, with or without a byte order mark. Only regular files are opened: a pipe would hang.
 

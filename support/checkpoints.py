@@ -3,7 +3,6 @@
 import argparse
 import errno
 import hashlib
-import json
 import math
 import os
 import platform
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save_file as save_safetensors
 
-from utils import UserError, all_gather, atomic_write, first_line, make_folder, warn
+from utils import UserError, all_gather, atomic_write, first_line, make_folder, read_json, warn
 
 try:
     import fcntl
@@ -314,8 +313,8 @@ def open_output(output_dir, args, defaults) -> tuple[dict, Path] | tuple[None, N
         refuse_other_run(checkpoint["args"], args, defaults, MAY_CHANGE, source_path)
     elif earlier.exists():
         try:
-            earlier_args = dict(json.loads(earlier.read_text()))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+            earlier_args = read_json(earlier)
+        except UserError as error:
             raise UserError(f"cannot read {earlier}: remove it, or use another --output_dir") from error
         refuse_other_run(earlier_args, args, defaults, MAY_CHANGE, earlier)
     elif (output_dir / "log.txt").exists() or (output_dir / "steps.jsonl").exists():

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import math
 import shlex
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from support.checkpoints import MAY_CHANGE
 from support.report import read_log
-from utils import UserError, read_text
+from utils import UserError, read_json
 
 ROOT = Path(__file__).parent.parent
 # column: (title, evaluation, function from the evaluation's result to the number, format)
@@ -62,7 +61,7 @@ class Step:
             return self.result.is_file()
         if self.name == "pretraining":
             run = self.result.parent
-            return progress(run) == 1.0 and not differences(vars(self.settings()), read_json(run / "args.json"))
+            return progress(run) == 1.0 and not differences(vars(self.settings()), recorded(run / "args.json"))
         result = read_result(self.result)
         return result is not None and not differences(vars(self.settings()), result["args"])
 
@@ -81,18 +80,17 @@ class Step:
         return subprocess.run([*launcher, str(ROOT / script), *words], **options).returncode
 
 
-def read_json(path) -> dict:
-    """Return the dictionary in a file, or an empty one if the file is missing or broken."""
+def recorded(path) -> dict:
+    """Return the dictionary in a JSON file, or an empty one if the file is missing or broken."""
     try:
-        contents = json.loads(read_text(path))
-    except (UserError, ValueError, RecursionError):
-        contents = None
-    return contents if isinstance(contents, dict) else {}
+        return read_json(path)
+    except UserError:
+        return {}
 
 
 def progress(run) -> float:
     """Return the share of its epochs that a pretraining has finished."""
-    log, epochs = run / "log.txt", read_json(run / "args.json").get("epochs")
+    log, epochs = run / "log.txt", recorded(run / "args.json").get("epochs")
     entries = read_log(log) if log.is_file() and (run / "checkpoint.pth").is_file() else []
     done = entries[-1].get("epoch", -1) + 1 if entries else 0
     return done / epochs if isinstance(epochs, int) and 0 <= done <= epochs > 0 else 0.0
@@ -100,7 +98,7 @@ def progress(run) -> float:
 
 def read_result(path) -> dict | None:
     """Return an evaluation's result, or None if it is missing or its pretraining had not finished."""
-    result = read_json(path)
+    result = recorded(path)
     result = {"images": {}, "pretraining": {}, "args": None, **result}
     if not all(isinstance(result[name], dict) for name in ("images", "pretraining", "args")):
         return None
