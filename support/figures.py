@@ -554,8 +554,6 @@ def draw_curves(curves) -> Figure:
     if len(curves) > MAX_CURVES:
         raise UserError(f"found {len(curves)} settings, a figure tells at most {MAX_CURVES} apart: give fewer runs")
     names = [name for name in PANELS if any(curve[name].size for curve in curves.values())]
-    if not names:
-        raise UserError(f"the logs have no value to draw, expected one of {', '.join(PANELS)}")
     labels = [shown(label, 2.75, 7, lines=4) for label in curves]
     banded = any(np.isfinite(curve[name][2]).any() for curve in curves.values() for name in names)
     columns = 2 if max(text_width(label, 7) for label in labels) <= 1.1 else 1

@@ -338,23 +338,23 @@ def solar_cells(split) -> ImageList:
     root = Path(package.origin).parent / "data"
     try:
         lines = [line.split() for line in (root / "labels.csv").read_text().splitlines()]
-        cells = [(root / name, float(probability) >= 0.5, kind) for name, probability, kind in lines]
-        if not cells or {kind for *_, kind in cells} - {"mono", "poly"}:
+        paths, probabilities, kinds = zip(*lines, strict=True) if lines else ((), (), ())
+        probabilities = list(map(float, probabilities))
+        if not paths or {*kinds} - {"mono", "poly"}:
             raise ValueError("no cells, or a type other than mono and poly")
-        if not all(0 <= float(probability) <= 1 for _, probability, _ in lines):
+        if not all(0 <= probability <= 1 for probability in probabilities):
             raise ValueError("a probability that is not in [0, 1]")
     except (OSError, ValueError) as error:
         expected = "expected lines of path, probability and type; install elpv-dataset again"
         raise UserError(f"cannot read {root / 'labels.csv'} ({utils.first_line(error)}): {expected}") from error
-    chosen = []
-    for i, group in enumerate(itertools.product((False, True), ("mono", "poly"))):
-        members = [index for index, (_, *described) in enumerate(cells) if tuple(described) == group]
+    chosen, labels = [], [int(probability >= 0.5) for probability in probabilities]
+    for i, group in enumerate(itertools.product((0, 1), ("mono", "poly"))):
+        members = [index for index, found in enumerate(zip(labels, kinds, strict=True)) if found == group]
         shuffled = np.random.default_rng((0, i)).permutation(members).tolist()
         count = round(len(members) * 3 / 4)
         chosen += shuffled[:count] if split == "train" else shuffled[count:]
-    images = ImageList(path for path, _, _ in cells)
-    images.root, images.labels = root, [int(defective) for _, defective, _ in cells]
-    images.classes = ["functional", "defective"]
+    images = ImageList(root / path for path in paths)
+    images.root, images.labels, images.classes = root, labels, ["functional", "defective"]
     images.keep(sorted(chosen))
     return images
 

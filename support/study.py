@@ -182,7 +182,8 @@ def run_study(name, rows, seeds, runs, jobs, data_root, extra, only_show) -> Non
         jobs: number of simultaneous runs.
     """
     study = STUDIES[name]
-    work = [(row, seed) for seed in range(seeds or 5) for row in rows if seed < (seeds or study.rows[row].seeds)]
+    counts = {row: seeds or study.rows[row].seeds for row in rows}
+    work = [(row, seed) for seed in range(max(counts.values())) for row in rows if seed < counts[row]]
     if only_show:
         for row, seed in work:
             steps = study_steps(name, row, seed, runs, data_root, extra)
@@ -245,7 +246,8 @@ def report(name, runs) -> list:
             lines += ["Difference to DINO in points, with its 95 % interval (Welch).", ""]
             lines += [*markdown(["method", *header], compared, {}), ""]
     if lines:
-        lines.append(f"Linear: cached features of un-augmented images, `{study.linear}`; raw pixels `--lr 0.005`.")
+        pixels = study.rows["pixels"].linear
+        lines.append(f"Linear: cached features of un-augmented images, `{study.linear}`; raw pixels `{pixels}`.")
     return lines
 
 
