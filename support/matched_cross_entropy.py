@@ -6,12 +6,17 @@ Two facts make it cheap:
   divided by τ_s, and t the teacher's distributions that it is matched with, with weights w_t. With w = Σ_t w_t and the
   mixture m = Σ_t (w_t / w)·t, the token adds w·(logsumexp(s) - m·s) to the loss, and the gradient with respect to s is
   w·(softmax(s) - m).
-- All pairs lie inside one image. Tensors of K columns are needed for only one image at a time: the targets of its
-  teacher tokens, and one chunk of student tokens, whose logits are turned into gradients in place.
+- All pairs lie inside one image. Tensors of K columns are needed for only one image at a time, or a few: the targets of
+  the teacher tokens, and one chunk of student tokens, whose logits are turned into gradients.
+
+On a CPU and on a GPU without Triton, `_loss_and_gradients` does this with PyTorch's operations; on a GPU,
+`fused_cross_entropy.loss_and_gradients` does it with two fused kernels.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import inf
 from typing import NamedTuple
 
@@ -33,9 +38,9 @@ def matched_cross_entropy(
         weight: [M, Ns], weight w of each match; 0 for padding.
         center: [1, K], or [1+P, K] with one center per token position.
         student_temp, teacher_temp: τ_s and τ_t.
-        chunk_memory: memory in bytes for the logits of student tokens and their buffers. Default: 80 MiB on a CPU,
-            512 MiB on a GPU. The targets of one image, or of several small ones, need memory in addition, and so do
-            copies in lower precision under autocast.
+        chunk_memory: memory in bytes for the logits of student tokens and their buffers. Default: 80 MiB on a CPU; on a
+            GPU 1/64 of its memory, at most 1 GiB. Targets may need memory in addition, and so do copies in lower
+            precision under autocast.
 
     Raises:
         ValueError: the number of tokens differs from that of the matches.
@@ -50,21 +55,43 @@ def matched_cross_entropy(
     token_weight = weight.sum(0)  # [Ns]
     # Gradients are computed in units of the largest weight, to keep small numbers representable in fp16.
     max_weight = token_weight.max().clamp(min=torch.finfo(compute_dtype).tiny)
-    # `chunk_memory` is shared by one chunk of logits and two strip-sized buffers. Each chunk is processed in strips: 8
-    # on a CPU so that a strip fits the cache, 1 on a GPU to launch fewer kernels.
-    memory, num_strips = (80 << 20, 8) if z.device.type == "cpu" else (512 << 20, 1)
-    rows_in_memory = (chunk_memory or memory) // (4 * K)
-    max_rows = max(rows_in_memory * num_strips // (num_strips + 2), 16)
-    groups = _image_groups(matches, max_rows // 4)  # bounded, because the targets grow with a group
+    compute = _implementation(z.device, compute_dtype)
+    memory = chunk_memory or _default_memory(z.device)
+    if compute is _loss_and_gradients:
+        # One chunk of logits and two strip-sized buffers share the memory. A chunk is processed in strips: 8 on a CPU,
+        # so that a strip fits the cache, 1 on a GPU, to launch fewer kernels.
+        num_strips = 8 if z.device.type == "cpu" else 1
+        max_rows = max(memory // (4 * K) * num_strips // (num_strips + 2), 16)
+        groups = _image_groups(matches, max_rows // 4)  # bounded, because the targets grow with a group
+    else:
+        num_strips, max_rows = 1, max(memory // (8 * K), 16)  # 4 bytes per logit, 2 per target, 2 per gradient
+        groups = _image_groups(matches, max_rows)
     chunk = min(max_rows, max((group.student.stop - group.student.start for group in groups), default=0))
     relative_weight = (token_weight / max_weight)[:, None]
-    target_weight = (weight / torch.where(token_weight > 0, token_weight, 1))[..., None]
+    target_weight = weight / torch.where(token_weight > 0, token_weight, 1)
     layout, temps = (matches, relative_weight, target_weight, groups, chunk, num_strips), (student_temp, teacher_temp)
-    work = _Work(teacher_out, center.to(compute_dtype), *layout, *temps)
+    work = _Work(compute, teacher_out, center.to(compute_dtype), *layout, *temps)
     inputs = (z, student_out.prototypes, student_out.scale)
     if not torch.is_grad_enabled():
         inputs = tuple(x.detach() for x in inputs)  # otherwise needs_input_grad would be set
     return _CrossEntropy.apply(*inputs, work) * max_weight
+
+
+def _default_memory(device):
+    """Return the default of `chunk_memory`."""
+    if device.type == "cpu":
+        return 80 << 20
+    # A share of the whole memory and not of what is free, which would change chunks and rounding when a run is resumed.
+    return min(torch.cuda.get_device_properties(device).total_memory // 64, 1 << 30)
+
+
+def _implementation(device, dtype):
+    """Return the function that computes the loss and its gradients."""
+    if device.type != "cuda" or dtype != torch.float32 or find_spec("triton") is None:
+        return _loss_and_gradients
+    from support import fused_cross_entropy  # imports Triton, which PyTorch's packages for CUDA bring on Linux
+
+    return fused_cross_entropy.loss_and_gradients
 
 
 class _ImageGroup(NamedTuple):
@@ -91,16 +118,21 @@ def _image_groups(matches, max_rows):
 class _Work:
     """Everything that the loss depends on except the student's tensors. Ns is the number of matched student tokens."""
 
+    compute: Callable  # _loss_and_gradients, or that of fused_cross_entropy
     teacher_out: tuple  # TokenOutput
     center: torch.Tensor  # [1 or 1+P, K]
     matches: tuple  # Matches
     token_weight: torch.Tensor  # [Ns, 1] sum of the weights of a student token, in units of the largest
-    target_weight: torch.Tensor  # [M, Ns, 1] weight of each match in the mixture; sums to 1
+    target_weight: torch.Tensor  # [M, Ns] weight of each match in the mixture; sums to 1
     groups: list  # of _ImageGroup
     chunk: int  # number of student tokens whose logits are held at a time
     num_strips: int  # strips per chunk
     student_temp: float
     teacher_temp: float
+
+    def chunks(self, group) -> list:
+        """Return slices of the student tokens of a group, of at most `chunk` tokens."""
+        return [slice(*edges) for edges in _pieces(group.student.start, group.student.stop, self.chunk)]
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -108,48 +140,15 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student_z, student_prototypes, student_scale, work):
-        device, K = student_z.device, len(student_prototypes)
         compute_dtype = torch.promote_types(student_z.dtype, torch.float32)  # of logits and what is derived from them
-        autocast = torch.is_autocast_enabled(device.type)
-        matmul_dtype = torch.get_autocast_dtype(device.type) if autocast else compute_dtype
+        device_type = student_z.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else compute_dtype  # of matrix products
         needs_z, needs_prototypes, needs_scale = ctx.needs_input_grad[:3]
-        d_z = torch.zeros_like(student_z, dtype=compute_dtype) if needs_z else None
-        d_prototypes = None
-        if needs_prototypes or needs_scale:
-            d_prototypes = torch.zeros_like(student_prototypes, dtype=compute_dtype)
-        loss = torch.zeros((), dtype=compute_dtype, device=device)
-        grad_scale = -1 / work.student_temp
-        teacher, matches = work.teacher_out, work.matches
-
-        with torch.autocast(device.type, enabled=False):
-            student_weights, teacher_weights = (x.to(matmul_dtype) for x in (student_prototypes, teacher.prototypes))
-            sharpening = student_scale / work.student_temp
-            # Matrix products are efficient with many rows (chunks), other operations with few that stay in the cache.
-            max_teachers = max((group.teacher.stop - group.teacher.start for group in work.groups), default=0)
-            targets_buffer = torch.empty(max_teachers, K, dtype=compute_dtype, device=device)
-            logits_buffer = torch.empty(work.chunk, K, dtype=compute_dtype, device=device)
-            strips = torch.empty(2, -(-work.chunk // work.num_strips), K, dtype=compute_dtype, device=device)
-            for group in work.groups:
-                targets = targets_buffer[: group.teacher.stop - group.teacher.start]
-                z = teacher.bottleneck[group.teacher].to(matmul_dtype)
-                _logits(z, teacher_weights, teacher.scale, out=targets)
-                _sharpen_(targets, work.center, matches.teacher_position[group.teacher], work.teacher_temp, strips)
-
-                for start, stop in _pieces(group.student.start, group.student.stop, work.chunk):
-                    z, weight = student_z[start:stop], work.token_weight[start:stop]
-                    logits = logits_buffer[: stop - start]
-                    _logits(z.to(matmul_dtype), student_weights, sharpening, out=logits)
-                    loss += weight[:, 0] @ _cross_entropy_(logits, targets, work, group, start, strips)
-                    difference = logits  # overwritten with mixture - softmax
-                    if d_prototypes is not None:
-                        weighted_z = (z * weight).to(matmul_dtype)
-                        if matmul_dtype == compute_dtype:
-                            d_prototypes.addmm_(difference.T, weighted_z, alpha=grad_scale)
-                        else:
-                            d_prototypes.add_(difference.to(matmul_dtype).T @ weighted_z, alpha=grad_scale)
-                    if d_z is not None:
-                        product = difference.mul_(student_scale).to(matmul_dtype) @ student_weights
-                        torch.mul(product, grad_scale * weight, out=d_z[start:stop])
+        student = (student_z, student_prototypes, student_scale)
+        with torch.autocast(device_type, enabled=False):
+            losses, d_z, d_prototypes = work.compute(*student, work, dtype, needs_z, needs_prototypes or needs_scale)
+            loss = work.token_weight[:, 0] @ losses
             d_scale = None
             if needs_scale:
                 d_scale = torch.einsum("kd,kd->k", d_prototypes, student_prototypes.to(compute_dtype))
@@ -167,6 +166,47 @@ class _CrossEntropy(torch.autograd.Function):
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *gradients, None
+
+
+def _loss_and_gradients(student_z, student_prototypes, student_scale, work, dtype, needs_z, needs_prototypes):
+    """Return (cross-entropies of the student tokens [Ns], gradient of their bottleneck vectors, of scale * prototypes).
+
+    Gradients that are not needed are None. `dtype` is that of the matrix products.
+    """
+    device, K = student_z.device, len(student_prototypes)
+    compute_dtype = torch.promote_types(student_z.dtype, torch.float32)
+    losses = torch.empty(len(student_z), dtype=compute_dtype, device=device)
+    d_z = torch.empty_like(student_z, dtype=compute_dtype) if needs_z else None
+    d_prototypes = torch.zeros_like(student_prototypes, dtype=compute_dtype) if needs_prototypes else None
+    grad_scale = -1 / work.student_temp
+    teacher, matches = work.teacher_out, work.matches
+    student_weights, teacher_weights = (x.to(dtype) for x in (student_prototypes, teacher.prototypes))
+    sharpening = student_scale / work.student_temp
+    # Matrix products are efficient with many rows (chunks), other operations with few that stay in the cache.
+    max_teachers = max((group.teacher.stop - group.teacher.start for group in work.groups), default=0)
+    targets_buffer = torch.empty(max_teachers, K, dtype=compute_dtype, device=device)
+    logits_buffer = torch.empty(work.chunk, K, dtype=compute_dtype, device=device)
+    strips = torch.empty(2, -(-work.chunk // work.num_strips), K, dtype=compute_dtype, device=device)
+    for group in work.groups:
+        targets = targets_buffer[: group.teacher.stop - group.teacher.start]
+        _logits(teacher.bottleneck[group.teacher].to(dtype), teacher_weights, teacher.scale, out=targets)
+        _sharpen_(targets, work.center, matches.teacher_position[group.teacher], work.teacher_temp, strips)
+        for rows in work.chunks(group):
+            z, weight = student_z[rows], work.token_weight[rows]
+            logits = logits_buffer[: len(z)]
+            _logits(z.to(dtype), student_weights, sharpening, out=logits)
+            losses[rows] = _cross_entropy_(logits, targets, work, group, rows.start, strips)
+            difference = logits  # overwritten with mixture - softmax
+            if needs_prototypes:
+                weighted_z = (z * weight).to(dtype)
+                if dtype == compute_dtype:
+                    d_prototypes.addmm_(difference.T, weighted_z, alpha=grad_scale)
+                else:
+                    d_prototypes.add_(difference.to(dtype).T @ weighted_z, alpha=grad_scale)
+            if needs_z:
+                product = difference.mul_(student_scale).to(dtype) @ student_weights
+                torch.mul(product, grad_scale * weight, out=d_z[rows])
+    return losses, d_z, d_prototypes
 
 
 def _logits(z, prototypes, scale, out):
@@ -206,7 +246,7 @@ def _cross_entropy_(logits, targets, work, group, first, strips):
         strip = logits[start - first : stop - first]
         mixture, probabilities = strips[:, : stop - start]
         target_idx = (work.matches.teacher_idx[:, start:stop] - group.teacher.start).clamp_(min=0)  # [M, rows]
-        target_weight = work.target_weight[:, start:stop]  # 0 for padding
+        target_weight = work.target_weight[:, start:stop, None]  # 0 for padding
         torch.index_select(targets, 0, target_idx[0], out=mixture).mul_(target_weight[0])
         for idx, weight in zip(target_idx[1:], target_weight[1:], strict=True):
             mixture.addcmul_(torch.index_select(targets, 0, idx, out=probabilities), weight)

@@ -12,6 +12,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the w
 
 import numpy as np
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before Triton is imported: its interpreter runs the kernels of the loss on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from digits_run import RUN, torchrun
 from PIL import Image, ImageEnhance, ImageFilter
 from sklearn.datasets import load_sample_image

@@ -339,7 +339,7 @@ def test_micro_batches_add_up_to_the_batch(loss):
         return total, criterion.center, *torch.autograd.grad(total, (student_out.bottleneck, weights))
 
     for whole, halves in zip(run([slice(0, 4)]), run([slice(0, 2), slice(2, 4)]), strict=True):
-        torch.testing.assert_close(halves, whole, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(halves, whole, rtol=1e-5, atol=1e-5)  # fp32, sums of other lengths
 
 
 def test_targets_and_statistics_stay_in_full_precision_under_autocast():

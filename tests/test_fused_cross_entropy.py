@@ -1,0 +1,174 @@
+"""The kernels of a GPU, run by Triton's interpreter on the CPU, against naive formulas in float64 and golden data."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from conftest import ROOT
+from test_losses import Case, batch_case, golden_case, token_output
+
+from losses import LocalGlobalLoss
+from support import matched_cross_entropy
+
+if find_spec("triton") is None:
+    pytest.skip("Triton is part of PyTorch's packages for CUDA on Linux", allow_module_level=True)
+from support import fused_cross_entropy as kernels
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch):
+    """Let the loss use the kernels on the CPU."""
+    monkeypatch.setattr(matched_cross_entropy, "_implementation", lambda *_: kernels.loss_and_gradients)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("shared_center", [False, True])
+def test_kernels_equal_the_formula(precision, shared_center, monkeypatch):
+    """Each element is right within the rounding of its type, with padding and in part of a batch."""
+    monkeypatch.setattr(kernels, "BLOCK", 64)  # does not divide K
+    stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    generator = torch.Generator().manual_seed(0)
+    teachers, students, tokens, K, first = 5, 7, 20, 150, (9, 100)
+    positions = torch.randint(3, (teachers,), generator=generator)
+    center = torch.randn(1 if shared_center else 3, K, generator=generator)
+    teacher_logits, logits = (torch.randn(n, K, generator=generator) for n in (teachers, students))
+    targets = torch.empty(teachers, K, dtype=torch.float32 if precision == "fp32" else torch.float16)
+    kernels.teacher_targets(teacher_logits, center, positions, 0.07, targets)
+    exact = torch.softmax((teacher_logits.double() - center.double()[0 if shared_center else positions]) / 0.07, 1)
+    tolerance = {"fp32": 2e-5, "bf16": 1e-2, "fp16": 2e-3}[precision]
+    kept = exact > 1e-6
+    torch.testing.assert_close(targets.double()[kept] / 1024, exact[kept], rtol=tolerance, atol=0)
+    assert (targets.double()[~kept] / 1024 - exact[~kept]).abs().max() < 1e-7
+
+    idx = torch.randint(teachers, (2, tokens), generator=generator) + first[1]
+    weight = torch.rand(2, tokens, generator=generator)
+    weight[1, ::3], weight[:, 10] = 0, 0
+    idx[weight == 0] = 0  # padding
+    losses, difference = torch.full((tokens,), 5.0), torch.empty(students, K, dtype=stored)
+    kernels.student_cross_entropy(logits, targets, idx, weight, first, 0.1, difference, losses)
+    rows = slice(first[0], first[0] + students)
+    log_p = torch.log_softmax(logits.double() / 0.1, 1)
+    mixture = (weight[:, rows, None].double() * exact[(idx[:, rows] - first[1]).clamp(min=0)]).sum(0)
+    torch.testing.assert_close(losses[rows].double(), -(mixture * log_p).sum(1), rtol=tolerance, atol=1e-6)
+    assert (losses[: first[0]] == 5).all()
+    assert (losses[rows.stop :] == 5).all()
+    torch.testing.assert_close(difference.double() / 1024, mixture - log_p.exp(), rtol=tolerance, atol=tolerance / 5)
+
+
+@pytest.mark.parametrize("kind", ["cls", "mean"])
+def test_golden_losses(golden, kind):
+    data, teacher, student, matches = golden_case(golden, "loss_b.npz")
+    meta, identity = data["meta"], torch.eye(data["meta"]["K"])
+    criterion = LocalGlobalLoss(meta["K"], teacher.shape[1] - 1, kind).eval()
+    criterion.center += torch.tensor(data["center"])
+    student_out = token_output(student[matches.student_row], identity)
+    teacher_out = token_output(teacher.flatten(0, 1)[matches.teacher_row], identity)
+    value = criterion(student_out, teacher_out, matches, meta["teacher_temp"])
+    assert value.item() == pytest.approx(meta["loss"][kind.replace("cls", "dino")], rel=1e-5)
+
+
+@pytest.mark.parametrize("center", ["position", "shared"])
+@pytest.mark.parametrize("chunk_memory", [1 << 30, 1])  # all images at once; 16 rows at a time, one image per group
+def test_loss_and_gradients_equal_the_naive_formula(chunk_memory, center):
+    case = Case(dim=16, out_dim=300, teachers=12, students=30, pairs=60, images=4, center=center)
+    generator = torch.Generator().manual_seed(1)
+    case.student_scale, case.teacher_scale = torch.rand(2, len(case.student_w), generator=generator).double()
+    inputs = [x.requires_grad_() for x in (case.student_z, case.student_w, case.student_scale)]
+    expected = case.naive(0.5)
+    expected_gradients = torch.autograd.grad(3 * expected, inputs)
+    value = case.fast(0.5, chunk_memory, torch.float32)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    for gradient, reference in zip(torch.autograd.grad(3 * value, inputs), expected_gradients, strict=True):
+        assert (gradient - reference).norm() < 3e-6 * reference.norm()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_gradients_under_autocast(dtype, tolerance):
+    """With weights of 1e-6, which would vanish in fp16, and with targets near 1 / K."""
+    criterion, (student_out, teacher_out, matches) = batch_case(2, K=4000, D=32, tokens=4)
+    student_z, student_w, teacher_z, teacher_w = (
+        torch.nn.functional.normalize(x.detach()).double() for out in (student_out, teacher_out) for x in out[:2]
+    )
+    matches = matches._replace(num_matched=matches.num_matched * 10**6)
+    results = []
+    for precision in (None, dtype):
+        inputs = [student_z.clone().requires_grad_(), student_w.clone().requires_grad_()]
+        outs = [token_output(*inputs), token_output(teacher_z, teacher_w)]
+        if precision is None:
+            weight = (1 / matches.num_matched).masked_fill(matches.num_matched == 0, 0)[..., None]
+            targets = torch.softmax(teacher_z @ teacher_w.T / 0.07, 1)[matches.teacher_idx]
+            log_p = torch.log_softmax(inputs[0] @ inputs[1].T / 0.1, 1)
+            value = -(weight * targets * log_p).sum() / matches.is_cls().sum()
+        else:
+            outs = [token_output(*(x.float() for x in out[:2])) for out in outs]
+            with torch.autocast("cpu", precision):
+                value = criterion(*outs, matches, 0.07)
+            assert value.dtype == torch.float32
+        results.append((value, *torch.autograd.grad(value, inputs)))
+    for exact, rounded in zip(*results, strict=True):
+        assert (rounded - exact).norm() < tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
+def test_gradients_only_where_they_are_wanted(wanted):
+    case = Case()
+    expected = case.naive(0.5)
+    case.student_z.requires_grad_(wanted[0])
+    case.student_w.requires_grad_(wanted[1])
+    value = case.fast(0.5, dtype=torch.float32)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    if any(wanted):
+        value.backward()
+    assert (case.student_z.grad is not None, case.student_w.grad is not None) == wanted
+
+
+def test_large_logits_stay_finite():
+    case = Case()
+    case.student_z, case.teacher_z = (300 * case.student_z).requires_grad_(), 300 * case.teacher_z
+    value = case.fast(0.04, dtype=torch.float32)
+    value.backward()
+    assert value.item() == pytest.approx(case.naive(0.04).item(), rel=1e-5)
+    assert case.student_z.grad.isfinite().all()
+
+
+def test_a_logit_that_is_not_finite_makes_the_loss_not_finite():
+    for bad in (float("nan"), float("inf")):
+        case = Case()
+        case.student_z[case.student_idx[1]] = bad
+        assert not case.fast(0.5, dtype=torch.float32).isfinite()
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from support import fused_cross_entropy as kernels
+
+for stored, half in (("fp32", "fp32"), ("fp16", "fp16"), ("fp16", "bf16")):
+    blocks = {"BLOCK": kernels.BLOCK}
+    types = {"logits": "*fp32", "center": "*fp32", "positions": "*i64", "out": f"*{stored}", "inverse_temp": "fp32"}
+    types |= {"K": "i32", "SHARED_CENTER": "constexpr", "BLOCK": "constexpr"}
+    constants = [{"SHARED_CENTER": shared, **blocks} for shared in (False, True)]
+    sources = [ASTSource(kernels._targets_kernel, types, own) for own in constants]
+    types = {"logits": "*fp32", "targets": f"*{stored}", "target_idx": "*i64", "target_weight": "*fp32"}
+    types |= {"first_token": "i32", "first_target": "i32", "inverse_temp": "fp32", "difference": f"*{half}"}
+    types |= {"losses": "*fp32", "K": "i32", "Ns": "i32", "M": "constexpr", "BLOCK": "constexpr"}
+    sources.append(ASTSource(kernels._cross_entropy_kernel, types, {"M": 2, **blocks}))
+    for source in sources:
+        for capability in (80, 90):
+            binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+            print(source.fn.__name__, half, capability, len(binary.asm["cubin"]))
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_gpus(tmp_path):
+    """To machine code of an A100 and an H100, for which no GPU is needed. Their speed is not tested."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("\n") == 3 * 3 * 2
