@@ -16,13 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2 as T
-from torchvision.transforms import InterpolationMode
 
 import utils
 from support import evaluation
 from support.arguments import number
-from support.features import to_pixels
+from support.features import whole_transform
 from support.images import (
     IMAGENET100_CLASSES,
     ImageFolder,
@@ -181,7 +179,7 @@ def main(argv=None) -> None:
         if 0 < images["whitening"] < 2 * backbone.embed_dim:
             few = f"{images['whitening']} images do not span the {2 * backbone.embed_dim} dimensions of the features"
             utils.warn(f"whitening: {few}, give more")
-    transform = T.Compose([T.Resize((args.imsize, args.imsize), InterpolationMode.BICUBIC), to_pixels()])
+    transform = whole_transform(args.imsize)
     datasets = {name: ImageList(files, transform, upright=False) for name, files in paths.items() if files}
     for dataset in datasets.values():
         dataset.use_intensity_range(args.intensity_range or made_with.get("intensity_range"), args.data_path)

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision.transforms.v2 as T
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -130,6 +129,8 @@ class AugmentedBatches(Dataset):
     """
 
     def __init__(self, dataset, crop_size, flip_prob, seed):
+        import torchvision.transforms.v2 as T  # not at the top: it takes longer to import than torch
+
         self.dataset, self.seed = dataset, seed
         self.empty = torch.empty(0, 3, crop_size, crop_size)
         self.transform = T.Compose([T.RandomResizedCrop(crop_size), T.RandomHorizontalFlip(flip_prob), to_pixels()])

@@ -18,7 +18,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 
 import utils
@@ -37,6 +36,8 @@ def timm_config(backbone) -> dict:
     Architectures and patch sizes without a name in timm are ViT-Ti/16 with other arguments. The input is cropped as in
     support.features.eval_transform.
     """
+    import timm  # not at the top: it takes longer to import than torch
+
     side, patch_size = backbone.patch_embed.img_size[0], backbone.patch_embed.patch_size[0]
     name = f"{WIDTHS.get(backbone.embed_dim)}_patch{patch_size}_224"
     # fmt: off
@@ -59,6 +60,8 @@ def timm_config(backbone) -> dict:
 
 def timm_model(config, state) -> torch.nn.Module:
     """Build the model of a `timm_config` with the weights `state`."""
+    import timm
+
     model = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
     model.load_state_dict(state)
     return model.eval()

@@ -6,7 +6,6 @@ FOLDER is this repository. Images are normalized with ImageNet's mean and standa
 files as --pretrained_weights; without it the weights are random.
 """
 
-import functools
 import os
 import sys
 
@@ -20,36 +19,29 @@ def _imported():
     return [name for name in sys.modules if name.split(".")[0] in ("vision_transformer", "support", "utils")]
 
 
-@functools.cache
-def _vision_transformer():
-    """Import the networks from this folder and leave the caller's modules unchanged.
-
-    The caller may have modules of the same names, such as `utils`: they are removed during the import and restored
-    afterwards, and later imports still find them. Consequently a network cannot be pickled whole, only its state_dict.
-    """
-    theirs = {name: sys.modules.pop(name) for name in _imported()}
-    folder = os.path.dirname(os.path.abspath(__file__))
-    sys.path.insert(0, folder)
-    try:
-        import vision_transformer
-    finally:
-        sys.path.remove(folder)
-        for name in _imported():
-            del sys.modules[name]
-        sys.modules.update(theirs)
-    return vision_transformer
-
-
 def lgssl(weights=None, checkpoint_key="teacher", arch=None, patch_size=None) -> nn.Module:
     """Return the backbone of a file, with the architecture that the file holds; see vision_transformer.load_backbone.
+
+    The caller may have modules named as ours, such as `utils`: they are removed while ours are imported and restored
+    afterwards, and later imports still find them. Consequently a network cannot be pickled whole, only its state_dict.
 
     Args:
         weights: checkpoint of main_lgssl.py or DINO, or timm's .safetensors; None: a random ViT-S/16.
         checkpoint_key: network to load from the checkpoint, "teacher" or "student".
         arch, patch_size: default: read from the weights.
     """
-    weights = "none" if weights is None else weights
-    return _vision_transformer().load_backbone(weights, arch, patch_size, checkpoint_key)[0]
+    theirs = {name: sys.modules.pop(name) for name in _imported()}
+    folder = os.path.dirname(os.path.abspath(__file__))
+    sys.path.insert(0, folder)
+    try:
+        from vision_transformer import load_backbone
+
+        return load_backbone("none" if weights is None else weights, arch, patch_size, checkpoint_key)[0]
+    finally:
+        sys.path.remove(folder)
+        for name in _imported():
+            del sys.modules[name]
+        sys.modules.update(theirs)
 
 
 def lgssl_vit_tiny16(weights=None, checkpoint_key="teacher") -> nn.Module:

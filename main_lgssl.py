@@ -17,7 +17,6 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import timm.optim
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -367,25 +366,6 @@ def build_loader(args, dataset, steps, rank, world_size, device) -> DataLoader:
     )
 
 
-class Lars(timm.optim.Lars):
-    """LARS as in DINO: the trust ratio of weights w with gradient g and decay λ is ‖w‖ / ‖g + λw‖.
-
-    timm uses ‖w‖ / (‖g‖ + λ‖w‖), and no trust ratio if λ is 0.
-    """
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        decays = [group["weight_decay"] for group in self.param_groups]
-        for group, decay in zip(self.param_groups, decays, strict=True):
-            for parameter in group["params"] if decay else ():
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter, alpha=decay)
-            group |= {"weight_decay": 0.0, "always_adapt": group["decay"]}  # the decay is part of the gradient now
-        super().step(closure)
-        for group, decay in zip(self.param_groups, decays, strict=True):
-            group["weight_decay"] = decay
-
-
 def build_optimizer(name, network) -> torch.optim.Optimizer:
     """Return the optimizer. Biases and 1-d parameters have no weight decay. The loop sets learning rate and decay."""
     decayed, plain = [], []
@@ -397,7 +377,11 @@ def build_optimizer(name, network) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, fused=True)
     # With these two, GradScaler waits for the device in every step to decide whether to skip it: LARS has no fused
     # version, and fused SGD fails for prototypes that get their first gradient later than the other parameters.
-    return torch.optim.SGD(groups, lr=0, momentum=0.9) if name == "sgd" else Lars(groups, lr=0, momentum=0.9)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0, momentum=0.9)
+    from support.lars import Lars  # not at the top: timm takes longer to import than torch
+
+    return Lars(groups, lr=0, momentum=0.9)
 
 
 if __name__ == "__main__":

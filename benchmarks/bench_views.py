@@ -14,8 +14,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageFilter, ImageOps
-from sklearn.datasets import load_sample_image
-from torchvision import transforms
 
 from augment import MEAN, STD, MultiCrop, normalize
 from benchmarks.machine import machine, print_table, seconds_of
@@ -28,6 +26,11 @@ def main() -> None:
     parser.add_argument("--batch_size", type=number(int, 1), default=40, help="images per batch")
     parser.add_argument("--rounds", type=number(int, 1), default=5, help="number of measurements, the median counts")
     args = parser.parse_args()
+
+    # Not at the top: they take longer to import than torch.
+    from sklearn.datasets import load_sample_image
+    from torchvision import transforms
+
     torch.set_num_threads(1)
     print(f"{machine()}; one core, batch {args.batch_size}")
 
@@ -75,6 +78,8 @@ def main() -> None:
 
 def plain_multi_crop() -> Callable:
     """Return a function from a PIL image to 2 + 8 views [3, S, S], with DINO's parameters."""
+    from torchvision import transforms
+
     jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
     flip_and_color = [transforms.RandomHorizontalFlip(), jitter, transforms.RandomGrayscale(p=0.2)]
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import torch.utils.tensorboard
 
 import main_lgssl
 import support.observe
@@ -98,7 +97,7 @@ def seconds_per_step(options, board, parts) -> float:
                 mock.patch.object(main_lgssl.Report, "pictures", timed(pictures, writing)),
             ]
         else:
-            patches.append(mock.patch.object(torch.utils.tensorboard, "SummaryWriter", Silent))
+            patches.append(mock.patch("torch.utils.tensorboard.SummaryWriter", Silent))
         for patch in patches:
             patch.start()
         try:

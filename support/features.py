@@ -7,10 +7,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision.transforms.v2 as T
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
 from augment import MEAN, STD, normalize
@@ -22,16 +21,20 @@ UNIFORM_LEVELS = 4  # gray levels
 LEAST_VARIANCE = 0.02  # share of the second moment. A uniform image has 0.004, a photograph of the moon 0.13
 
 
-def to_pixels() -> T.Compose:
+def to_pixels() -> Callable:
     """Return the transform PIL image -> normalized float [3, H, W]."""
+    import torchvision.transforms.v2 as T  # not at the top: it takes longer to import than torch
+
     return T.Compose([T.PILToTensor(), T.ToDtype(torch.float32, scale=True), T.Normalize(MEAN, STD)])
 
 
-def eval_transform(crop_size) -> T.Compose:
+def eval_transform(crop_size) -> Callable:
     """Return DINO's evaluation transform: PIL image -> normalized float [3, crop_size, crop_size].
 
     The shorter side is resized to 8/7 of `crop_size`, then the center is cropped: 256 and 224 by default in DINO.
     """
+    import torchvision.transforms.v2 as T
+
     return T.Compose([ResizeShorterSide(crop_size * 8 // 7), T.CenterCrop(crop_size), to_pixels()])
 
 
@@ -43,19 +46,21 @@ class ResizeShorterSide:
     """
 
     def __init__(self, side):
-        self.side, self.resize = side, T.Resize(side, InterpolationMode.BICUBIC)
+        self.side = side
 
     def __call__(self, image):
-        short, long = sorted(image.size)
-        if self.side * (self.side * long // short) > MAX_PIXELS:
+        width, height = (self.side * length // min(image.size) for length in image.size)
+        if width * height > MAX_PIXELS:
             found = f"{image.width}x{image.height} pixels are too elongated for a shorter side of {self.side}"
             raise UserError(f"{found}: the resized image would have more than {MAX_PIXELS} pixels")
-        return self.resize(image)
+        return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def whole_transform(side) -> T.Compose:
+def whole_transform(side) -> Callable:
     """Return the transform PIL image -> normalized float [3, side, side] that resizes without cropping."""
-    return T.Compose([T.Resize((side, side), InterpolationMode.BICUBIC), to_pixels()])
+    import torchvision.transforms.v2 as T
+
+    return T.Compose([T.Resize((side, side), T.InterpolationMode.BICUBIC), to_pixels()])
 
 
 class RawPixels(nn.Module):

@@ -75,7 +75,7 @@ def check_parser(parser):
 def test_help_and_runs_on_windows_need_no_slow_package(run_script, tmp_path):
     """All scripts in one process, without the parts of Python that Windows lacks, and then a run with a worker.
 
-    Import is most of the time of --help. timm, which the networks derive from, imports torchvision.
+    Import is most of the time of --help: torch, and nothing that takes longer.
     """
     program = tmp_path / "program.py"
     program.write_text(WINDOWS)
@@ -108,7 +108,8 @@ def main():
             module.main()
         except SystemExit as error:
             assert error.code == 0
-    slow = "sklearn skimage scipy matplotlib tensorboard pandas onnx onnxscript onnxruntime submitit"
+    slow = "sklearn skimage scipy matplotlib tensorboard pandas onnx onnxscript onnxruntime submitit "
+    slow += "timm torchvision torch._dynamo"
     print("imported:", [name for name in slow.split() if name in sys.modules])
     run = "--dataset digits --arch vit_micro --patch_size 8 --image_size 40 --global_crops_size 32 --epochs 1 "
     run += "--local_crops_size 16 --local_crops_number 1 --out_dim 24 --head_hidden_dim 32 --batch_size_per_gpu 350 "

@@ -19,6 +19,7 @@ from augment import MultiCrop, normalize
 from losses import LocalGlobalLoss, plain_loss
 from main_lgssl import build_optimizer, parse_arguments
 from patch_matching import match_patches
+from support.backbone import VisionTransformer
 from support.images import ResizedArray, build_dataset
 from support.loader import BatchSampler, ViewBatches
 from utils import UserError, clip_each_gradient, seed_networks
@@ -27,7 +28,6 @@ from vision_transformer import (
     BackboneWithHead,
     DINOHead,
     Teacher,
-    VisionTransformer,
     load_backbone,
     vit_micro,
 )
