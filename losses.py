@@ -7,11 +7,11 @@ and memory.
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from support.matched_cross_entropy import matched_cross_entropy
-from utils import all_reduce_mean
 
 # Weight of a matched token pair, by --loss. Each function takes
 #   is_cls: booleans [M, Ns], whether the pair is CLS with CLS,
@@ -111,7 +111,9 @@ class LocalGlobalLoss(nn.Module):
         self.student_temp, self.center_momentum = student_temp, center_momentum
         positions = 1 + grid_tokens if center == "position" and loss != "cls" else 1
         self.register_buffer("center", torch.zeros(positions, out_dim))
-        self._pending: tuple | None = None  # for update_center: (sum of means, their number, prototypes, scale)
+        # For update_center: (sum of means, their number, prototypes, scale), then (mean, exchange, prototypes, scale)
+        self._pending: tuple | None = None
+        self._exchanged: tuple | None = None
 
     def forward(self, student_out, teacher_out, matches, teacher_temp: float) -> torch.Tensor:
         """Return the loss of a batch, averaged over images and pairs of views.
@@ -140,17 +142,35 @@ class LocalGlobalLoss(nn.Module):
         return loss / is_cls.sum()  # batch size × number of pairs of views
 
     @torch.no_grad()
+    def start_center_update(self) -> None:
+        """Start to average the teacher's outputs since the last update over all ranks, without waiting for it.
+
+        Call it after the forward pass of the last micro-batch, so that the backward pass hides the exchange.
+        `update_center` calls it otherwise.
+        """
+        if self._pending is None:
+            return
+        mean_z, batches, prototypes, scale = self._pending
+        self._pending = None
+        mean_z = mean_z.to(self.center.dtype) / batches  # [1+P, D]
+        exchange = dist.all_reduce(mean_z, async_op=True) if dist.is_initialized() else None
+        self._exchanged = (mean_z, exchange, prototypes, scale)
+
+    @torch.no_grad()
     def update_center(self) -> None:
         """Move the center towards the mean of the teacher's logits since the last call, averaged over all ranks.
 
         Call it once per step, after the last micro-batch and before the teacher changes. Batches in evaluation mode do
         not count.
         """
-        if self._pending is None:
+        self.start_center_update()
+        if self._exchanged is None:
             return
-        mean_z, batches, prototypes, scale = self._pending
-        self._pending = None
-        mean_z = all_reduce_mean(mean_z.to(self.center.dtype) / batches)  # [1+P, D]
+        mean_z, exchange, prototypes, scale = self._exchanged
+        self._exchanged = None
+        if exchange is not None:
+            exchange.wait()
+            mean_z /= dist.get_world_size()
         if len(self.center) == 1:
             mean_z = mean_z[:1] if self.loss == "cls" else mean_z.mean(0, keepdim=True)
         with torch.autocast(mean_z.device.type, enabled=False):

@@ -37,7 +37,7 @@ from support.report import WATCH_FROM, Report
 from utils import UserError, clip_each_gradient, cosine_schedule, seed_networks
 from vision_transformer import ARCHITECTURES, MAX_SIDE, BackboneWithHead, DINOHead, Teacher, architecture
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -82,7 +82,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--weight_decay_end", type=amount, default=0.4, help="final weight decay, on a cosine")
     add("--clip_grad", type=amount, default=3.0, help="maximum gradient norm of each parameter (0: no clipping)")
     add("--freeze_last_layer", type=count, default=1, help="first epochs, in which the prototypes are not updated")
-    add("--precision", choices=AUTOCAST, help="precision of autocast. Default: fp16 on a GPU, fp32 on a CPU")
+    add("--precision", choices=AUTOCAST, help="precision of matrix products: autocast in bf16 or fp16, or fp32 "
+        "without or with TF32. Default: that of the resumed run, or bf16 (fp16 on GPUs without it), fp32 on a CPU")
     add("--use_fp16", type=bool_flag, help="DINO's option for --precision fp16 (true) or fp32 (false)")
     add("--grad_checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
     add("--compile", action="store_true", help="compile the backbones with torch.compile")
@@ -123,8 +124,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     args.geometry = args.geometry or ("image" if args.loss == "cls" else "batch")
     if args.image_size is None:
         args.image_size = 0 if (args.loss, args.geometry) == ("cls", "image") else 256
-    use_fp16 = torch.cuda.is_available() if args.use_fp16 is None else args.use_fp16
-    args.precision = args.precision or ("fp16" if use_fp16 else "fp32")
+    if args.precision is None and args.use_fp16 is not None:
+        args.precision = "fp16" if args.use_fp16 else "fp32"
     del args.use_fp16
 
     parser.check_crops(args)
@@ -150,6 +151,7 @@ def pretrain(args, stop) -> signal.Signals | None:
     checkpoint, source_path = checkpoints.open_output(output_dir, vars(args), vars(parse_arguments([])))
     timeout = datetime.timedelta(seconds=args.dist_timeout)
     rank, world_size, device = utils.init_distributed(args.dist_url, timeout)
+    set_precision(args, checkpoint, device)
     lock = checkpoints.lock(output_dir) if rank == 0 else None
     stop.join(timeout)
     batch_size = args.batch_size_per_gpu * args.accum_steps * world_size
@@ -216,11 +218,15 @@ def pretrain(args, stop) -> signal.Signals | None:
             seed_networks(args.seed, step, rank, micro_step)
             is_last = micro_step == args.accum_steps - 1
             with nullcontext() if is_last or world_size == 1 else ddp_student.no_sync():
-                with torch.autocast(device.type, AUTOCAST[args.precision], enabled=args.precision != "fp32"):
+                with torch.autocast(
+                    device.type, AUTOCAST[args.precision], enabled=AUTOCAST[args.precision] is not None
+                ):
                     with torch.no_grad():
                         teacher_out = teacher(batch.views[:1], batch.matches.teacher_row)  # both global views
                     student_out = ddp_student(batch.views, batch.matches.student_row)
                     loss = criterion(student_out, teacher_out, batch.matches, teacher_temp) / args.accum_steps
+                if is_last:
+                    criterion.start_center_update()  # ranks exchange it during the backward pass
                 # Multiply by NaN so that DDP's averaging makes every rank skip this step.
                 scaler.scale(loss * torch.where(loss.isfinite(), 1.0, math.nan)).backward()
             meters.add(loss.detach(), batch.matches, batch.bad_images, args.accum_steps)
@@ -245,7 +251,7 @@ def pretrain(args, stop) -> signal.Signals | None:
             torch._foreach_lerp_(teacher_parameters, student_parameters, 1 - scheduled["momentum"])
         interval_steps += 1
 
-        if is_report_step:  # with AdamW, the CPU waits for the device only here and when saving
+        if is_report_step:  # the CPU waits for the device only here and when saving
             meters.stop_at_bad_step(student)
             if args.on_bad_image == "skip":
                 meters.share_bad_images()
@@ -314,6 +320,22 @@ def open_images(args) -> tuple:
     return dataset, online_knn, no_knn
 
 
+def set_precision(args, checkpoint, device) -> None:
+    """Set --precision where it is not given, and switch TF32 on or off.
+
+    Raises:
+        UserError: the device has no TF32.
+    """
+    has_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # bf16 and TF32
+    if args.precision is None:
+        default = "fp32" if device.type == "cpu" else "bf16" if has_ampere else "fp16"
+        args.precision = checkpoint["args"].get("precision", default) if checkpoint else default
+    if args.precision == "tf32" and not has_ampere:
+        raise UserError("--precision tf32 needs a GPU of compute capability 8.0 or more; use fp32")
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"  # of the patch embedding, a convolution
+
+
 def build_networks(args) -> tuple[BackboneWithHead, Teacher, LocalGlobalLoss]:
     """Return (student, teacher, criterion). The teacher starts as a copy of the student."""
 
@@ -344,8 +366,10 @@ def wrap_networks(args, student, teacher, world_size, device) -> torch.nn.Module
     if world_size == 1:
         return student
     if args.use_bn_in_head:
+        # Each SyncBatchNorm makes all ranks wait for each other, in the forward and in the backward pass.
         student.head, teacher.head = map(torch.nn.SyncBatchNorm.convert_sync_batchnorm, (student.head, teacher.head))
-    return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(student, device_ids=device_ids, gradient_as_bucket_view=True)  # no copy of gradients
 
 
 def build_loader(args, dataset, steps, rank, world_size, device) -> DataLoader:
@@ -375,13 +399,9 @@ def build_optimizer(name, network) -> torch.optim.Optimizer:
     groups = [{"params": decayed, "decay": True}, {"params": plain, "decay": False, "weight_decay": 0.0}]
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
-    # With these two, GradScaler waits for the device in every step to decide whether to skip it: LARS has no fused
-    # version, and fused SGD fails for prototypes that get their first gradient later than the other parameters.
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=0, momentum=0.9)
-    from support.lars import Lars  # not at the top: timm takes longer to import than torch
+    from support.optimizers import Lars, Sgd  # not at the top: timm takes longer to import than torch
 
-    return Lars(groups, lr=0, momentum=0.9)
+    return {"sgd": Sgd, "lars": Lars}[name](groups, lr=0, momentum=0.9)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Small helpers used everywhere: errors, processes, schedules, gradients, files."""
 
 import contextlib
+import datetime
 import errno
 import json
 import math
@@ -26,6 +27,8 @@ VERSION = "0.9.0"
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 NO_MEMORY = re.compile("MemoryError|out of memory|not enough memory|[Cc](an't|annot) allocate memory|ALLOC_FAILED")
+# How long a process waits for another by default. In evaluations, the first one computes alone for minutes.
+TIMEOUT = datetime.timedelta(minutes=30)
 DEAD_WORKER = "a data-loading worker died, probably because memory ran out: use fewer --num_workers"
 
 
@@ -160,12 +163,12 @@ def launched_as() -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
-def init_distributed(dist_url="env://", timeout=None) -> tuple[int, int, torch.device]:
+def init_distributed(dist_url="env://", timeout=TIMEOUT) -> tuple[int, int, torch.device]:
     """Join the process group that torchrun describes in the environment. Without one, run as a single process.
 
     Args:
         dist_url: URL to set up the process group.
-        timeout: timedelta to wait for another process; None uses PyTorch's default.
+        timeout: timedelta to wait for another process.
 
     Returns:
         (rank, world_size, device): the device is the GPU of this process, or the CPU if there is no GPU.
@@ -176,6 +179,8 @@ def init_distributed(dist_url="env://", timeout=None) -> tuple[int, int, torch.d
     rank, world_size, local_rank = launched_as()
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        if torch.cuda.device_count() == 1 and _each_task_sees_its_gpu():
+            local_rank = 0
         if local_rank >= torch.cuda.device_count():
             found = f"found {torch.cuda.device_count()} GPUs on this machine and at least {local_rank + 1} processes"
             raise UserError(f"{found}: start one process per GPU")
@@ -192,15 +197,21 @@ def init_distributed(dist_url="env://", timeout=None) -> tuple[int, int, torch.d
                 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                     # Processes restarted by torchrun use the store of its agent again and must not find old keys there.
                     # With torch 2.14, "env://" mostly fails after a restart.
-                    waiting = {"timeout": timeout} if timeout else {}
-                    store = dist.TCPStore(address, int(port), is_master=False, **waiting)
+                    store = dist.TCPStore(address, int(port), is_master=False, timeout=timeout)
                     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
                     rendezvous = {"store": dist.PrefixStore(f"try{attempt}", store)}
-            group = {"backend": "nccl" if device.type == "cuda" else "gloo", "rank": rank, "world_size": world_size}
+            group = {"backend": "gloo", "rank": rank, "world_size": world_size}
+            if device.type == "cuda":
+                group |= {"backend": "nccl", "device_id": device}
             dist.init_process_group(**group, **rendezvous, timeout=timeout)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"rank {rank} could not join {world_size} processes: {first_line(error)}") from error
     return rank, world_size, device
+
+
+def _each_task_sees_its_gpu():
+    """Return whether SLURM started this process itself, as with `srun --gpus-per-task=1`, and not torchrun."""
+    return "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def all_reduce_mean(tensor) -> torch.Tensor:

@@ -99,7 +99,7 @@ class Meters:
         Args:
             values: 0-d tensors of the last step, to be averaged over the processes.
         """
-        count = self.loss.new_tensor(self.steps)
+        count = torch.full_like(self.loss, self.steps)  # new_tensor would wait for the device
         values = {"loss": self.loss / count, "matched_patches": self.matched / count, **values}
         if self.fp16:
             values["skipped_share"] = self.skipped[0] / count
@@ -110,7 +110,7 @@ class Meters:
                 total, steps = self.epoch.get(name, (0.0, 0))
                 self.epoch[name] = (total + mean * self.steps, steps + self.steps)
         self.loss, self.matched = torch.zeros_like(self.loss), torch.zeros_like(self.matched)
-        self.skipped = self.skipped * self.skipped.new_tensor([0.0, 1.0])
+        self.skipped = torch.stack([torch.zeros_like(self.skipped[0]), self.skipped[1]])
         self.steps = 0
         return means
 
