@@ -1,0 +1,167 @@
+"""What a training step asks of a GPU: launches, copies, synchronizations and memory, counted without one."""
+
+import itertools
+import json
+
+import pytest
+from nullgpu import build
+
+# The default network and views, fp16. Options: launches of the loss, launches of a step, peak memory in GB
+BUDGETS = {
+    "--loss mean --out_dim 10000": (150, 2800, 7.3),
+    "--loss mean --out_dim 65536": (250, 2800, 8.2),
+    "--loss cls --out_dim 65536": (150, 2800, 8.2),
+}
+OPTIMIZERS = ["--optimizer adamw", "--optimizer sgd", "--optimizer lars"]
+COMMON = "--dataset digits --num_workers 0 --knn_every 0 --image_every 0 --log_every 4 --freeze_last_layer 0"
+TRAINING = f"main_lgssl {COMMON} --epochs 1"
+TINY = f"{TRAINING} --arch vit_micro --patch_size 8 --image_size 40 --global_crops_size 32 --local_crops_size 16 "
+TINY += "--local_crops_number 2 --out_dim 24 --head_hidden_dim 32 --batch_size_per_gpu 4"
+PLAIN, REPORT = 2, 3  # steps
+
+CHECK = """
+import json, torch
+from nullgpu import runs
+
+runs.patch()
+torch.cuda.init()
+images, pinned = torch.empty(5, 3, 8, 8, device="cuda"), torch.ones(3).pin_memory()
+square, filters = torch.empty(4, 4, device="cuda"), torch.empty(2, 3, 4, 4, device="cuda")
+square @ square  # creates the handle of cuBLAS
+operations = {
+    "memset": square.zero_,
+    "kernel": lambda: square + 1,
+    "product": lambda: square @ square,
+    "copy": square.clone,
+    "convolution": lambda: torch.conv2d(images, filters, stride=4),
+    "pinned": lambda: pinned.to("cuda", non_blocking=True),
+    "pageable": lambda: torch.ones(3).to("cuda", non_blocking=True),
+    "waiting": lambda: torch.ones(3).to("cuda"),
+    "item": lambda: square[0, 0].item(),
+    "synchronize": torch.cuda.synchronize,
+}
+counts = {}
+for name, operation in operations.items():
+    before = runs.read()
+    operation()
+    counts[name] = [count - before[key] for key, count in runs.read().items()]
+print(json.dumps(counts))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_nullgpu(tmp_path_factory, run_script):
+    """Run Python on the library that stands in for CUDA, and return the JSON that it prints."""
+    if obstacle := build.obstacle():
+        pytest.skip(obstacle)
+    environment = {"LD_PRELOAD": str(build.build(tmp_path_factory.mktemp("nullgpu"))), "PYTHONPATH": "tests"}
+    environment["CUDA_VISIBLE_DEVICES"] = "0"
+    return lambda *words: json.loads(run_script(*words, **environment).stdout)
+
+
+@pytest.fixture(scope="module")
+def run_all(on_nullgpu, tmp_path_factory):
+    """Run commands in one process and return {command: what it counted}, each with an output folder of its own."""
+
+    def run(commands):
+        folders = (tmp_path_factory.mktemp("run") for _ in commands)
+        lines = [f"{c} --output_dir {f}" for c, f in zip(commands, folders, strict=True)]
+        return dict(zip(commands, on_nullgpu("-m", "nullgpu.runs", *lines), strict=True))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def measured(run_all):
+    """Train with BUDGETS and OPTIMIZERS, and return {options: what was counted}."""
+    results = run_all(
+        [f"{TRAINING} {options}" for options in BUDGETS] + [f"{TINY} {options}" for options in OPTIMIZERS]
+    )
+    for result in results.values():
+        assert len(result["steps"]) > REPORT, result["error"]
+    return dict(zip([*BUDGETS, *OPTIMIZERS], results.values(), strict=True))
+
+
+def test_counts_of_known_operations(on_nullgpu):
+    counts = on_nullgpu("-c", CHECK)
+    # launches, pageable copies, synchronizations
+    assert counts == {
+        "memset": [1, 0, 0],
+        "kernel": [1, 0, 0],
+        "product": [1, 0, 0],
+        "copy": [1, 0, 0],
+        "convolution": [3, 0, 0],  # zeros, unfolding and a product, however many images
+        "pinned": [0, 0, 0],
+        "pageable": [0, 1, 0],
+        "waiting": [0, 1, 1],
+        "item": [0, 0, 1],
+        "synchronize": [0, 0, 1],
+    }
+
+
+@pytest.mark.parametrize("options", BUDGETS)
+def test_launches_of_the_loss(measured, options):
+    assert 0 < measured[options]["steps"][PLAIN]["loss_launches"] <= BUDGETS[options][0], most(measured[options])
+
+
+@pytest.mark.parametrize("options", BUDGETS)
+def test_launches_of_a_step(measured, options):
+    assert 0 < measured[options]["steps"][PLAIN]["launches"] <= BUDGETS[options][1], most(measured[options])
+
+
+def most(result) -> str:
+    """Return the places that launch most."""
+    return "\n".join(f"{launches:5} {place}" for place, launches in result["lines"][:30])
+
+
+@pytest.mark.parametrize("options", BUDGETS)
+def test_peak_memory(measured, options):
+    assert 1 < measured[options]["peak_bytes"] / 1e9 <= BUDGETS[options][2]
+
+
+@pytest.mark.parametrize("options", BUDGETS)
+def test_steps_copy_only_from_pinned_memory(measured, options):
+    assert measured[options]["steps"][PLAIN]["pageable_copies"] == 0
+
+
+@pytest.mark.parametrize("options", BUDGETS)
+def test_steps_with_reports_wait_only_after_the_backward_pass(measured, options):
+    counts = measured[options]["steps"][REPORT]
+    assert counts["synchronizations"] > 0  # for the values of the report
+    assert counts["synchronizations_before_backward"] == 0
+
+
+@pytest.mark.parametrize("options", [*BUDGETS, *OPTIMIZERS])
+def test_steps_without_reports_do_not_wait(measured, options):
+    assert not measured[options]["error"], measured[options]["error"]  # PyTorch's own detection raises in the last step
+    assert measured[options]["steps"][PLAIN]["synchronizations"] == 0
+
+
+@pytest.mark.slow
+def test_all_settings_train(run_all):
+    choices = ("cls", "mean", "sum", "lambda"), ("batch", "image"), ("fp32", "bf16", "fp16")
+    commands = [f"{TINY} --loss {x} --geometry {y} --precision {z}" for x, y, z in itertools.product(*choices)]
+    others = ["grad_checkpointing", "accum_steps 2", "center shared", "use_bn_in_head true", "norm_last_layer false"]
+    others += ["freeze_last_layer 1", "clip_grad 0", "matching nearest", "local_crops_number 0"]
+    results = run_all([*commands, *(f"{TINY} --{other}" for other in others)])
+    assert {command: result["error"] for command, result in results.items() if result["error"]} == {}
+
+
+@pytest.mark.slow
+def test_runs_end_resume_and_are_evaluated(on_nullgpu, tmp_path):
+    """Epochs end with a checkpoint, online k-NN and pictures; interrupted runs resume."""
+    whole_epoch = "--batch_size_per_gpu 700 --knn_every 1 --image_every 1"
+    interrupted = f"{TINY} --save_every_steps 4 --output_dir {tmp_path}/resumed"
+    evaluation = f"--dataset digits --num_workers 0 --pretrained_weights {tmp_path}/whole/checkpoint.pth"
+    commands = [
+        f"{TINY} {whole_epoch} --output_dir {tmp_path}/whole",
+        interrupted,
+        interrupted,
+        f"eval_knn {evaluation}",
+        f"eval_linear {evaluation} --epochs 1",
+        f"eval_linear {evaluation} --epochs 1 --cache_features --output_dir {tmp_path}/cached",
+    ]
+    results = on_nullgpu("-m", "nullgpu.runs", *commands)
+    assert {command: r["error"] for command, r in zip(commands, results, strict=True) if r["error"]} == {}
+    written = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert {"checkpoint.pth", "knn_digits.json", "linear_digits.json"} <= written
