@@ -18,7 +18,9 @@ class SkippableStep:
         found_inf = getattr(self, "found_inf", None)
         self.found_inf = self.grad_scale = None  # SGD itself handles them only when fused
         if found_inf is None or found_inf.device.type == "cpu":
-            return super().step(closure) if found_inf is None or not found_inf else None
+            if found_inf is None or not found_inf:
+                super().step(closure)
+            return
         before = {name: value.clone() for name, value in self._values()}
         super().step(closure)
         for name, value in self._values():

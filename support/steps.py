@@ -117,7 +117,8 @@ def score(column, step) -> float | None:
 def differences(expected, actual) -> list:
     """Return the settings of `actual` that differ from the expected ones, as texts.
 
-    Paths are not settings, nor is a precision that the machine decides. Settings that `actual` lacks are newer than its version, which worked as by default.
+    Paths are not settings, nor is a precision that the machine decides. Settings that `actual` lacks are newer than its
+    version, which worked as by default.
     """
     ignored = {*MAY_CHANGE, *PLACES} | ({"precision"} if expected.get("precision") is None else set())
     return [
