@@ -129,7 +129,7 @@ class AugmentedBatches(Dataset):
     """
 
     def __init__(self, dataset, crop_size, flip_prob, seed):
-        import torchvision.transforms.v2 as T  # not at the top: it takes longer to import than torch
+        import torchvision.transforms.v2 as T  # not at the top: importing it takes as long as torch
 
         self.dataset, self.seed = dataset, seed
         self.empty = torch.empty(0, 3, crop_size, crop_size)

@@ -36,7 +36,7 @@ def timm_config(backbone) -> dict:
     Architectures and patch sizes without a name in timm are ViT-Ti/16 with other arguments. The input is cropped as in
     support.features.eval_transform.
     """
-    import timm  # not at the top: it takes longer to import than torch
+    import timm  # not at the top: timm takes longer to import than torch
 
     side, patch_size = backbone.patch_embed.img_size[0], backbone.patch_embed.patch_size[0]
     name = f"{WIDTHS.get(backbone.embed_dim)}_patch{patch_size}_224"

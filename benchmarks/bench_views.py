@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=number(int, 1), default=5, help="number of measurements, the median counts")
     args = parser.parse_args()
 
-    # Not at the top: they take longer to import than torch.
+    # Not at the top: importing them takes longer than torch.
     from sklearn.datasets import load_sample_image
     from torchvision import transforms
 

@@ -23,7 +23,7 @@ LEAST_VARIANCE = 0.02  # share of the second moment. A uniform image has 0.004, 
 
 def to_pixels() -> Callable:
     """Return the transform PIL image -> normalized float [3, H, W]."""
-    import torchvision.transforms.v2 as T  # not at the top: it takes longer to import than torch
+    import torchvision.transforms.v2 as T  # not at the top: importing it takes as long as torch
 
     return T.Compose([T.PILToTensor(), T.ToDtype(torch.float32, scale=True), T.Normalize(MEAN, STD)])
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections import defaultdict
 
 import torch
@@ -67,13 +68,14 @@ class Report:
             if values["step"] >= watch_from:
                 self.watch(values)  # ignore the warnings: the run has printed them before
         self.board = None  # TensorBoard's writer
+        threading.excepthook = _print_unless_tensorboards
         try:
             from torch.utils.tensorboard import SummaryWriter  # takes a second, and only one process needs it
 
             # A slow disk blocks the training only when 1,000 entries are waiting.
             self.board = SummaryWriter(output_dir / "tb", max_queue=1000, purge_step=start_step)
         except (OSError, ImportError) as error:
-            warn(f"no TensorBoard in {output_dir / 'tb'}: {first_line(error)}; the run goes on without")
+            warn(f"no TensorBoard in {output_dir / 'tb'}: {_reason(error)}; the run goes on without")
 
     def _board(self, method, *args, **options):
         """Call a method of TensorBoard's writer, if there is one. If it fails, warn and go on without."""
@@ -82,7 +84,7 @@ class Report:
                 getattr(self.board, method)(*args, **options)
         except OSError as error:
             self.board = None
-            warn(f"cannot write {self.output_dir / 'tb'}: {first_line(error)}; the run goes on without TensorBoard")
+            warn(f"cannot write {self.output_dir / 'tb'}: {_reason(error)}; the run goes on without TensorBoard")
 
     def start(self, args, environment, headline) -> None:
         """Write the arguments and the environment of the run, print a headline and open the progress bar.
@@ -167,6 +169,16 @@ class Report:
             print(f"stopped by {stopped_by.name}: run the same command to resume from {path}", flush=True)
         else:
             print(f"done: {path}, {self.epoch_log}", flush=True)
+
+
+def _reason(error):
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def _print_unless_tensorboards(error):
+    """Print the exception of a thread, except that of TensorBoard's, which the next call of its writer raises."""
+    if not type(error.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(error)
 
 
 def _cut_log(path, key, end):

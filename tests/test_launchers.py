@@ -171,6 +171,21 @@ def test_ctrl_c_in_a_terminal_is_one_line(tmp_path, words):
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize("script", ["eval_knn.py", "export.py"])
+def test_ctrl_c_while_timm_is_imported_is_one_line(tmp_path, run_script, script):
+    """The import takes a second. Another module of its name sends the signal."""
+    (tmp_path / "timm.py").write_text(
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if a shell has `pytest &`\n"
+        "signal.raise_signal(signal.SIGINT)\n"
+        "time.sleep(60)\n"
+    )
+    words = ["--pretrained_weights", "none", "--output_dir", tmp_path]
+    words += ["--dataset", "digits"] if script == "eval_knn.py" else []
+    process = run_script(script, *words, check=False, PYTHONPATH=str(tmp_path))
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", f"{script}: interrupted\n")
+
+
 def test_features_of_uneven_parts_keep_their_order(photo_folder, tmp_path, run_script, torchrun):
     """7 images on 2 processes in batches of 3, gathered two per process at a time."""
     script = tmp_path / "extract.py"

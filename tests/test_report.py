@@ -1,7 +1,13 @@
+import errno
 import io
+import json
+import os
 import re
+import signal
+import threading
 
 import pytest
+import torch
 
 from support.report import CollapseWatch, Report
 
@@ -47,3 +53,50 @@ def test_the_bar_moves_every_step_below_a_line_for_the_model(tmp_path, monkeypat
     assert re.search(r" 2/20 \[\d\d:\d\d<\d\d:\d\d, ", last), last  # elapsed < left
     report.end({}, None)
     assert terminal.getvalue().count("vit_micro/8") == 1
+
+
+@pytest.mark.parametrize(
+    ("moment", "line"),
+    [
+        ("start", "no TensorBoard in {tb}: Read-only file system; the run goes on without"),
+        ("reports", "cannot write {tb}: Read-only file system; the run goes on without TensorBoard"),
+        ("end", "cannot write {tb}: Read-only file system; the run goes on without TensorBoard"),
+    ],
+)
+def test_a_run_goes_on_without_a_writable_folder_for_tensorboard(tmp_path, monkeypatch, capfd, moment, line):
+    """With one warning. The folder becomes read-only at this moment; tests of root cannot take permissions away."""
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # not that of pytest
+    opened = io.open
+
+    def open_elsewhere(path, *args, **options):
+        if "/tb/" in str(path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        return opened(path, *args, **options)
+
+    def reaches(now):
+        if now == moment:
+            monkeypatch.setattr(io, "open", open_elsewhere)
+
+    reaches("start")
+    report = Report(tmp_path, start_step=0, epochs=1, steps_per_epoch=10)
+    report.start({}, {}, "vit_micro/8, loss mean")
+    reaches("reports")
+    for step in range(10):
+        report.interval(0, step, 1.0, {**HEALTHY, "loss": 2.0, "lr": 0.1, "images_per_s": 1.0})
+    report.epoch(0, 9, {"loss": 2.0})
+    reaches("end")
+    report.histogram("matched_patches_per_pair", torch.tensor([0, 3]), 9)
+    report.end({}, signal.SIGTERM if moment == "end" else None)
+    warning = line.format(tb=tmp_path / "tb")
+    assert capfd.readouterr().err == f"warning: {warning}\n"
+    assert len((tmp_path / "steps.jsonl").read_text().splitlines()) == 10
+    assert json.loads((tmp_path / "log.txt").read_text()) == {"train_loss": 2.0, "epoch": 0}
+
+
+def test_the_error_of_another_thread_is_printed(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    Report(tmp_path, start_step=0, epochs=1, steps_per_epoch=10)
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    assert "ZeroDivisionError" in capfd.readouterr().err
