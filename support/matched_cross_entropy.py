@@ -39,7 +39,7 @@ def matched_cross_entropy(
         center: [1, K], or [1+P, K] with one center per token position.
         student_temp, teacher_temp: τ_s and τ_t.
         chunk_memory: memory in bytes for the logits of student tokens and their buffers. Default: 80 MiB on a CPU; on a
-            GPU 1/64 of its memory, at most 1 GiB. Targets may need memory in addition, and so do copies in lower
+            GPU 1/48 of its memory, at most 1.5 GiB. Targets may need memory in addition, and so do copies in lower
             precision under autocast.
 
     Raises:
@@ -82,7 +82,7 @@ def _default_memory(device):
     if device.type == "cpu":
         return 80 << 20
     # A share of the whole memory and not of what is free, which would change chunks and rounding when a run is resumed.
-    return min(torch.cuda.get_device_properties(device).total_memory // 64, 1 << 30)
+    return min(torch.cuda.get_device_properties(device).total_memory // 48, 3 << 29)
 
 
 def _implementation(device, dtype):

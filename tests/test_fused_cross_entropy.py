@@ -1,16 +1,20 @@
 """The kernels of a GPU, run by Triton's interpreter on the CPU, against naive formulas in float64 and golden data."""
 
+import contextlib
+import functools
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from test_losses import Case, batch_case, golden_case, token_output
 
 from losses import LocalGlobalLoss
+from patch_matching import match_views
 from support import matched_cross_entropy
 
 if find_spec("triton") is None:
@@ -139,6 +143,53 @@ def test_a_logit_that_is_not_finite_makes_the_loss_not_finite():
         case = Case()
         case.student_z[case.student_idx[1]] = bad
         assert not case.fast(0.5, dtype=torch.float32).isfinite()
+
+
+@pytest.mark.parametrize("K", [10_000, 65_536])
+def test_bytes_moved_per_logit(monkeypatch, K):
+    """At most 24 of main memory per logit of the student in fp16, with the shapes of ViT-S/16 and a batch of 40.
+
+    Each kernel and product reads and writes each of its tensors once. What it needs again comes from the cache.
+    """
+    moved = []
+
+    def count(*tensors):
+        moved.extend(x.numel() * x.element_size() for x in tensors)
+
+    def product(a, b, out):
+        count(a, b, out)
+        return out
+
+    def targets(logits, center, positions, temp, out):
+        count(logits, center, out)
+
+    def cross_entropy(logits, targets, idx, weight, first, temp, difference, losses):
+        count(logits, targets, difference)
+
+    add = torch.Tensor.add_
+    monkeypatch.setattr(torch.Tensor, "add_", lambda x, y, **k: (count(x, x, y), add(x, y, **k))[1])
+    for name, stand_in in (
+        ("_product", product),
+        ("teacher_targets", targets),
+        ("student_cross_entropy", cross_entropy),
+    ):
+        monkeypatch.setattr(kernels, name, stand_in)
+    views, batch, grids = 10, 40, [(14, 14)] * 2 + [(6, 6)] * 8
+    tops = np.random.default_rng(0).integers(0, 100, (2, views, batch))
+    sides = np.where(np.arange(views) < 2, 150, 80)[:, None].repeat(batch, 1)
+    boxes = np.stack([*tops, sides, sides], -1)
+    matches = match_views(boxes, np.zeros((views, batch), bool), grids, batch)
+    empty = functools.partial(torch.empty, device="meta")
+    outs = [token_output(empty(len(rows), 256), empty(K, 256)) for rows in (matches.student_row, matches.teacher_row)]
+    outs[0].bottleneck.requires_grad_()
+    outs[0].prototypes.requires_grad_()
+    matches = matches._replace(**{name: getattr(matches, name).to("meta") for name in matches._fields[:-2]})
+    weight = empty(matches.num_matched.shape)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.float16)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # there is none on "meta"
+    matched_cross_entropy.matched_cross_entropy(*outs, matches, weight, empty(197, K), 0.1, 0.04, 3 << 29)
+    assert 15 < sum(moved) / (len(matches.student_row) * K) < 24
 
 
 COMPILE = """

@@ -694,6 +694,36 @@ def test_lower_precision_trains(photo_folder, tmp_path, precision):
     assert rounded["student"]["head.mlp.0.weight"].dtype == exact["student"]["head.mlp.0.weight"].dtype == torch.float32
 
 
+def test_precision_depends_on_the_device_unless_it_is_given(monkeypatch):
+    def chosen(words, device, capability=None, recorded=None):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        args = parse_arguments(words.split())
+        main_lgssl.set_precision(args, {"args": recorded} if recorded is not None else None, torch.device(device))
+        return args.precision
+
+    try:
+        assert [chosen("", "cpu"), chosen("", "cuda", (7, 5)), chosen("", "cuda", (8, 0))] == ["fp32", "fp16", "bf16"]
+        assert chosen("", "cuda", (9, 0), {"precision": "fp16"}) == "fp16"
+        assert chosen("", "cuda", (9, 0), {}) == "bf16"
+        assert chosen("--use_fp16 true", "cuda", (9, 0)) == "fp16"
+        assert chosen("--precision fp32", "cuda", (9, 0), {"precision": "fp32"}) == "fp32"
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+        assert chosen("--precision tf32", "cuda", (8, 0)) == "tf32"
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+        for device, capability in (("cpu", None), ("cuda", (7, 5))):
+            with pytest.raises(UserError, match="--precision tf32 needs a GPU"):
+                chosen("--precision tf32", device, capability)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_resumed_run_keeps_its_precision(photo_folder, tmp_path):
+    train(photo_folder, tmp_path, "--epochs", 2, "--precision", "bf16")
+    train(photo_folder, tmp_path, "--epochs", 2)  # goes on, and has nothing left to do
+    with pytest.raises(UserError, match="--precision bf16 there, fp32 here"):
+        train(photo_folder, tmp_path, "--epochs", 2, "--precision", "fp32")
+
+
 def test_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(photo_folder, tmp_path, monkeypatch):
     original, calls = LocalGlobalLoss.forward, []
 

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import utils
@@ -86,6 +87,24 @@ def test_torchrun_gets_the_line(capsys, tmp_path, monkeypatch):
     message = json.loads((tmp_path / "error.json").read_text())["message"]
     assert message["extraInfo"]["py_callstack"].endswith("error: λ is wrong")
     ChildFailedError("s", {0: ProcessFailure(0, 1, 2, str(tmp_path / "error.json"))})  # reads the file
+
+
+def test_a_task_of_srun_takes_the_only_gpu_it_sees(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    groups = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **options: groups.append(options))
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1234"}
+    for name, value in {**launched, "SLURM_LOCALID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert utils.init_distributed() == (1, 2, torch.device("cuda", 0))
+    assert groups[0]["device_id"] == torch.device("cuda", 0)
+    assert groups[0]["backend"] == "nccl"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # torchrun in a SLURM job
+    with pytest.raises(utils.UserError, match="found 1 GPUs on this machine and at least 2 processes"):
+        utils.init_distributed()
 
 
 def test_only_regular_files_of_text_are_read(tmp_path):
