@@ -12,9 +12,9 @@ MLP of the head, K the number of prototypes, n_t and n_s the numbers of matched 
 - ViT, forward, per view: 2·N·(weights of the blocks) + 4·N²·D per block + 2·(N - 1)·(weights of the patch embedding)
 - head, forward: 2·H per token; all tokens of the teacher, or its CLS tokens with `cls`; n_s tokens of the student
 - student: ViT + head; backward: twice that; teacher: ViT + head
-- loss: 2·256·K·(n_t + 3·n_s) FLOP and K·(16·n_t + (8 + 3·p)·n_s) bytes. The teacher's logits and targets are each
-  written and read once, in 4 bytes per entry. So are the student's logits; their gradients are written once and read by
-  two products, in p = 2 bytes if products run in 16 bits, or else 4.
+- loss: 2·256·K·(n_t + 3·n_s) FLOP and K·((8 + 2·p)·n_t + (8 + 3·p)·n_s) bytes. All logits are written and read once, in
+  4 bytes per entry. So are the targets, in p bytes: 2 if products run in 16 bits, or else 4. The gradients of the
+  student's logits are written once and read by two products, in p bytes.
 - update: 44 bytes per parameter of the student: clipping reads the gradient; AdamW reads weight, gradient and two
   moments, and writes weight and moments; EMA reads both networks and writes one. The center is not counted.
 """
@@ -50,7 +50,7 @@ from vision_transformer import ARCHITECTURES, DINOHead, TokenOutput
 
 PATCH, IMAGE = 16, 256
 BATCHES = 8  # different ones, in turn
-WARM_UP = 4  # steps or calls that are not timed
+WARM_UP = BATCHES  # steps or calls that are not timed: for each batch one
 PHASES = ("views", "teacher", "student", "loss", "backward", "update")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of products under autocast; fp32 otherwise
 GOALS = {"added": 1.5, "loss": 0.6, "vit_base": 0.45}
@@ -354,7 +354,7 @@ def loss_flop(K, n_t, n_s) -> int:
 
 def loss_bytes(K, n_t, n_s, operand_bytes) -> int:
     """Return the bytes of the K columns; `operand_bytes` is the size of an entry of an operand of a product."""
-    return K * (16 * n_t + (8 + 3 * operand_bytes) * n_s)
+    return K * ((8 + 2 * operand_bytes) * n_t + (8 + 3 * operand_bytes) * n_s)
 
 
 def costs(case, n_t, n_s) -> dict[str, tuple[int, int]]:

@@ -170,9 +170,10 @@ def test_options_that_save_time_or_memory_change_no_loss(tmp_path, option):
     assert_close(other, plain, 2e-3)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("loss", ["mean", "cls"])
-def test_nothing_waits_for_the_device_between_reports(tmp_path, monkeypatch, loss, precision):
+@pytest.mark.parametrize(
+    "options", ["--loss mean", "--loss cls", "--precision bf16", "--optimizer sgd", "--optimizer lars"]
+)
+def test_nothing_waits_for_the_device_between_reports(tmp_path, monkeypatch, options):
     """From the second step, since the first one sets up much, to the loading of the last one, which reports."""
     original, modes = main_lgssl.seed_networks, []
 
@@ -183,7 +184,7 @@ def test_nothing_waits_for_the_device_between_reports(tmp_path, monkeypatch, los
 
     monkeypatch.setattr(main_lgssl, "seed_networks", set_mode)
     try:
-        train(tmp_path, "--loss", loss, "--precision", precision, "--log_every", 100, "--drop_path_rate", 0.2)
+        train(tmp_path, *options.split(), "--log_every", 100, "--drop_path_rate", 0.2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert modes.count("error") == 8
@@ -202,7 +203,7 @@ IMAGES = 397  # of the validation
 
 
 def test_knn_is_that_of_the_cpu(on_cpu, run_script, tmp_path):
-    """Up to two images: convolutions of fp32 round as TF32 by PyTorch's default."""
+    """Up to two images: by PyTorch's default, convolutions of fp32 are rounded to TF32."""
     found, expected = evaluate(run_script, eval_knn, on_cpu("fp32"), tmp_path)
     assert set(found["knn"]) == {"10", "20"}
     for k, metrics in found["knn"].items():
