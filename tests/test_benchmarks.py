@@ -1,9 +1,12 @@
 import pytest
 import torch
 from test_main_lgssl import TINY
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+import main_lgssl
 from augment import MultiCrop, normalize
-from benchmarks import bench_knn, bench_step
+from benchmarks import bench_gpu, bench_knn, bench_step
 from losses import LocalGlobalLoss
 from support.loader import ViewBatches
 from vision_transformer import BackboneWithHead, DINOHead, Teacher, vit_micro
@@ -39,6 +42,114 @@ def test_both_sides_of_knn_are_equally_accurate():
     labels = torch.randint(6, (500,), generator=generator)
     data = (features[:300], labels[:300], features[300:], labels[300:])
     assert bench_knn.one_hot_knn(*data, 10) == pytest.approx(bench_knn.knn(*data, 10))
+
+
+@pytest.fixture(scope="module", params=["mean", "cls"])
+def small_step(request):
+    """Return (Case, networks and criterion, normalized views, Matches) of the smallest case of bench_gpu."""
+    case = bench_gpu.Case("vit_micro", 2, 64, request.param, "fp32")
+    (batch,) = bench_gpu.make_batches(case, torch.device("cpu"), count=1)
+    networks = main_lgssl.build_networks(main_lgssl.parse_arguments(bench_gpu.options(case)))
+    return case, networks, [normalize(pixels) for pixels in batch.views], batch.matches
+
+
+def counted_flop(call):
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}  # PyTorch does not count it
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        result = call()
+    return counter.get_total_flops(), result
+
+
+def test_flop_of_the_phases_are_those_that_pytorch_counts(small_step, monkeypatch):
+    case, (student, teacher, criterion), views, matches = small_step
+    for block in (*student.backbone.blocks, *teacher.backbone.blocks):
+        monkeypatch.setattr(block.attn, "fused_attn", False)  # on a CPU, PyTorch does not count it
+    found = {}
+    found["teacher"], teacher_out = counted_flop(lambda: teacher(views[:1], matches.teacher_row))
+    found["student"], student_out = counted_flop(lambda: student(views, matches.student_row))
+    student_out = student_out._replace(scale=student_out.scale.detach())  # whose gradient is no product of tokens
+    found["loss"], loss = counted_flop(lambda: criterion(student_out, teacher_out, matches, 0.04))
+    found["backward"], _ = counted_flop(loss.backward)
+    found["backward"] += sum(2 * pixels.numel() * 96 for pixels in views)  # the gradient of pixels, which is not needed
+    expected = bench_gpu.costs(case, len(matches.teacher_row), len(matches.student_row))
+    assert {phase: flop for phase, (flop, _) in expected.items() if flop} == found
+    weights = sum(p.numel() for p in student.parameters())
+    assert expected["update"] == (0, 4 * weights * sum((1, 4, 3, 2, 1)))  # read and written: clipping, AdamW, EMA
+
+
+class WideTraffic(TorchDispatchMode):
+    """Count the bytes that operations read or write in matrices of a shape or its transpose."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.bytes = sorted(shape), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is not torch.ops.aten.t.default:  # which moves nothing
+            self.bytes += sum(x.nbytes for x in (*args, result) if torch.is_tensor(x) and sorted(x.shape) == self.shape)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_the_loss_are_those_of_its_fewest_passes(dtype):
+    """One pass forms the targets, and one the gradients of the student's logits; each token has one match here."""
+    n, K, dim = 6, 40, 8
+    z_t, z_s, weights = torch.randn(n, dim), torch.randn(n, dim), torch.randn(K, dim)
+    with WideTraffic((n, K)) as traffic:
+        targets = torch.exp(z_t @ weights.T, out=torch.empty(0, dtype=dtype))
+        gradient = torch.sub(targets, z_s @ weights.T, out=torch.empty(0, dtype=dtype))
+        _ = gradient @ weights.to(dtype), gradient.t() @ z_s.to(dtype)
+    assert bench_gpu.loss_bytes(K, n, n, dtype.itemsize) == traffic.bytes
+
+
+def test_other_formulations_have_the_same_loss(small_step):
+    """DINO's step is that of `cls`, and the plain formula that of `mean`."""
+    case, (student, teacher, criterion), views, matches = small_step
+    student.eval()  # without stochastic depth
+    criterion.center.normal_(std=0.1)
+    outs = student(views, matches.student_row), teacher(views[:1], matches.teacher_row)
+    expected = criterion(*outs, matches, 0.04)
+    if case.loss == "cls":
+        logits = bench_gpu.cls_logits(student, views), bench_gpu.cls_logits(teacher, views[:1])
+        loss = bench_gpu.dino_loss(*logits, criterion.center, case.batch_size, 0.04)
+    else:
+        images = bench_gpu.pairs_by_image(matches, torch.device("cpu"))
+        loss = bench_gpu.plain_batch_loss(*outs, images, criterion.center, 0.04)
+    torch.testing.assert_close(loss, expected)
+    weight = student.head.last_layer.weight_v
+    gradients = [torch.autograd.grad(value, weight, retain_graph=True)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_without_a_gpu_the_steps_on_it_are_not_measured(run_main, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    process = run_main("benchmarks/bench_gpu.py", check=False)
+    assert process.returncode == 2
+    assert process.stderr.startswith("bench_gpu.py: error: found no GPU")
+    assert process.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_measurement_on_a_gpu_runs_on_a_cpu(capsys, monkeypatch):
+    monkeypatch.setattr(bench_gpu, "WARM_UP", 1)
+    device = torch.device("cpu")
+    cases = [bench_gpu.Case("vit_micro", 2, 64, loss, "bf16") for loss in ("mean", "cls", "DINO")]
+    bench_gpu.run(cases, device, steps=1, loss_sizes=(64,), loss_batch=2, side=64, copied=2**20, loaded=12)
+    steps, alone, goals = capsys.readouterr().out.split("\n\n| ")[-3:]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in ("| " + steps).splitlines()[2:5]]
+    assert [row[:4] for row in table] == [
+        ["vit_micro/16, batch 2", "64", loss, "bf16"] for loss in ("mean", "cls", "DINO")
+    ]
+    for row in table[:2]:
+        images_per_s, _, step, *phases = row[4:]
+        phases = [float(cell.split(" ")[0]) for cell in phases]
+        assert sum(phases) == pytest.approx(float(step), rel=0.01, abs=0.4)  # rounded, and of a single step
+        assert float(images_per_s) == pytest.approx(2e3 / float(step), abs=1)
+    assert table[2][7:] == [""] * 6
+    assert alone.splitlines()[2].startswith("| 64 | 2 ")
+    assert "mean minus cls" in goals
+    assert "workers per GPU: " in goals
 
 
 @pytest.mark.slow

@@ -54,6 +54,7 @@ ELSEWHERE = {
     "python reproduce.py run": "test_reproduce.py",
     "python reproduce.py search": "test_study.py",
     "python -m benchmarks.bench_step": "test_benchmarks.py",
+    "python -m benchmarks.bench_gpu": "test_benchmarks.py",
     "python -m benchmarks.bench_views": "test_benchmarks.py",
     "python -m benchmarks.bench_matching": "test_benchmarks.py",
     "python -m benchmarks.bench_knn": "test_benchmarks.py",
