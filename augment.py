@@ -10,7 +10,7 @@ Differences from DINO's pipeline, which works on PIL images:
 
 - Blur is an exact Gaussian. Pillow's GaussianBlur approximates it with box filters and blurs more at small σ. For one
   photograph at σ = 0.3, the variance of the Laplacian is 5,624 before, 5,449 after ours and 3,795 after Pillow's blur.
-- In pretraining, images are rotated according to their EXIF orientation (see support.images.read_image), so that the
+- In pretraining, images are rotated according to their EXIF orientation (see support.decoding.read_image), so that the
   network sees photographs upright. DINO ignores the tag, and so do the evaluations, which follow DINO's protocol.
 """
 

@@ -18,8 +18,9 @@ from PIL import Image
 import utils
 from support import evaluation
 from support.arguments import bool_flag, number
+from support.decoding import image_size
 from support.features import to_pixels
-from support.images import ImageList, add_intensity_range, image_size
+from support.images import ImageList, add_intensity_range
 from support.plain_pickle import read_plain_pickle
 from utils import UserError
 

@@ -23,7 +23,8 @@ from augment import MultiCrop, crop_and_resize, resize
 from patch_matching import RULES, match_patches
 from support import evaluation, features
 from support.arguments import ArgumentParser, number
-from support.images import PHOTOGRAPHS, ImageList, build_dataset, listed_images, photograph, read_image, source
+from support.decoding import read_image
+from support.images import PHOTOGRAPHS, ImageList, build_dataset, listed_images, photograph, source
 from utils import UserError
 
 MAX_PATCHES = 8000  # per image; the memory of attention grows with the square

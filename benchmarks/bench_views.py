@@ -18,7 +18,8 @@ from PIL import Image, ImageFilter, ImageOps
 from augment import MEAN, STD, MultiCrop, normalize
 from benchmarks.machine import machine, print_table, seconds_of
 from support.arguments import ArgumentParser, number
-from support.images import ResizedArray, read_image
+from support.decoding import read_image
+from support.images import ResizedArray
 
 
 def main() -> None:

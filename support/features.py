@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from augment import MEAN, STD, normalize
-from support.images import MAX_PIXELS
+from support.decoding import MAX_PIXELS
 from utils import UserError
 
 GATHERED_NUMBERS = 2**23  # numbers per process that are gathered at a time

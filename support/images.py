@@ -1,36 +1,40 @@
-"""Data sets of images, and safe decoding.
+"""Data sets of images.
 
 Each item of a data set is (image, label): an RGB PIL image, or the output of `transform`, and an int, -1 if the image
 has no label.
 """
 
-import contextlib
 import gzip
 import importlib
 import importlib.util
 import itertools
 import os
 import re
-import stat
-import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 
 import utils
 from augment import resize
 from support.arguments import number
+from support.decoding import (
+    UnknownRange,
+    gray_levels,
+    opened,
+    read_image,
+    refuse_irregular,
+    refuse_unknown_range,
+    shown,
+)
 from utils import UserError
 
 # Options that name the images
 SOURCE = ("dataset", "data_path", "classes", "download", "train_images", "tuning", "intensity_range")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp")
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
-MAX_PIXELS = 2**26  # 8192×8192, 200 MB decoded; larger images are bad, see --on_bad_image
 MAX_IDX = 2**28  # bytes of an unpacked idx file; those of Fashion-MNIST have up to 47 MB
 PROBED = 16  # number of images whose intensities are checked when a folder is opened
 MIN_LEVELS = 32  # gray levels; an image of more than 8 bits that keeps fewer causes a warning
@@ -522,115 +526,9 @@ def read_lines(path, expected) -> list[str]:
     return lines
 
 
-def refuse_irregular(path) -> None:
-    """Raise ValueError if a path is not a regular file. Reading a pipe or a device could wait forever."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("not a regular file")
-
-
-def shown(path) -> str:
-    """Return a path as it is shown in messages, with escapes if it has characters that are not printable."""
-    return str(path) if str(path).isprintable() else ascii(str(path))
-
-
 def has_image_name(name) -> bool:
     """Return whether a file name has a suffix of IMAGE_SUFFIXES and is not hidden."""
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-
-
-@contextlib.contextmanager
-def opened(path) -> Iterator[Image.Image]:
-    """Open an image file, without Pillow's warnings. All errors inside the context become a UserError with the path."""
-    try:
-        refuse_irregular(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
-                yield image
-    except Exception as error:  # Pillow's decoders raise many kinds of errors for damaged files
-        raise UserError(f"cannot read image {shown(path)}: {utils.first_line(error)}") from error
-
-
-def read_image(path, min_side=None, upright=True, intensity_range=None) -> Image.Image:
-    """Decode an image of any PIL mode to RGB, with transparent parts white.
-
-    Args:
-        min_side: decode a JPEG at 1/2, 1/4 or 1/8 of its size, as long as both sides keep `min_side` pixels.
-        upright: rotate the image according to its EXIF orientation.
-        intensity_range: (low, high), values of grayscale images of more than 8 bits that become 0 and 255. Values
-            between them are mapped linearly, others are clipped. None: (0, 65535).
-
-    Which files are bad:
-
-    | file | outcome |
-    |---|---|
-    | grayscale, palette, bilevel, CMYK, with transparency | decoded |
-    | 16-bit grayscale | decoded, scaled to 8 bits |
-    | signed 16-bit, 32-bit or float grayscale | decoded with an intensity range, bad without one |
-    | float, with a value that is NaN or infinite | bad |
-    | animated or with several pages | the first frame or page is decoded |
-    | 1×1, 20,000×10 | decoded |
-    | with a broken EXIF block | decoded, not rotated |
-    | with a broken ICC profile | decoded; profiles are not applied |
-    | truncated, empty, not an image, damaged | bad |
-    | not a regular file: a pipe, device, socket or folder | bad, not opened |
-    | more than MAX_PIXELS according to its header | bad, not decoded |
-    | a format that is not in FORMATS, whatever the file's name | bad: some of Pillow's decoders start other programs |
-
-    Raises:
-        UserError: the file is bad.
-    """
-    with opened(path) as image:
-        refuse_unknown_range(image, intensity_range)
-        if min_side:
-            image.draft(None, (min_side, min_side))
-        image.load()
-        if upright:
-            with contextlib.suppress(Exception):  # a broken EXIF block; the pixels may still be intact
-                image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":
-            return Image.fromarray(gray_levels(np.asarray(image), intensity_range)).convert("RGB")
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image).convert("RGB")
-        return image.convert("RGB")
-
-
-def image_size(path) -> tuple[int, int]:
-    """Return (width, height) in pixels from a file's header.
-
-    Raises:
-        UserError: the file has no such header.
-    """
-    with opened(path) as image:
-        return image.size
-
-
-class UnknownRange(ValueError):
-    """The values of a signed or float image have no known range."""
-
-
-def refuse_unknown_range(image, intensity_range) -> None:
-    """Raise UnknownRange if an opened image needs an intensity range and there is none."""
-    signed = image.mode == "F" or (image.mode == "I" and image.format == "TIFF")  # unsigned PNG and PPM may be I, too
-    if signed and not intensity_range:
-        kind = "floats" if image.mode == "F" else "signed or 32-bit integers"
-        raise UnknownRange(f"its values are {kind}; give --intensity_range LOW HIGH, one range for all images")
-
-
-def gray_levels(values, intensity_range) -> np.ndarray:
-    """Map an array of intensities to uint8, see `read_image`.
-
-    Raises:
-        ValueError: a value is NaN or infinite.
-    """
-    if not np.isfinite(values).all():
-        raise ValueError("it holds NaN or infinite values")
-    low, high = intensity_range or (0, 65535)
-    return ((values.astype(np.float64).clip(low, high) - low) * 255 // (high - low)).astype(np.uint8)
 
 
 # Data sets that need no path: {name: function from the split}

@@ -35,7 +35,7 @@ import plot_runs
 import utils
 from support import steps
 from support.checkpoints import load_file, open_output, refuse_diverged, restore
-from support.images import read_image
+from support.decoding import read_image
 from support.meters import Meters
 from support.plain_pickle import read_plain_pickle
 from utils import UserError

@@ -24,9 +24,10 @@ from torchvision.transforms import InterpolationMode
 import eval_knn
 import main_lgssl
 from support import images
+from support.decoding import image_size, read_image
 from support.evaluation import open_splits
 from support.features import eval_transform, to_pixels
-from support.images import IMAGENET100_CLASSES, ResizedArray, build_dataset, listed_images, read_image
+from support.images import IMAGENET100_CLASSES, ResizedArray, build_dataset, listed_images
 from utils import UserError
 
 
@@ -609,7 +610,7 @@ def test_bad_images_are_quiet(tmp_path, recwarn, gradient, capfd):
     Image.fromarray(gradient).save(tmp_path / "exif.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x07garbage")
     (tmp_path / "bomb.png").write_bytes(png_header(10000, 10000))
     assert read_image(tmp_path / "exif.jpg").size == (24, 16)
-    for read in (read_image, images.image_size):
+    for read in (read_image, image_size):
         with pytest.raises(UserError, match="10000x10000 pixels are more than"):
             read(tmp_path / "bomb.png")
     assert not recwarn.list
