@@ -66,6 +66,14 @@ def loss_and_gradients(student, prototypes, scale, work, dtype, needs_z, needs_p
     return losses, d_z, d_prototypes
 
 
+def try_out(device) -> None:
+    """Compile the kernels and run them on a few numbers. Errors are those of Triton."""
+    logits, targets, losses = (torch.zeros(shape, device=device) for shape in ((1, 16), (1, 16), 1))
+    index = torch.zeros(1, 1, dtype=torch.long, device=device)
+    teacher_targets(logits, logits, index[0], 1.0, targets)
+    student_cross_entropy(logits, targets, index, losses[None], (0, 0), 1.0, logits, losses)
+
+
 def _product(a, b, out):
     """Write the matrix product of a and b, accumulated in fp32, to `out` in fp32."""
     if a.dtype == out.dtype:

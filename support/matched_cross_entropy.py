@@ -16,11 +16,14 @@ On a CPU and on a GPU without Triton, `_loss_and_gradients` does this with PyTor
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from math import inf
 from typing import NamedTuple
 
 import torch
+
+from utils import first_line, warn
 
 
 def matched_cross_entropy(
@@ -87,11 +90,27 @@ def _default_memory(device):
 
 def _implementation(device, dtype):
     """Return the function that computes the loss and its gradients."""
-    if device.type != "cuda" or dtype != torch.float32 or find_spec("triton") is None:
-        return _loss_and_gradients
+    is_fused = device.type == "cuda" and dtype == torch.float32 and _has_kernels(device)
+    return _fused_kernels().loss_and_gradients if is_fused else _loss_and_gradients
+
+
+def _fused_kernels():
     from support import fused_cross_entropy  # imports Triton, which PyTorch's packages for CUDA bring on Linux
 
-    return fused_cross_entropy.loss_and_gradients
+    return fused_cross_entropy
+
+
+@cache
+def _has_kernels(device):
+    """Return whether Triton can compile and start the fused kernels on a GPU. Warn if it is there and cannot."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        _fused_kernels().try_out(device)
+    except Exception as error:  # many kinds: an old GPU, no C compiler
+        warn(f"the loss does without its Triton kernels, which is slower: {first_line(error)}")
+        return False
+    return True
 
 
 class _ImageGroup(NamedTuple):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -143,6 +144,22 @@ def test_a_logit_that_is_not_finite_makes_the_loss_not_finite():
         case = Case()
         case.student_z[case.student_idx[1]] = bad
         assert not case.fast(0.5, dtype=torch.float32).isfinite()
+
+
+def test_kernels_that_cannot_be_compiled_are_done_without(monkeypatch, capsys):
+    monkeypatch.undo()
+    try_out = kernels.try_out
+    monkeypatch.setattr(kernels, "try_out", lambda device: try_out("cpu"))
+    for broken in (None, RuntimeError("Failed to find C compiler. Please specify")):
+        matched_cross_entropy._has_kernels.cache_clear()
+        if broken:
+            monkeypatch.setattr(kernels, "teacher_targets", mock.Mock(side_effect=broken))
+        own = matched_cross_entropy._implementation(torch.device("cuda", 0), torch.float32)
+        assert own is (matched_cross_entropy._loss_and_gradients if broken else kernels.loss_and_gradients)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "without its Triton kernels, which is slower: Failed to find C compiler" in error
+    matched_cross_entropy._has_kernels.cache_clear()
 
 
 @pytest.mark.parametrize("K", [10_000, 65_536])
