@@ -29,7 +29,7 @@ import utils
 from support.arguments import ArgumentParser, number
 from support.images import IMAGENET100_CLASSES
 from support.steps import COLUMNS, ROOT, Step, mark, markdown, progress, score
-from support.study import STUDIES, run_study, search, seeds_of, study_steps
+from support.study import STUDIES, is_done, run_study, search, seeds_of, study_steps
 from support.study import report as study_report
 from utils import UserError
 
@@ -319,9 +319,7 @@ def list_tables(runs) -> None:
     for name, study in STUDIES.items():
         print(f"{name}: study in small, {study.title}")
         for row, (_, recipe, _, seeds, _) in study.rows.items():
-            done = [
-                all(step.done() for step in study_steps(name, row, seed, runs)) for seed in seeds_of(name, row, runs)
-            ]
+            done = [is_done(study_steps(name, row, seed, runs)) for seed in seeds_of(name, row, runs)]
             print(f"  {row:17} {recipe or 'no pretraining':29} {sum(done)} of {seeds} seeds done")
 
 

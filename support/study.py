@@ -16,7 +16,7 @@ import numpy as np
 
 import main_lgssl
 import utils
-from support.steps import COLUMNS, ROOT, Step, mark, markdown, read_result, score
+from support.steps import COLUMNS, ROOT, Step, differences, mark, markdown, read_result, score
 from utils import UserError
 
 
@@ -159,6 +159,15 @@ def _evaluations(study, words, seed, folder, linear="") -> list:
     return steps
 
 
+def is_done(steps) -> bool:
+    """Return whether the evaluations of a run are done. Its checkpoint may have been removed since."""
+    settings = [vars(step.settings()) for step in steps if step.name == "pretraining"]
+    evaluations = [step for step in steps if step.name != "pretraining"]
+    return all(step.done() for step in evaluations) and not any(
+        differences(wanted, read_result(step.result)["pretraining"]) for wanted in settings for step in evaluations
+    )
+
+
 def run_steps(steps, folder) -> None:
     """Run steps that are not done, in one thread, with their output in `folder`.
 
@@ -166,7 +175,7 @@ def run_steps(steps, folder) -> None:
         UserError: a step failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for step in steps:
+    for step in [] if is_done(steps) else steps:
         with (folder / "output.txt").open("a") as output:
             code = step.run(env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
         if code:

@@ -157,17 +157,20 @@ def test_missing_data_is_named_before_a_run(tmp_path):
 
 @pytest.mark.slow
 def test_study_runs_and_goes_on(tmp_path, run_main):
-    words = ["reproduce.py", "run", "digits", "--row", "untrained", "pixels", "dino-image", "--runs", tmp_path]
+    words = ["reproduce.py", "run", "digits", "--row", "pixels", "dino-image", "--runs", tmp_path]
     output = run_main(*words, "--seeds", 1, "--jobs", 2, "--", "--epochs", 1).stdout
     rows = re.findall(r"^\| (.*?) \| 1 \|", output, re.MULTILINE)
-    assert rows == ["untrained", "raw pixels", "DINO, crops drawn per image"]
-    before = (tmp_path / "digits/dino-image-0/checkpoint.pth").stat().st_mtime
+    assert rows == ["raw pixels", "DINO, crops drawn per image"]
+    (tmp_path / "digits/dino-image-0/checkpoint.pth").unlink()
     output = run_main(*words, "--seeds", 2, "--jobs", 2, "--", "--epochs", 1).stdout
-    assert (tmp_path / "digits/dino-image-0/checkpoint.pth").stat().st_mtime == before
+    assert not (tmp_path / "digits/dino-image-0/checkpoint.pth").exists()  # its evaluations are done
+    steps = study_steps("digits", "dino-image", 0, tmp_path, extra=["--epochs", 1])
+    assert study.is_done(steps)
+    assert not study.is_done(study_steps("digits", "dino-image", 0, tmp_path, extra=["--epochs", 2]))
     assert re.search(r"^\| raw pixels \| 2 \| 9\d\.\d ± \d\.\d \| 9\d\.\d ± 0\.0 \|", output, re.MULTILINE)
     args = json.loads((tmp_path / "digits/dino-image-1/args.json").read_text())
     assert (args["loss"], args["geometry"], args["seed"]) == ("cls", "image", 1)
-    untrained = json.loads((tmp_path / "digits/untrained-1/knn_digits.json").read_text())
-    assert untrained["args"]["seed"] == 1
+    pixels = json.loads((tmp_path / "digits/pixels-1/knn_digits.json").read_text())
+    assert pixels["args"]["seed"] == 1
     state = torch.load(tmp_path / "digits/dino-image-1/checkpoint.pth", weights_only=True)
     assert state["epoch"] == 1
