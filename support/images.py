@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -172,6 +173,17 @@ class LabeledImages(Dataset):
         return (self.transform(image) if self.transform else image), self.labels[index]
 
 
+def numbered_classes(values) -> tuple[list[int], list[str]]:
+    """Return (labels, classes) of images whose classes are numbers.
+
+    Args:
+        values: int array [n], a class of at least 0 per image, or -1 if it has none.
+    """
+    classes, labels = np.unique(values, return_inverse=True)
+    without = int(len(classes) > 0 and classes[0] == -1)
+    return (labels - without).tolist(), list(map(str, classes[without:].tolist()))
+
+
 class ArrayImages(LabeledImages):
     """Images in memory, uint8 [n, H, W] or [n, H, W, 3]."""
 
@@ -198,8 +210,12 @@ class ImageList(LabeledImages):
         self.paths, self.transform, self.upright = list(map(str, paths)), transform, upright
         self.labels = [-1] * len(self.paths)
 
+    def file(self, index) -> BinaryIO | None:
+        """Return a file to decode instead of opening the path, which then only names it. None opens the path."""
+
     def image(self, index) -> Image.Image:
-        return read_image(self.paths[index], self.min_side, self.upright, self.intensity_range)
+        file = self.file(index)
+        return read_image(self.paths[index], self.min_side, self.upright, self.intensity_range, file)
 
     def __getitem__(self, index):
         image = self.image(index)
@@ -219,9 +235,10 @@ class ImageList(LabeledImages):
         if intensity_range and not intensity_range[0] < intensity_range[1]:
             raise UserError("--intensity_range {} {}: expected two numbers, the smaller first".format(*intensity_range))
         self.intensity_range = intensity_range
-        for path in self.paths[:: -(-len(self.paths) // PROBED)]:
+        for index in range(0, len(self), -(-len(self) // PROBED)):
+            path = self.paths[index]
             try:
-                with opened(path) as image:
+                with opened(path, self.file(index)) as image:
                     refuse_unknown_range(image, intensity_range)
                     if image.mode[0] not in "IF":
                         continue
