@@ -4,16 +4,16 @@ Each item of a data set is (image, label): an RGB PIL image, or the output of `t
 has no label.
 """
 
-import gzip
+import argparse
 import importlib
 import importlib.util
 import itertools
 import os
 import re
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 import utils
 from augment import resize
+from support import torchvision_sets
 from support.arguments import number
 from support.decoding import (
     UnknownRange,
@@ -36,7 +37,6 @@ from utils import UserError
 # Options that name the images
 SOURCE = ("dataset", "data_path", "classes", "download", "train_images", "tuning", "intensity_range")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp")
-MAX_IDX = 2**28  # bytes of an unpacked idx file; those of Fashion-MNIST have up to 47 MB
 PROBED = 16  # number of images whose intensities are checked when a folder is opened
 MIN_LEVELS = 32  # gray levels; an image of more than 8 bits that keeps fewer causes a warning
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # names of splits in other layouts
@@ -51,10 +51,11 @@ def add_source_arguments(add, layout) -> None:
         add: the group's `add_argument`.
         layout: help of --data_path.
     """
-    add("--dataset", choices=DATASETS, default="folder", help="source of images; elpv, digits, photographs: no path")
+    kinds = "folder, imagenet100, cifar10, torchvision:NAME, elpv, digits or photographs; the last three need no path"
+    add("--dataset", type=dataset_name, default="folder", help=f"source of images: {kinds}")
     add("--data_path", help=layout)
     add("--classes", help="file with the class folders to use, one per line; imagenet100 has its own list")
-    add("--download", action="store_true", help="download CIFAR-10 or Fashion-MNIST if it is missing")
+    add("--download", action="store_true", help="let torchvision download its data set if it is missing")
     add("--train_images", type=number(int, 1), help="use only N training images, drawn once. Default: all")
     add("--tuning", action="store_true", help="hold out a fifth of the training images and use them as validation "
         "images, for choosing settings")  # fmt: skip
@@ -80,7 +81,7 @@ def source(args, made_with=None) -> dict:
     if getattr(args, "split", None) == "val" and args.train_images and not args.tuning:
         raise UserError("--train_images has no effect with --split val: use --split train, or omit --train_images")
     named = {name: getattr(args, name) for name in SOURCE}
-    if made_with and "intensity_range" in ACCEPTED[args.dataset]:
+    if made_with and "intensity_range" in find_source(args.dataset)[0].options:
         named["intensity_range"] = args.intensity_range or made_with.get("intensity_range")
     return named
 
@@ -100,12 +101,11 @@ def build_dataset(
     """Open a data set.
 
     Args:
-        dataset: one of DATASETS.
+        dataset: a kind of SOURCES, with its name where it has one.
             "folder": all images in `data_path` and its subfolders. The classes are the direct subfolders, if any.
             "imagenet100": the same, restricted to the classes in a list.
-            "cifar10": torchvision's CIFAR-10 in `data_path`.
-            "torchvision:FashionMNIST": the four idx files of Fashion-MNIST in `data_path`, gzipped or not, or in
-                `data_path`/FashionMNIST/raw, where torchvision puts them.
+            "cifar10": CIFAR-10, "torchvision:CIFAR10".
+            "torchvision:NAME": a classification data set of torchvision in `data_path`, see `torchvision_sets.load`.
             "elpv": photographs of solar cells, see `solar_cells`.
             "digits": scikit-learn's 1,797 scanned digits of 8×8 pixels, 1,400 for training and 397 for validation.
             "photographs": crops of photographs that scikit-learn and scikit-image ship.
@@ -123,21 +123,15 @@ def build_dataset(
             like splits, there are no images, or fewer than `train_images`.
     """
     opened = "train" if tuning else split
+    source, name = find_source(dataset)
     given = {"data_path": data_path, "classes": classes, "download": download, "intensity_range": intensity_range}
-    for name in given:
-        if given[name] and name not in ACCEPTED[dataset]:
-            raise UserError(f"--{name} has no effect with --dataset {dataset}: omit it, or give another --dataset")
-    if dataset in WITHOUT_PATH:
-        images = WITHOUT_PATH[dataset](opened)
-    elif not data_path:
+    for option in given:
+        if given[option] and option not in source.options:
+            raise UserError(f"--{option} has no effect with --dataset {dataset}: omit it, or give another --dataset")
+    if "data_path" in source.options and not data_path:
         raise UserError(f"--dataset {dataset} needs --data_path, the folder of the images")
-    elif dataset == "cifar10":
-        images = _cifar10(data_path, opened, download)
-    elif dataset == "torchvision:FashionMNIST":
-        images = _fashion_mnist(data_path, opened, download)
-    else:
-        images = ImageFolder(data_path, opened, classes or (IMAGENET100_CLASSES if dataset == "imagenet100" else None))
-        images.use_intensity_range(intensity_range, data_path)
+    options = {option: given[option] for option in source.options}
+    images = source.open(split=opened, **options, **({"name": name} if name else {}))
     if not len(images):
         raise UserError(f"--dataset {dataset} has no {opened} images")
     images.transform, images.min_side = transform, min_side
@@ -428,63 +422,26 @@ def photograph_crops(split) -> ArrayImages:
     return ArrayImages(np.stack(crops), np.arange(len(classes)).repeat(count), classes)
 
 
-def _cifar10(data_path, split, download):
-    from torchvision.datasets import CIFAR10
-
-    try:
-        dataset = CIFAR10(data_path, train=split == "train", download=download)
-    except (RuntimeError, OSError) as error:
-        if download:
-            raise UserError(f"cannot download CIFAR-10 to {data_path}: {utils.first_line(error)}") from error
-        expected = f"expected intact files in {data_path}/cifar-10-batches-py, which --download fetches"
-        raise UserError(f"no CIFAR-10 in {data_path}, {expected}") from error
-    return ArrayImages(dataset.data, dataset.targets, dataset.classes)
+def open_folder(split, data_path, classes, intensity_range) -> "ImageFolder":
+    """Open a folder of images, see `build_dataset`."""
+    images = ImageFolder(data_path, split, classes)
+    images.use_intensity_range(intensity_range, data_path)
+    return images
 
 
-def _fashion_mnist(data_path, split, download):
-    from torchvision.datasets import FashionMNIST
-
-    if download:
-        try:
-            FashionMNIST(data_path, download=True)
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"cannot download Fashion-MNIST to {data_path}: {utils.first_line(error)}") from error
-    name = "train" if split == "train" else "t10k"
-    pixels, labels = (read_idx(data_path, f"{name}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
-    if pixels.shape != (len(labels), 28, 28) or labels.ndim != 1 or not len(labels) or labels.max() > 9:
-        found = f"{name}-images-idx3-ubyte {pixels.shape} and {name}-labels-idx1-ubyte {labels.shape}"
-        expected = "expected the shapes (n, 28, 28) and (n,) and labels up to 9"
-        raise UserError(f"{data_path} holds {found} with labels up to {labels.max(initial=0)}, {expected}")
-    return ArrayImages(pixels, labels, FashionMNIST.classes)
+def open_imagenet100(split, data_path, classes, intensity_range) -> "ImageFolder":
+    """Open a folder of ImageNet, restricted to the 100 classes in its list."""
+    return open_folder(split, data_path, classes or IMAGENET100_CLASSES, intensity_range)
 
 
-def read_idx(folder, name) -> np.ndarray:
-    """Read the array of an idx file, the format of MNIST: uint8 values of any shape.
-
-    Args:
-        folder: has the file, gzipped or not, or has it in FashionMNIST/raw.
-        name: of the file without .gz.
-
-    Raises:
-        UserError: the file is missing or no such file.
-    """
-    places = [Path(folder) / below / f"{name}{suffix}" for below in ("", "FashionMNIST/raw") for suffix in ("", ".gz")]
-    path = next((place for place in places if os.path.isfile(place)), None)
-    if path is None:
-        raise UserError(f"no {name} in {folder}: expected the four files of Fashion-MNIST, which --download fetches")
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            contents = np.frombuffer(file.read(MAX_IDX + 1), np.uint8)
-        if len(contents) > MAX_IDX:
-            raise ValueError(f"more than {MAX_IDX} bytes")
-        # Two zeros, the type (8: uint8), the number of dimensions, and each dimension as four bytes, big-endian
-        count = int(contents[3])
-        shape = contents[4 : 4 + 4 * count].view(">u4").tolist()
-        if contents[:3].tolist() != [0, 0, 8]:
-            raise ValueError("no idx file of bytes")
-        return contents[4 + 4 * count :].reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {utils.first_line(error)}") from error
+def open_torchvision(split, name, data_path, download) -> LabeledImages:
+    """Open a data set of torchvision, see `torchvision_sets.load`."""
+    images, labels, classes = torchvision_sets.load(name, split, data_path, download)
+    if isinstance(images, np.ndarray):
+        return ArrayImages(images, labels, classes)
+    listed = ImageList(images)
+    listed.root, listed.labels, listed.classes = Path(data_path), labels, classes
+    return listed
 
 
 def listed_folders(root, classes_file) -> list[Path]:
@@ -548,17 +505,53 @@ def has_image_name(name) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-# Data sets that need no path: {name: function from the split}
-WITHOUT_PATH = {"elpv": solar_cells, "digits": digits, "photographs": photograph_crops}
-# {data set: arguments of `build_dataset` that it accepts; all accept train_images and tuning}
-ACCEPTED = {
-    "folder": ("data_path", "classes", "intensity_range"),
-    "cifar10": ("data_path", "download"),
-    "imagenet100": ("data_path", "classes", "intensity_range"),
-    "torchvision:FashionMNIST": ("data_path", "download"),
-    **dict.fromkeys(WITHOUT_PATH, ()),
+class Source(NamedTuple):
+    """A kind of data set.
+
+    Attributes:
+        open: function of `split`, of the `options`, and of `name` where the source has names.
+        options: arguments of `build_dataset` that it accepts; all accept train_images and tuning.
+        name: what --dataset takes after the kind and a colon, for messages; "" if nothing.
+    """
+
+    open: Callable
+    options: tuple = ()
+    name: str = ""
+
+
+# {kind, the part of --dataset before a colon: Source}
+SOURCES = {
+    "folder": Source(open_folder, ("data_path", "classes", "intensity_range")),
+    "imagenet100": Source(open_imagenet100, ("data_path", "classes", "intensity_range")),
+    "cifar10": Source(partial(open_torchvision, name="CIFAR10"), ("data_path", "download")),
+    "torchvision": Source(open_torchvision, ("data_path", "download"), "NAME"),
+    "elpv": Source(solar_cells),
+    "digits": Source(digits),
+    "photographs": Source(photograph_crops),
 }
-DATASETS = tuple(ACCEPTED)
+
+
+def find_source(dataset) -> tuple[Source, str]:
+    """Return (source, name) of a value of --dataset, KIND or KIND:NAME. The name is "" where the source has none.
+
+    Raises:
+        UserError: there is no such source, or a name is missing or too much.
+    """
+    kind, colon, name = dataset.partition(":")
+    found = SOURCES.get(kind)
+    if found is None or bool(found.name) != bool(name) or (colon and not name):
+        known = [f"{kind}:{each.name}" if each.name else kind for kind, each in SOURCES.items()]
+        raise UserError(f"found {dataset!r}, expected one of {', '.join(known)}")
+    return found, name
+
+
+def dataset_name(text) -> str:
+    """Check a value of --dataset, see `find_source`. An argparse type."""
+    try:
+        find_source(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 class ResizedArray:

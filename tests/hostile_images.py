@@ -844,17 +844,17 @@ FILES = [
         f"{TRAIN} --dataset torchvision:FashionMNIST --data_path {{weights}}",
         "no train-images-idx3-ubyte in",
     ),
-    Case("absent CIFAR-10", f"{TRAIN} --dataset cifar10 {DATA}", "no CIFAR-10 in .*expected intact files .*--download"),
+    Case("absent CIFAR-10", f"{TRAIN} --dataset cifar10 {DATA}", "no CIFAR10 in .*expected intact files .*--download"),
     Case(
         "damaged CIFAR-10",
         f"{LINEAR} --dataset cifar10 {DATA}",
-        "no CIFAR-10 in .*expected intact files",
+        "no CIFAR10 in .*expected intact files",
         data({f"cifar-10-batches-py/{name}": b"\x80" for name in ("data_batch_1", "test_batch", "batches.meta")}),
     ),
     Case(
         "CIFAR-10 that is a pipe",
         f"{KNN} --dataset cifar10 {DATA}",
-        "no CIFAR-10 in",
+        "no CIFAR10 in",
         data({"cifar-10-batches-py/data_batch_1": os.mkfifo}),
     ),
 ]
