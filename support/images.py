@@ -35,7 +35,10 @@ from support.decoding import (
 from utils import UserError
 
 # Options that name the images
-SOURCE = ("dataset", "data_path", "classes", "download", "train_images", "tuning", "intensity_range")
+SOURCE = (
+    *("dataset", "data_path", "classes", "image_column", "label_column", "download", "train_images", "tuning"),
+    "intensity_range",
+)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp")
 PROBED = 16  # number of images whose intensities are checked when a folder is opened
 MIN_LEVELS = 32  # gray levels; an image of more than 8 bits that keeps fewer causes a warning
@@ -51,10 +54,13 @@ def add_source_arguments(add, layout) -> None:
         add: the group's `add_argument`.
         layout: help of --data_path.
     """
-    kinds = "folder, imagenet100, cifar10, torchvision:NAME, elpv, digits or photographs; the last three need no path"
+    kinds = "folder, imagenet100, tar, hf:NAME_OR_PATH, cifar10, torchvision:NAME, elpv, digits or photographs; hf and "
+    kinds += "the last three need no --data_path"
     add("--dataset", type=dataset_name, default="folder", help=f"source of images: {kinds}")
     add("--data_path", help=layout)
     add("--classes", help="file with the class folders to use, one per line; imagenet100 has its own list")
+    add("--image_column", help="column of the images, for hf. Default: the only one")
+    add("--label_column", help="column of the labels, for hf. Default: the only one with class names, or label")
     add("--download", action="store_true", help="let torchvision download its data set if it is missing")
     add("--train_images", type=number(int, 1), help="use only N training images, drawn once. Default: all")
     add("--tuning", action="store_true", help="hold out a fifth of the training images and use them as validation "
@@ -97,6 +103,8 @@ def build_dataset(
     tuning=False,
     intensity_range=None,
     min_side=None,
+    image_column=None,
+    label_column=None,
 ) -> "LabeledImages":
     """Open a data set.
 
@@ -104,12 +112,15 @@ def build_dataset(
         dataset: a kind of SOURCES, with its name where it has one.
             "folder": all images in `data_path` and its subfolders. The classes are the direct subfolders, if any.
             "imagenet100": the same, restricted to the classes in a list.
+            "tar": images in tars with WebDataset's layout, see `tar.TarImages`.
+            "hf:NAME_OR_PATH": images of Hugging Face's `datasets`, see `hf.HuggingFaceImages`.
             "cifar10": CIFAR-10, "torchvision:CIFAR10".
             "torchvision:NAME": a classification data set of torchvision in `data_path`, see `torchvision_sets.load`.
             "elpv": photographs of solar cells, see `solar_cells`.
             "digits": scikit-learn's 1,797 scanned digits of 8×8 pixels, 1,400 for training and 397 for validation.
             "photographs": crops of photographs that scikit-learn and scikit-image ship.
-        data_path: folder of the images. If it has subfolders `train` and `val`, only the subfolder `split` is read.
+        data_path: folder of the images. If it has subfolders `train` and `val`, only the subfolder `split` is read. For
+            "tar" also a pattern of paths.
         split: "train" or "val".
         transform: applied to the PIL image.
         classes: file with one class folder per line. Default: no restriction; for "imagenet100" its own list.
@@ -117,6 +128,7 @@ def build_dataset(
         train_images: number of training images to use, drawn once. None: all.
         tuning: use only these training images, a fifth of them for validation and the others for training.
         intensity_range, min_side: see `read_image`.
+        image_column, label_column: see `hf.HuggingFaceImages`.
 
     Raises:
         UserError: an argument has no effect on the data set, the folder or a class is missing, the subfolders are named
@@ -125,6 +137,7 @@ def build_dataset(
     opened = "train" if tuning else split
     source, name = find_source(dataset)
     given = {"data_path": data_path, "classes": classes, "download": download, "intensity_range": intensity_range}
+    given |= {"image_column": image_column, "label_column": label_column}
     for option in given:
         if given[option] and option not in source.options:
             raise UserError(f"--{option} has no effect with --dataset {dataset}: omit it, or give another --dataset")
@@ -155,9 +168,12 @@ class LabeledImages(Dataset):
         labels: label of each image, -1 if it has none.
         classes: names of the classes. A label is an index into this list.
         transform: applied to the PIL image; None returns the PIL image.
+        unsplit: whether training and validation images are the same, because the source has no such splits.
+        splits, layout: what splits are called, and what is expected for an evaluation, for messages.
     """
 
-    transform, classes = None, ()
+    transform, classes, unsplit = None, (), False
+    splits, layout = "subfolders train and val", "{0}/train/CLASS/IMAGE and {0}/val/CLASS/IMAGE"
 
     def __len__(self):
         return len(self.labels)
@@ -266,7 +282,8 @@ class ImageFolder(ImageList):
         root = Path(root)
         if not os.path.isdir(root):
             raise UserError(f"no folder {root}: --data_path takes a folder of images, with or without class subfolders")
-        if (root / "train").is_dir() and (root / "val").is_dir():
+        self.unsplit = not ((root / "train").is_dir() and (root / "val").is_dir())
+        if not self.unsplit:
             root = root / split
         _, subfolders, files = next(walk(root), (root, [], []))
         folders = [root / name for name in subfolders if not name.startswith(".")]
@@ -429,6 +446,24 @@ def open_folder(split, data_path, classes, intensity_range) -> "ImageFolder":
     return images
 
 
+def open_tar(split, data_path, intensity_range) -> ImageList:
+    """Open images in tars, see `tar.TarImages`."""
+    from support.tar import TarImages  # which needs this file
+
+    images = TarImages(data_path, split)
+    images.use_intensity_range(intensity_range, data_path)
+    return images
+
+
+def open_hf(split, name, image_column, label_column, intensity_range) -> ImageList:
+    """Open images of Hugging Face's `datasets`, see `hf.HuggingFaceImages`."""
+    from support.hf import HuggingFaceImages
+
+    images = HuggingFaceImages(name, split, image_column, label_column)
+    images.use_intensity_range(intensity_range, name)
+    return images
+
+
 def open_imagenet100(split, data_path, classes, intensity_range) -> "ImageFolder":
     """Open a folder of ImageNet, restricted to the 100 classes in its list."""
     return open_folder(split, data_path, classes or IMAGENET100_CLASSES, intensity_range)
@@ -523,6 +558,8 @@ class Source(NamedTuple):
 SOURCES = {
     "folder": Source(open_folder, ("data_path", "classes", "intensity_range")),
     "imagenet100": Source(open_imagenet100, ("data_path", "classes", "intensity_range")),
+    "tar": Source(open_tar, ("data_path", "intensity_range")),
+    "hf": Source(open_hf, ("image_column", "label_column", "intensity_range"), "NAME_OR_PATH"),
     "cifar10": Source(partial(open_torchvision, name="CIFAR10"), ("data_path", "download")),
     "torchvision": Source(open_torchvision, ("data_path", "download"), "NAME"),
     "elpv": Source(solar_cells),
