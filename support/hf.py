@@ -38,7 +38,7 @@ class HuggingFaceImages(ImageList):
     splits, layout = "splits train and validation or test", "splits train and validation or test with labels"
 
     def __init__(self, name, split="train", image_column=None, label_column=None):
-        rows, split_name, self.unsplit = open_rows(name, split)
+        rows, split_name, self.has_splits = open_rows(name, split)
         self.root, features = name, rows.features
         self.column = find_images(features, image_column, name)
         label_column = find_labels(features, label_column, name)
@@ -77,7 +77,7 @@ class HuggingFaceImages(ImageList):
 
 
 def open_rows(name, split) -> tuple:
-    """Return (`datasets.Dataset` of a split, its name there, whether training and validation images are the same).
+    """Return (`datasets.Dataset` of a split, its name there, whether training and validation images differ).
 
     Says when the validation images are those of the test split.
     """
@@ -118,10 +118,10 @@ def open_rows(name, split) -> tuple:
     if chosen[split] is None:
         expected = "train" if split == "train" else "validation or test"
         raise UserError(f"{name} has the splits {', '.join(splits)}, expected {expected}")
-    unsplit = chosen["train"] == chosen["val"]
-    if is_first and split == "val" and not unsplit and chosen["val"] not in NAMES["val"][:3]:
+    has_splits = chosen["train"] != chosen["val"]
+    if is_first and split == "val" and has_splits and chosen["val"] not in NAMES["val"][:3]:
         print(f"{name} has no validation split: its split {chosen['val']} is used", flush=True)
-    return splits[chosen[split]], chosen[split], unsplit
+    return splits[chosen[split]], chosen[split], has_splits
 
 
 def find_split(splits, names) -> str | None:

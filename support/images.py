@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.utils.data import Dataset
 
 import utils
 from augment import resize
-from support import torchvision_sets
+from support import index, torchvision_sets
 from support.arguments import number
 from support.decoding import (
     UnknownRange,
@@ -37,7 +38,7 @@ from utils import UserError
 # Options that name the images
 SOURCE = (
     *("dataset", "data_path", "classes", "image_column", "label_column", "download", "train_images", "tuning"),
-    "intensity_range",
+    *("intensity_range", "rebuild_index"),
 )
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp")
 PROBED = 16  # number of images whose intensities are checked when a folder is opened
@@ -62,6 +63,7 @@ def add_source_arguments(add, layout) -> None:
     add("--image_column", help="column of the images, for hf. Default: the only one")
     add("--label_column", help="column of the labels, for hf. Default: the only one with class names, or label")
     add("--download", action="store_true", help="let torchvision download its data set if it is missing")
+    add("--rebuild_index", action="store_true", help="read folders and tars again, even if there is an index")
     add("--train_images", type=number(int, 1), help="use only N training images, drawn once. Default: all")
     add("--tuning", action="store_true", help="hold out a fifth of the training images and use them as validation "
         "images, for choosing settings")  # fmt: skip
@@ -103,6 +105,7 @@ def build_dataset(
     tuning=False,
     intensity_range=None,
     min_side=None,
+    rebuild_index=False,
     image_column=None,
     label_column=None,
 ) -> "LabeledImages":
@@ -111,7 +114,8 @@ def build_dataset(
     Args:
         dataset: a kind of SOURCES, with its name where it has one.
             "folder": all images in `data_path` and its subfolders. The classes are the direct subfolders, if any.
-            "imagenet100": the same, restricted to the classes in a list.
+                Or the images in a list, `data_path` itself, or train.txt and val.txt in it, see `read_list`.
+            "imagenet100": a folder, restricted to the classes in a list.
             "tar": images in tars with WebDataset's layout, see `tar.TarImages`.
             "hf:NAME_OR_PATH": images of Hugging Face's `datasets`, see `hf.HuggingFaceImages`.
             "cifar10": CIFAR-10, "torchvision:CIFAR10".
@@ -128,6 +132,7 @@ def build_dataset(
         train_images: number of training images to use, drawn once. None: all.
         tuning: use only these training images, a fifth of them for validation and the others for training.
         intensity_range, min_side: see `read_image`.
+        rebuild_index: read a folder or tars even if there is an index of them.
         image_column, label_column: see `hf.HuggingFaceImages`.
 
     Raises:
@@ -137,6 +142,7 @@ def build_dataset(
     opened = "train" if tuning else split
     source, name = find_source(dataset)
     given = {"data_path": data_path, "classes": classes, "download": download, "intensity_range": intensity_range}
+    given["rebuild_index"] = rebuild_index
     given |= {"image_column": image_column, "label_column": label_column}
     for option in given:
         if given[option] and option not in source.options:
@@ -168,11 +174,11 @@ class LabeledImages(Dataset):
         labels: label of each image, -1 if it has none.
         classes: names of the classes. A label is an index into this list.
         transform: applied to the PIL image; None returns the PIL image.
-        unsplit: whether training and validation images are the same, because the source has no such splits.
+        has_splits: whether training and validation images differ. If not, either split has all images.
         splits, layout: what splits are called, and what is expected for an evaluation, for messages.
     """
 
-    transform, classes, unsplit = None, (), False
+    transform, classes, has_splits = None, (), True
     splits, layout = "subfolders train and val", "{0}/train/CLASS/IMAGE and {0}/val/CLASS/IMAGE"
 
     def __len__(self):
@@ -211,13 +217,16 @@ class ArrayImages(LabeledImages):
 class ImageList(LabeledImages):
     """The images of a list of paths, without labels.
 
+    Attributes:
+        paths: path of each image, a sequence.
+
     See `read_image` for `min_side`, `upright` and `intensity_range`. A UserError of `transform` gets the image's path.
     """
 
     min_side = intensity_range = None
 
     def __init__(self, paths, transform=None, upright=True):
-        self.paths, self.transform, self.upright = list(map(str, paths)), transform, upright
+        self.paths, self.transform, self.upright = index.Paths(map(str, paths)), transform, upright
         self.labels = [-1] * len(self.paths)
 
     def file(self, index) -> BinaryIO | None:
@@ -245,10 +254,10 @@ class ImageList(LabeledImages):
         if intensity_range and not intensity_range[0] < intensity_range[1]:
             raise UserError("--intensity_range {} {}: expected two numbers, the smaller first".format(*intensity_range))
         self.intensity_range = intensity_range
-        for index in range(0, len(self), -(-len(self) // PROBED)):
-            path = self.paths[index]
+        for i in range(0, len(self), -(-len(self) // PROBED)):
+            path = self.paths[i]
             try:
-                with opened(path, self.file(index)) as image:
+                with opened(path, self.file(i)) as image:
                     refuse_unknown_range(image, intensity_range)
                     if image.mode[0] not in "IF":
                         continue
@@ -266,11 +275,14 @@ class ImageList(LabeledImages):
 
     def keep(self, indices) -> None:
         """Keep only the images with these indices."""
-        self.paths, self.labels = [self.paths[i] for i in indices], [self.labels[i] for i in indices]
+        self.paths, self.labels = self.paths.keep(indices), [self.labels[i] for i in indices]
 
 
 class ImageFolder(ImageList):
     """The images in a folder and its subfolders, sorted by path. See `build_dataset`.
+
+    Args:
+        rebuild_index: read the folders even if there is an index of them, see `index.read`.
 
     Attributes:
         root: folder that is read, `train` or `val` if the folder has both.
@@ -278,33 +290,74 @@ class ImageFolder(ImageList):
         labels: label of each image, -1 if it is not in a class folder.
     """
 
-    def __init__(self, root, split="train", classes_file=None):
+    def __init__(self, root, split="train", classes_file=None, rebuild_index=False):
+        super().__init__([])
         root = Path(root)
         if not os.path.isdir(root):
-            raise UserError(f"no folder {root}: --data_path takes a folder of images, with or without class subfolders")
-        self.unsplit = not ((root / "train").is_dir() and (root / "val").is_dir())
-        if not self.unsplit:
-            root = root / split
-        _, subfolders, files = next(walk(root), (root, [], []))
-        folders = [root / name for name in subfolders if not name.startswith(".")]
-        refuse_other_splits(root, folders)
-        found = [(str(root / name), -1) for name in sorted(files) if has_image_name(name)]
-        if classes_file is not None:
-            folders, found = listed_folders(root, classes_file), []
-        self.root, self.classes = root, []
-        others = set(map(os.path.realpath, [root, *folders]))
-        for folder in folders:
-            below = [os.path.join(top, name) for top, _, names in walk(folder, others) for name in names]
-            paths = sorted(path for path in below if has_image_name(os.path.basename(path)))
-            if paths:
-                found += [(path, len(self.classes)) for path in paths]
-                self.classes.append(folder.name)
-            elif classes_file is not None:
-                raise UserError(f"the class folder {folder}, which {classes_file} lists, has no images")
-        if not found:
-            raise UserError(f"no images below {root}, expected files that end in {' '.join(IMAGE_SUFFIXES)}")
-        super().__init__(path for path, _ in found)
-        self.labels = [label for _, label in found]
+            expected = "a folder of images, with or without class subfolders, or a list of images"
+            raise UserError(f"no folder {root}: --data_path takes {expected}")
+        self.has_splits = (root / "train").is_dir() and (root / "val").is_dir()
+        self.root = root / split if self.has_splits else root
+        listing = None if classes_file or rebuild_index else index.read(self.root)
+        if listing is None:
+            started = time.time()
+            listing, is_complete = list_folder(self.root, classes_file)
+            if is_complete and not classes_file:
+                index.write(self.root, listing, started)
+        self.paths, self.labels, self.classes, _ = listing
+
+
+def list_folder(root, classes_file=None) -> tuple[index.Listing, bool]:
+    """Return (listing of the images below a folder, whether all folders could be read).
+
+    Args:
+        classes_file: file that lists the class folders, or None.
+
+    Raises:
+        UserError: see `build_dataset`.
+    """
+    unread: list[str] = []
+    _, subfolders, files = next(walk(root, unread=unread), (root, [], []))
+    folders = [root / name for name in subfolders if not name.startswith(".")]
+    refuse_other_splits(root, folders)
+    prefix = index.prefix_of(root)
+    names, read, classes = [name for name in sorted(files) if has_image_name(name)], [""], []
+    if classes_file is not None:
+        folders, names = listed_folders(root, classes_file), []
+    labels = [-1] * len(names)
+    others = set(map(os.path.realpath, [root, *folders]))
+    for folder in folders:
+        paths = []
+        for top, _, below in walk(folder, others, unread):
+            read.append(top.removeprefix(prefix))
+            paths += [os.path.join(top, name) for name in below if has_image_name(name)]
+        if paths:
+            names += [path.removeprefix(prefix) for path in sorted(paths)]
+            labels += [len(classes)] * len(paths)
+            classes.append(folder.name)
+        elif classes_file is not None:
+            raise UserError(f"the class folder {folder}, which {classes_file} lists, has no images")
+    if not names:
+        raise UserError(f"no images below {root}, expected files that end in {' '.join(IMAGE_SUFFIXES)}")
+    return index.Listing(index.Paths(names, prefix), labels, classes, read), not unread
+
+
+class ListedImages(ImageList):
+    """The images that a text file lists, in its order, see `read_list`.
+
+    Attributes:
+        root: folder of the file.
+        classes: names of the classes, sorted.
+        labels: label of each image, -1 if the file has none.
+    """
+
+    def __init__(self, source):
+        paths, names = read_list(source)
+        super().__init__(paths)
+        self.root, self.classes = Path(source).parent, sorted(set(names))
+        numbers = {name: i for i, name in enumerate(self.classes)}
+        if names:
+            self.labels = [numbers[name] for name in names]
 
 
 def refuse_other_splits(root, folders) -> None:
@@ -320,7 +373,7 @@ def refuse_other_splits(root, folders) -> None:
         raise UserError(f"{root} has {', '.join(splits)}, {expected}: rename them, or give one of them as --data_path")
 
 
-def walk(folder, others=frozenset()) -> Iterator[tuple[str, list, list]]:
+def walk(folder, others=frozenset(), unread=None) -> Iterator[tuple[str, list, list]]:
     """Walk through a folder like `os.walk`, follow links, and read no folder twice.
 
     Links to parents of the folder are not followed. A folder that cannot be read is skipped with a warning. Files are
@@ -328,9 +381,12 @@ def walk(folder, others=frozenset()) -> Iterator[tuple[str, list, list]]:
 
     Args:
         others: real paths of folders that are not read either.
+        unread: list to which the paths of folders that cannot be read are added.
     """
 
     def warn_of(error):
+        if unread is not None:
+            unread.append(error.filename)
         utils.warn(f"cannot read folder {shown(error.filename)}: {error.strerror}; skipping it")
 
     real = Path(os.path.realpath(folder))
@@ -439,18 +495,28 @@ def photograph_crops(split) -> ArrayImages:
     return ArrayImages(np.stack(crops), np.arange(len(classes)).repeat(count), classes)
 
 
-def open_folder(split, data_path, classes, intensity_range) -> "ImageFolder":
-    """Open a folder of images, see `build_dataset`."""
-    images = ImageFolder(data_path, split, classes)
+def open_folder(split, data_path, classes, intensity_range, rebuild_index) -> ImageList:
+    """Open a folder or a list of images, see `build_dataset`."""
+    path = Path(data_path)
+    lists = {name: path / f"{name}.txt" for name in ("train", "val")}
+    has_lists = all(map(os.path.isfile, lists.values())) and not all(os.path.isdir(path / name) for name in lists)
+    if os.path.isfile(path) or has_lists:
+        for option, value in {"classes": classes, "rebuild_index": rebuild_index}.items():
+            if value:
+                raise UserError(f"--{option} has no effect with a list of images: omit it, or give a folder")
+        images = ListedImages(lists[split] if has_lists else path)
+        images.has_splits = has_lists
+    else:
+        images = ImageFolder(path, split, classes, rebuild_index)
     images.use_intensity_range(intensity_range, data_path)
     return images
 
 
-def open_tar(split, data_path, intensity_range) -> ImageList:
+def open_tar(split, data_path, intensity_range, rebuild_index) -> ImageList:
     """Open images in tars, see `tar.TarImages`."""
     from support.tar import TarImages  # which needs this file
 
-    images = TarImages(data_path, split)
+    images = TarImages(data_path, split, rebuild_index)
     images.use_intensity_range(intensity_range, data_path)
     return images
 
@@ -464,9 +530,11 @@ def open_hf(split, name, image_column, label_column, intensity_range) -> ImageLi
     return images
 
 
-def open_imagenet100(split, data_path, classes, intensity_range) -> "ImageFolder":
+def open_imagenet100(split, data_path, classes, intensity_range) -> ImageList:
     """Open a folder of ImageNet, restricted to the 100 classes in its list."""
-    return open_folder(split, data_path, classes or IMAGENET100_CLASSES, intensity_range)
+    images = ImageFolder(data_path, split, classes or IMAGENET100_CLASSES)
+    images.use_intensity_range(intensity_range, data_path)
+    return images
 
 
 def open_torchvision(split, name, data_path, download) -> LabeledImages:
@@ -499,20 +567,40 @@ def listed_folders(root, classes_file) -> list[Path]:
 def listed_images(source) -> list[Path]:
     """Return the paths of the images in a folder and its subfolders, or of the images that a text file lists.
 
-    The file has one path per line; relative paths are relative to the file.
+    For the format of the file, see `read_list`; classes are ignored.
 
     Raises:
         UserError: the folder or file does not exist, lists no image, or lists a missing one.
     """
-    source = Path(source)
     if os.path.isdir(source):
         return [Path(path) for path in ImageFolder(source).paths]
-    paths = [source.parent / line for line in read_lines(source, "a folder of images, or one path per line")]
+    return list(map(Path, read_list(source)[0]))
+
+
+def read_list(source) -> tuple[list[str], list[str]]:
+    """Read a list of images: one path per line, relative to the file, or PATH<tab>CLASS in all lines.
+
+    Returns:
+        (paths, names of their classes, [] if the lines have none)
+
+    Raises:
+        UserError: the file cannot be read or is empty, only some lines have a class, or images are missing.
+    """
+    expected = "a folder of images, or a text file with one path per line"
+    lines = [line.partition("\t") for line in read_lines(source, expected)]
+    names = [name.strip() for _, _, name in lines]
+    have_class = sum(map(bool, names))
+    if 0 < have_class < len(lines):
+        first = shown(next(path for path, _, name in lines if not name.strip()))
+        found = f"{source} has a class after a tab for {have_class} of its {len(lines)} images, but not for {first}"
+        raise UserError(f"{found}: expected a class in every line, or in none")
+    folder = os.path.dirname(source)
+    paths = [os.path.join(folder, path.rstrip()) for path, _, _ in lines]
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         found = f"{source} lists {len(paths)} images, {len(missing)} are missing"
         raise UserError(f"{found}; the first: {shown(missing[0])}")
-    return paths
+    return paths, names if have_class else []
 
 
 def read_lines(path, expected) -> list[str]:
@@ -556,9 +644,9 @@ class Source(NamedTuple):
 
 # {kind, the part of --dataset before a colon: Source}
 SOURCES = {
-    "folder": Source(open_folder, ("data_path", "classes", "intensity_range")),
+    "folder": Source(open_folder, ("data_path", "classes", "intensity_range", "rebuild_index")),
     "imagenet100": Source(open_imagenet100, ("data_path", "classes", "intensity_range")),
-    "tar": Source(open_tar, ("data_path", "intensity_range")),
+    "tar": Source(open_tar, ("data_path", "intensity_range", "rebuild_index")),
     "hf": Source(open_hf, ("image_column", "label_column", "intensity_range"), "NAME_OR_PATH"),
     "cifar10": Source(partial(open_torchvision, name="CIFAR10"), ("data_path", "download")),
     "torchvision": Source(open_torchvision, ("data_path", "download"), "NAME"),

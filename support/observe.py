@@ -76,7 +76,7 @@ class OnlineKNN:
         train.transform, train.min_side = eval_transform(crop_size), None
         rng = np.random.default_rng(0)
         data_path = named.get("data_path") or named.get("dataset")
-        if train.unsplit and not named.get("tuning"):
+        if not train.has_splits and not named.get("tuning"):
             check_splits({"train": train}, data_path)
             shuffled = rng.permutation(len(train))
             held_out = min(MAX_QUERIES, max(len(train) // 5, 1))

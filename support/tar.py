@@ -49,14 +49,16 @@ class TarImages(ImageList):
 
     layout = "tars in {0}/train and {0}/val, with an integer in 0001.cls beside each 0001.jpg"
 
-    def __init__(self, data_path, split="train"):
-        self.root, self.shards, self.unsplit = find_shards(data_path, split)
+    def __init__(self, data_path, split="train", rebuild_index=False):
+        self.root, self.shards, self.has_splits = find_shards(data_path, split)
         quiet = os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty()
-        indexes = [open_index(shard) for shard in tqdm(self.shards, "reading tars", delay=1, disable=quiet)]
+        indexes = [
+            open_index(shard, rebuild_index) for shard in tqdm(self.shards, "reading tars", delay=1, disable=quiet)
+        ]
         super().__init__(
             f"{shard}/{name}" for shard, index in zip(self.shards, indexes, strict=True) for name in index.names
         )
-        if not self.paths:
+        if not len(self.paths):
             raise UserError(f"no images in the {len(indexes)} tars of {data_path}, expected members like 0001.jpg")
         numbers = np.arange(len(indexes)).repeat([len(index.names) for index in indexes])
         self.places = np.column_stack([numbers, np.concatenate([index.places for index in indexes])])
@@ -112,7 +114,7 @@ def version_of(file) -> tuple[int, int]:
 
 
 def find_shards(data_path, split) -> tuple[Path, list[Path], bool]:
-    """Return (folder, tars, whether they are the same for each split).
+    """Return (folder, tars, whether other tars belong to the other split).
 
     Args:
         data_path: folder of tars, or of `train` and `val` with tars; or a pattern of paths with ranges as {000..099},
@@ -121,10 +123,10 @@ def find_shards(data_path, split) -> tuple[Path, list[Path], bool]:
     Raises:
         UserError: there is no tar, a tar of a range is missing, or the tars are named like different splits.
     """
-    folder, unsplit = Path(data_path), True
+    folder, has_splits = Path(data_path), False
     if os.path.isdir(folder):
         if (folder / "train").is_dir() and (folder / "val").is_dir():
-            folder, unsplit = folder / split, False
+            folder, has_splits = folder / split, True
         names = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
         shards = [folder / name for name in names if name.endswith(".tar")]
         if not shards:
@@ -139,7 +141,7 @@ def find_shards(data_path, split) -> tuple[Path, list[Path], bool]:
     if len(words & SPLITS) > 1:
         found = f"{data_path} has tars of the splits {', '.join(sorted(words & SPLITS))}"
         raise UserError(f"{found}: move them to folders train and val, or give the pattern of one split")
-    return folder, shards, unsplit
+    return folder, shards, has_splits
 
 
 def expand(pattern) -> list[str]:
@@ -198,8 +200,11 @@ class Index(NamedTuple):
         return HEADER.pack(MAGIC, *self.version, len(self.names), zlib.crc32(body)) + body
 
 
-def open_index(path) -> Index:
+def open_index(path, rebuild=False) -> Index:
     """Return the index of a tar, from its file, or from the tar if there is no intact one of the tar's version.
+
+    Args:
+        rebuild: do not look for the file.
 
     The file lies beside the tar, or, where that cannot be written to, in ~/.cache/lgssl. Several processes may do this
     at once.
@@ -212,9 +217,10 @@ def open_index(path) -> Index:
         with open(path, "rb") as file:
             version = version_of(file)
             name = hashlib.sha256(os.path.realpath(path).encode(errors="surrogateescape")).hexdigest()
-            cached = Path(os.path.expanduser("~/.cache/lgssl")) / f"{name}.tar.index"
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+            cached = cache / "lgssl" / f"{name}.tar.index"
             places = [path.with_name(f"{path.name}.index"), cached]
-            for place in places:
+            for place in places if not rebuild else ():
                 if index := read_index(place, version):
                     return index
             index = build_index(path, file)

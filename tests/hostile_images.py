@@ -596,7 +596,11 @@ LAYOUTS = [
         "no images below .*/val",
         data({n: c for n, c in BOTH.items() if "train" in n}, {"val": os.mkdir}),
     ),
-    Case("file instead of a folder", f"{TRAIN} --data_path {{weights}}", "no folder .*weights.pth"),
+    Case(
+        "file instead of a folder",
+        f"{TRAIN} --data_path {{weights}}",
+        r"cannot read .*weights.pth \(not text\): expected a folder of images, or a text file",
+    ),
     Case("absent folder", f"{KNN} --data_path {{here}}/absent", "no folder .*absent"),
     Case("empty name of a folder", f"{EXTRACT} --data_path=", "--dataset folder needs --data_path"),
     Case("very long name of a folder", f"{EXTRACT} --data_path {'x' * 5000}", "no folder xxx"),

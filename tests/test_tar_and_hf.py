@@ -34,6 +34,7 @@ FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarf
 def home(tmp_path, monkeypatch):
     """Return an empty home folder."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     return tmp_path / "home"
 
 
@@ -183,7 +184,7 @@ def test_tars_of_splits(tmp_path):
         with pytest.raises(UserError, match="no subfolders train and val"):
             open_splits({"dataset": "tar", "data_path": tmp_path / path}, transforms)
     tuned = open_splits({"dataset": "tar", "data_path": tmp_path / "split", "tuning": True}, transforms)
-    assert sorted(tuned["train"].paths + tuned["val"].paths) == splits["train"].paths
+    assert sorted([*tuned["train"].paths, *tuned["val"].paths]) == list(splits["train"].paths)
     kept = build_dataset("tar", tmp_path / "split", train_images=3)
     numbers = [int(Path(path).stem) for path in kept.paths]
     assert pixels_of(kept) == expected_pixels(numbers)
@@ -367,6 +368,8 @@ def test_an_index_is_built_once_and_again_for_another_tar(tmp_path, monkeypatch)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns - 1))  # older than its index
     assert pixels_of(build_dataset("tar", path)) == expected_pixels([3, 0, 1, 2, *range(4, 9)])
     assert len(built) == 3
+    build_dataset("tar", path, rebuild_index=True)
+    assert len(built) == 4
 
 
 def test_a_damaged_or_hostile_index_is_built_again(tmp_path, monkeypatch):
