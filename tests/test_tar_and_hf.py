@@ -573,6 +573,7 @@ def test_images_and_labels_of_hf_are_those_that_were_written(tmp_path, datasets,
         name = "train" if layout in ("saved", "one parquet file") or split == "train" else "validation"
         assert dataset.paths[2] == f"{folder}/{name}/2"
     whole = build_dataset(f"hf:{folder}")
+    assert pixels_of(pickle.loads(pickle.dumps(whole))) == pixels_of(whole)  # sent to a process that is not forked
     dataset = build_dataset(f"hf:{folder}", train_images=4)
     rows = [int(Path(path).name) for path in dataset.paths]
     assert rows == sorted(set(rows))
