@@ -24,6 +24,7 @@ from test_main_lgssl import TINY
 import eval_knn
 import extract_features
 import main_lgssl
+from benchmarks import bench_index
 from support import images, index, torchvision_sets
 from support.checkpoints import hash_of_names
 from support.evaluation import check_splits
@@ -620,3 +621,23 @@ def test_features_of_a_list_have_paths_relative_to_its_folder(textures, tmp_path
     with np.load(tmp_path / "x.npz") as file:
         assert file["paths"][0] == "dtd/dtd/images/china/china_test0.jpg"
         assert file["labels"].tolist() == [0] * 4 + [1] * 4
+
+
+def test_bench_index_starts_once_without_an_index(monkeypatch, capsys, tmp_path):
+    reads, original = [], images.list_folder
+
+    def list_folder(*args):
+        reads.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(images, "list_folder", list_folder)
+    monkeypatch.setattr(index, "MIN_FILES", 90)
+    monkeypatch.setattr(index, "SETTLED", 0.1)
+    words = f"bench_index --files 100 --classes 7 --images 3 --rounds 2 --folder {tmp_path}"
+    monkeypatch.setattr(sys, "argv", words.split())
+    bench_index.main()
+    assert len(reads) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "100 images in 7 folders" in lines[0]
+    assert len([line for line in lines if line.startswith("| with the index")]) == 2
+    assert not list(tmp_path.iterdir())
