@@ -395,7 +395,8 @@ def restore(checkpoint, source_path, state, meters, batch_size, images, total_st
 
 def hash_of_names(dataset) -> str:
     """Return a hash of the image paths of a data set, relative to its folder. Data sets without files have none."""
-    names = [path.removeprefix(str(dataset.root)) for path in getattr(dataset, "paths", [])]
+    root = str(getattr(dataset, "root", ""))
+    names = [path.removeprefix(root) for path in getattr(dataset, "paths", [])]
     return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
 
 

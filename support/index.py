@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,7 +57,8 @@ class Paths(Sequence):
 
     def __iter__(self) -> Iterator[str]:
         ends = self.ends.tolist()
-        return (self.prefix + os.fsdecode(self.text[a:b]) for a, b in itertools.pairwise(ends))
+        form = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()  # as os.fsdecode, in half the time
+        return (self.prefix + self.text[a:b].decode(*form) for a, b in itertools.pairwise(ends))
 
     def __eq__(self, other):
         return list(self) == list(other)

@@ -64,8 +64,8 @@ def load(name, split, data_path, download=False) -> tuple:
     except Exception as error:  # the attributes are no interface: another version may hold other kinds of values
         reason = first_line(error)
         raise UserError(f"the {split} images and labels of {name} in {data_path} cannot be used: {reason}") from error
-    classes = getattr(dataset, "classes", None) or getattr(dataset, "class_to_idx", None)
-    return images, labels, list(map(str, classes or range(max(labels, default=0) + 1)))
+    classes = getattr(dataset, "classes", None) or range(max(labels, default=0) + 1)
+    return images, labels, [str(each[0] if isinstance(each, tuple) else each) for each in classes]  # tuple: synonyms
 
 
 def _opened(kind, split, data_path, download):
