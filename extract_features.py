@@ -100,7 +100,8 @@ def main(argv=None) -> None:
     made_with = json.dumps({**vars(args), **found}, default=str)
     paths = [f"{args.split}/{i}" for i in range(len(dataset))]
     if hasattr(dataset, "paths"):
-        paths = [os.path.relpath(file, args.data_path or dataset.root) for file in dataset.paths]
+        root = args.data_path if args.data_path and os.path.isdir(args.data_path) else dataset.root
+        paths = [os.path.relpath(file, root) for file in dataset.paths]
     if path.suffix == ".safetensors" and len(json.dumps(json.dumps(paths))) + len(made_with) > MAX_METADATA:
         raise UserError(f"the paths of {len(paths)} images exceed the header of {path}: give an --output in .npz")
     utils.make_folder(path.parent, "the folder of --output")

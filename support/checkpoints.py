@@ -38,7 +38,7 @@ DINO_GLOBALS = [
 # Arguments that may change when a run resumes. Any other change makes it a different run.
 MAY_CHANGE = "data_path download output_dir num_workers log_every saveckp_freq dist_url local_rank".split()
 MAY_CHANGE += "grad_checkpointing compile save_every_steps keep_last dist_timeout on_bad_image max_bad_images".split()
-MAY_CHANGE += ["knn_every", "image_every"]
+MAY_CHANGE += ["knn_every", "image_every", "rebuild_index"]
 MAX_VALUES, MAX_DEPTH = 10_000, 20  # values, and lists in lists, in the arguments of a file
 # Names that a run writes in its folder
 RUN_FILES = (
@@ -395,7 +395,8 @@ def restore(checkpoint, source_path, state, meters, batch_size, images, total_st
 
 def hash_of_names(dataset) -> str:
     """Return a hash of the image paths of a data set, relative to its folder. Data sets without files have none."""
-    names = [path.removeprefix(str(dataset.root)) for path in getattr(dataset, "paths", [])]
+    root = str(getattr(dataset, "root", ""))
+    names = [path.removeprefix(root) for path in getattr(dataset, "paths", [])]
     return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
 
 

@@ -16,13 +16,18 @@ MAX_PIXELS = 2**26  # 8192×8192, 200 MB decoded; larger images are bad, see --o
 
 
 @contextlib.contextmanager
-def opened(path) -> Iterator[Image.Image]:
-    """Open an image file, without Pillow's warnings. All errors inside the context become a UserError with the path."""
+def opened(path, file=None) -> Iterator[Image.Image]:
+    """Open an image file, without Pillow's warnings. All errors inside the context become a UserError with the path.
+
+    Args:
+        file: binary file to read instead of opening `path`, which then only names it in messages.
+    """
     try:
-        refuse_irregular(path)
+        if file is None:
+            refuse_irregular(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(file or path, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
                 yield image
@@ -30,10 +35,11 @@ def opened(path) -> Iterator[Image.Image]:
         raise UserError(f"cannot read image {shown(path)}: {first_line(error)}") from error
 
 
-def read_image(path, min_side=None, upright=True, intensity_range=None) -> Image.Image:
+def read_image(path, min_side=None, upright=True, intensity_range=None, file=None) -> Image.Image:
     """Decode an image of any PIL mode to RGB, with transparent parts white.
 
     Args:
+        path, file: see `opened`.
         min_side: decode a JPEG at 1/2, 1/4 or 1/8 of its size, as long as both sides keep `min_side` pixels.
         upright: rotate the image according to its EXIF orientation.
         intensity_range: (low, high), values of grayscale images of more than 8 bits that become 0 and 255. Values
@@ -59,7 +65,7 @@ def read_image(path, min_side=None, upright=True, intensity_range=None) -> Image
     Raises:
         UserError: the file is bad.
     """
-    with opened(path) as image:
+    with opened(path, file) as image:
         refuse_unknown_range(image, intensity_range)
         if min_side:
             image.draft(None, (min_side, min_side))

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,7 +151,7 @@ def open_splits(named, transforms) -> dict:
         UserError: see `check_splits`.
     """
     splits = {s: build_dataset(**named, split=s, transform=transforms[s]) for s in ("train", "val")}
-    check_splits(splits, named["data_path"])
+    check_splits(splits, named["data_path"] or named["dataset"])
     return splits
 
 
@@ -159,17 +160,19 @@ def check_splits(splits, data_path) -> None:
 
     Args:
         splits: {split: data set}.
+        data_path: name of the data set, for messages.
 
     Raises:
         UserError: the splits are the same images, an image has no label, there are fewer than two classes, or the
             splits have different classes.
     """
-    layout = f"expected {data_path}/train/CLASS/IMAGE and {data_path}/val/CLASS/IMAGE"
     train, val = splits["train"], splits.get("val")
+    layout = f"expected {train.layout.format(data_path)}"
     if val is not None and hasattr(train, "paths"):
         twin = str(val.root) + train.paths[0].removeprefix(str(train.root))
-        if twin in val.paths and os.path.samefile(train.paths[0], twin):
-            raise UserError(f"{data_path} has no subfolders train and val, or they hold the same files: {layout}")
+        is_file = os.path.exists(twin)  # and not a part of one
+        if twin in val.paths and (os.path.samefile(train.paths[0], twin) if is_file else twin == train.paths[0]):
+            raise UserError(f"{data_path} has no {train.splits}, or they hold the same files: {layout}")
     for split, images in splits.items():
         images.upright = False  # DINO's evaluations ignore the EXIF orientation
         unlabeled = images.labels.count(-1)
@@ -310,7 +313,7 @@ def result_file(output_dir, pretrained_weights, name) -> Path | None:
         return None
     folder = Path(pretrained_weights).parent if output_dir is None else Path(output_dir)
     make_folder(folder, "--output_dir")
-    return folder / f"{name.replace(':', '_')}.json"
+    return folder / f"{re.sub('[:/]', '_', name)}.json"
 
 
 def write_result(path, result, made_with, args) -> None:

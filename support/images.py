@@ -4,15 +4,17 @@ Each item of a data set is (image, label): an RGB PIL image, or the output of `t
 has no label.
 """
 
-import gzip
+import argparse
 import importlib
 import importlib.util
 import itertools
 import os
 import re
-import zlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -20,6 +22,7 @@ from torch.utils.data import Dataset
 
 import utils
 from augment import resize
+from support import index, torchvision_sets
 from support.arguments import number
 from support.decoding import (
     UnknownRange,
@@ -33,9 +36,11 @@ from support.decoding import (
 from utils import UserError
 
 # Options that name the images
-SOURCE = ("dataset", "data_path", "classes", "download", "train_images", "tuning", "intensity_range")
+SOURCE = (
+    *("dataset", "data_path", "classes", "image_column", "label_column", "download", "train_images", "tuning"),
+    *("intensity_range", "rebuild_index"),
+)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp")
-MAX_IDX = 2**28  # bytes of an unpacked idx file; those of Fashion-MNIST have up to 47 MB
 PROBED = 16  # number of images whose intensities are checked when a folder is opened
 MIN_LEVELS = 32  # gray levels; an image of more than 8 bits that keeps fewer causes a warning
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # names of splits in other layouts
@@ -50,10 +55,15 @@ def add_source_arguments(add, layout) -> None:
         add: the group's `add_argument`.
         layout: help of --data_path.
     """
-    add("--dataset", choices=DATASETS, default="folder", help="source of images; elpv, digits, photographs: no path")
+    kinds = "folder, imagenet100, tar, hf:NAME_OR_PATH, cifar10, torchvision:NAME, elpv, digits or photographs; hf and "
+    kinds += "the last three need no --data_path"
+    add("--dataset", type=dataset_name, default="folder", help=f"source of images: {kinds}")
     add("--data_path", help=layout)
     add("--classes", help="file with the class folders to use, one per line; imagenet100 has its own list")
-    add("--download", action="store_true", help="download CIFAR-10 or Fashion-MNIST if it is missing")
+    add("--image_column", help="column of the images, for hf. Default: the only one")
+    add("--label_column", help="column of the labels, for hf. Default: the only one with class names, or label")
+    add("--download", action="store_true", help="let torchvision download its data set if it is missing")
+    add("--rebuild_index", action="store_true", help="read folders and tars again, even if there is an index")
     add("--train_images", type=number(int, 1), help="use only N training images, drawn once. Default: all")
     add("--tuning", action="store_true", help="hold out a fifth of the training images and use them as validation "
         "images, for choosing settings")  # fmt: skip
@@ -79,7 +89,7 @@ def source(args, made_with=None) -> dict:
     if getattr(args, "split", None) == "val" and args.train_images and not args.tuning:
         raise UserError("--train_images has no effect with --split val: use --split train, or omit --train_images")
     named = {name: getattr(args, name) for name in SOURCE}
-    if made_with and "intensity_range" in ACCEPTED[args.dataset]:
+    if made_with and "intensity_range" in find_source(args.dataset)[0].options:
         named["intensity_range"] = args.intensity_range or made_with.get("intensity_range")
     return named
 
@@ -95,20 +105,26 @@ def build_dataset(
     tuning=False,
     intensity_range=None,
     min_side=None,
+    rebuild_index=False,
+    image_column=None,
+    label_column=None,
 ) -> "LabeledImages":
     """Open a data set.
 
     Args:
-        dataset: one of DATASETS.
+        dataset: a kind of SOURCES, with its name where it has one.
             "folder": all images in `data_path` and its subfolders. The classes are the direct subfolders, if any.
-            "imagenet100": the same, restricted to the classes in a list.
-            "cifar10": torchvision's CIFAR-10 in `data_path`.
-            "torchvision:FashionMNIST": the four idx files of Fashion-MNIST in `data_path`, gzipped or not, or in
-                `data_path`/FashionMNIST/raw, where torchvision puts them.
+                Or the images in a list, `data_path` itself, or train.txt and val.txt in it, see `read_list`.
+            "imagenet100": a folder, restricted to the classes in a list.
+            "tar": images in tars with WebDataset's layout, see `tar.TarImages`.
+            "hf:NAME_OR_PATH": images of Hugging Face's `datasets`, see `hf.HuggingFaceImages`.
+            "cifar10": CIFAR-10, "torchvision:CIFAR10".
+            "torchvision:NAME": a classification data set of torchvision in `data_path`, see `torchvision_sets.load`.
             "elpv": photographs of solar cells, see `solar_cells`.
             "digits": scikit-learn's 1,797 scanned digits of 8×8 pixels, 1,400 for training and 397 for validation.
             "photographs": crops of photographs that scikit-learn and scikit-image ship.
-        data_path: folder of the images. If it has subfolders `train` and `val`, only the subfolder `split` is read.
+        data_path: folder of the images. If it has subfolders `train` and `val`, only the subfolder `split` is read. For
+            "tar" also a pattern of paths.
         split: "train" or "val".
         transform: applied to the PIL image.
         classes: file with one class folder per line. Default: no restriction; for "imagenet100" its own list.
@@ -116,27 +132,25 @@ def build_dataset(
         train_images: number of training images to use, drawn once. None: all.
         tuning: use only these training images, a fifth of them for validation and the others for training.
         intensity_range, min_side: see `read_image`.
+        rebuild_index: read a folder or tars even if there is an index of them.
+        image_column, label_column: see `hf.HuggingFaceImages`.
 
     Raises:
         UserError: an argument has no effect on the data set, the folder or a class is missing, the subfolders are named
             like splits, there are no images, or fewer than `train_images`.
     """
     opened = "train" if tuning else split
+    source, name = find_source(dataset)
     given = {"data_path": data_path, "classes": classes, "download": download, "intensity_range": intensity_range}
-    for name in given:
-        if given[name] and name not in ACCEPTED[dataset]:
-            raise UserError(f"--{name} has no effect with --dataset {dataset}: omit it, or give another --dataset")
-    if dataset in WITHOUT_PATH:
-        images = WITHOUT_PATH[dataset](opened)
-    elif not data_path:
+    given["rebuild_index"] = rebuild_index
+    given |= {"image_column": image_column, "label_column": label_column}
+    for option in given:
+        if given[option] and option not in source.options:
+            raise UserError(f"--{option} has no effect with --dataset {dataset}: omit it, or give another --dataset")
+    if "data_path" in source.options and not data_path:
         raise UserError(f"--dataset {dataset} needs --data_path, the folder of the images")
-    elif dataset == "cifar10":
-        images = _cifar10(data_path, opened, download)
-    elif dataset == "torchvision:FashionMNIST":
-        images = _fashion_mnist(data_path, opened, download)
-    else:
-        images = ImageFolder(data_path, opened, classes or (IMAGENET100_CLASSES if dataset == "imagenet100" else None))
-        images.use_intensity_range(intensity_range, data_path)
+    options = {option: given[option] for option in source.options}
+    images = source.open(split=opened, **options, **({"name": name} if name else {}))
     if not len(images):
         raise UserError(f"--dataset {dataset} has no {opened} images")
     images.transform, images.min_side = transform, min_side
@@ -160,9 +174,12 @@ class LabeledImages(Dataset):
         labels: label of each image, -1 if it has none.
         classes: names of the classes. A label is an index into this list.
         transform: applied to the PIL image; None returns the PIL image.
+        has_splits: whether training and validation images differ. If not, either split has all images.
+        splits, layout: what splits are called, and what is expected for an evaluation, for messages.
     """
 
-    transform, classes = None, ()
+    transform, classes, has_splits = None, (), True
+    splits, layout = "subfolders train and val", "{0}/train/CLASS/IMAGE and {0}/val/CLASS/IMAGE"
 
     def __len__(self):
         return len(self.labels)
@@ -170,6 +187,17 @@ class LabeledImages(Dataset):
     def __getitem__(self, index):
         image = self.image(index)
         return (self.transform(image) if self.transform else image), self.labels[index]
+
+
+def numbered_classes(values) -> tuple[list[int], list[str]]:
+    """Return (labels, classes) of images whose classes are numbers.
+
+    Args:
+        values: int array [n], a class of at least 0 per image, or -1 if it has none.
+    """
+    classes, labels = np.unique(values, return_inverse=True)
+    without = int(len(classes) > 0 and classes[0] == -1)
+    return (labels - without).tolist(), list(map(str, classes[without:].tolist()))
 
 
 class ArrayImages(LabeledImages):
@@ -189,17 +217,24 @@ class ArrayImages(LabeledImages):
 class ImageList(LabeledImages):
     """The images of a list of paths, without labels.
 
+    Attributes:
+        paths: path of each image, a sequence.
+
     See `read_image` for `min_side`, `upright` and `intensity_range`. A UserError of `transform` gets the image's path.
     """
 
     min_side = intensity_range = None
 
     def __init__(self, paths, transform=None, upright=True):
-        self.paths, self.transform, self.upright = list(map(str, paths)), transform, upright
+        self.paths, self.transform, self.upright = index.Paths(map(str, paths)), transform, upright
         self.labels = [-1] * len(self.paths)
 
+    def file(self, index) -> BinaryIO | None:
+        """Return a file to decode instead of opening the path, which then only names it. None opens the path."""
+
     def image(self, index) -> Image.Image:
-        return read_image(self.paths[index], self.min_side, self.upright, self.intensity_range)
+        file = self.file(index)
+        return read_image(self.paths[index], self.min_side, self.upright, self.intensity_range, file)
 
     def __getitem__(self, index):
         image = self.image(index)
@@ -219,9 +254,10 @@ class ImageList(LabeledImages):
         if intensity_range and not intensity_range[0] < intensity_range[1]:
             raise UserError("--intensity_range {} {}: expected two numbers, the smaller first".format(*intensity_range))
         self.intensity_range = intensity_range
-        for path in self.paths[:: -(-len(self.paths) // PROBED)]:
+        for i in range(0, len(self), -(-len(self) // PROBED)):
+            path = self.paths[i]
             try:
-                with opened(path) as image:
+                with opened(path, self.file(i)) as image:
                     refuse_unknown_range(image, intensity_range)
                     if image.mode[0] not in "IF":
                         continue
@@ -239,11 +275,14 @@ class ImageList(LabeledImages):
 
     def keep(self, indices) -> None:
         """Keep only the images with these indices."""
-        self.paths, self.labels = [self.paths[i] for i in indices], [self.labels[i] for i in indices]
+        self.paths, self.labels = self.paths.keep(indices), [self.labels[i] for i in indices]
 
 
 class ImageFolder(ImageList):
     """The images in a folder and its subfolders, sorted by path. See `build_dataset`.
+
+    Args:
+        rebuild_index: read the folders even if there is an index of them, see `index.read`.
 
     Attributes:
         root: folder that is read, `train` or `val` if the folder has both.
@@ -251,32 +290,74 @@ class ImageFolder(ImageList):
         labels: label of each image, -1 if it is not in a class folder.
     """
 
-    def __init__(self, root, split="train", classes_file=None):
+    def __init__(self, root, split="train", classes_file=None, rebuild_index=False):
+        super().__init__([])
         root = Path(root)
         if not os.path.isdir(root):
-            raise UserError(f"no folder {root}: --data_path takes a folder of images, with or without class subfolders")
-        if (root / "train").is_dir() and (root / "val").is_dir():
-            root = root / split
-        _, subfolders, files = next(walk(root), (root, [], []))
-        folders = [root / name for name in subfolders if not name.startswith(".")]
-        refuse_other_splits(root, folders)
-        found = [(str(root / name), -1) for name in sorted(files) if has_image_name(name)]
-        if classes_file is not None:
-            folders, found = listed_folders(root, classes_file), []
-        self.root, self.classes = root, []
-        others = set(map(os.path.realpath, [root, *folders]))
-        for folder in folders:
-            below = [os.path.join(top, name) for top, _, names in walk(folder, others) for name in names]
-            paths = sorted(path for path in below if has_image_name(os.path.basename(path)))
-            if paths:
-                found += [(path, len(self.classes)) for path in paths]
-                self.classes.append(folder.name)
-            elif classes_file is not None:
-                raise UserError(f"the class folder {folder}, which {classes_file} lists, has no images")
-        if not found:
-            raise UserError(f"no images below {root}, expected files that end in {' '.join(IMAGE_SUFFIXES)}")
-        super().__init__(path for path, _ in found)
-        self.labels = [label for _, label in found]
+            expected = "a folder of images, with or without class subfolders, or a list of images"
+            raise UserError(f"no folder {root}: --data_path takes {expected}")
+        self.has_splits = (root / "train").is_dir() and (root / "val").is_dir()
+        self.root = root / split if self.has_splits else root
+        listing = None if classes_file or rebuild_index else index.read(self.root)
+        if listing is None:
+            started = time.time()
+            listing, is_complete = list_folder(self.root, classes_file)
+            if is_complete and not classes_file:
+                index.write(self.root, listing, started)
+        self.paths, self.labels, self.classes, _ = listing
+
+
+def list_folder(root, classes_file=None) -> tuple[index.Listing, bool]:
+    """Return (listing of the images below a folder, whether all folders could be read).
+
+    Args:
+        classes_file: file that lists the class folders, or None.
+
+    Raises:
+        UserError: see `build_dataset`.
+    """
+    unread: list[str] = []
+    _, subfolders, files = next(walk(root, unread=unread), (root, [], []))
+    folders = [root / name for name in subfolders if not name.startswith(".")]
+    refuse_other_splits(root, folders)
+    prefix = index.prefix_of(root)
+    names, read, classes = [name for name in sorted(files) if has_image_name(name)], [""], []
+    if classes_file is not None:
+        folders, names = listed_folders(root, classes_file), []
+    labels = [-1] * len(names)
+    others = set(map(os.path.realpath, [root, *folders]))
+    for folder in folders:
+        paths = []
+        for top, _, below in walk(folder, others, unread):
+            read.append(top.removeprefix(prefix))
+            paths += [os.path.join(top, name) for name in below if has_image_name(name)]
+        if paths:
+            names += [path.removeprefix(prefix) for path in sorted(paths)]
+            labels += [len(classes)] * len(paths)
+            classes.append(folder.name)
+        elif classes_file is not None:
+            raise UserError(f"the class folder {folder}, which {classes_file} lists, has no images")
+    if not names:
+        raise UserError(f"no images below {root}, expected files that end in {' '.join(IMAGE_SUFFIXES)}")
+    return index.Listing(index.Paths(names, prefix), labels, classes, read), not unread
+
+
+class ListedImages(ImageList):
+    """The images that a text file lists, in its order, see `read_list`.
+
+    Attributes:
+        root: folder of the file.
+        classes: names of the classes, sorted.
+        labels: label of each image, -1 if the file has none.
+    """
+
+    def __init__(self, source):
+        paths, names = read_list(source)
+        super().__init__(paths)
+        self.root, self.classes = Path(source).parent, sorted(set(names))
+        numbers = {name: i for i, name in enumerate(self.classes)}
+        if names:
+            self.labels = [numbers[name] for name in names]
 
 
 def refuse_other_splits(root, folders) -> None:
@@ -292,7 +373,7 @@ def refuse_other_splits(root, folders) -> None:
         raise UserError(f"{root} has {', '.join(splits)}, {expected}: rename them, or give one of them as --data_path")
 
 
-def walk(folder, others=frozenset()) -> Iterator[tuple[str, list, list]]:
+def walk(folder, others=frozenset(), unread=None) -> Iterator[tuple[str, list, list]]:
     """Walk through a folder like `os.walk`, follow links, and read no folder twice.
 
     Links to parents of the folder are not followed. A folder that cannot be read is skipped with a warning. Files are
@@ -300,9 +381,12 @@ def walk(folder, others=frozenset()) -> Iterator[tuple[str, list, list]]:
 
     Args:
         others: real paths of folders that are not read either.
+        unread: list to which the paths of folders that cannot be read are added.
     """
 
     def warn_of(error):
+        if unread is not None:
+            unread.append(error.filename)
         utils.warn(f"cannot read folder {shown(error.filename)}: {error.strerror}; skipping it")
 
     real = Path(os.path.realpath(folder))
@@ -411,63 +495,56 @@ def photograph_crops(split) -> ArrayImages:
     return ArrayImages(np.stack(crops), np.arange(len(classes)).repeat(count), classes)
 
 
-def _cifar10(data_path, split, download):
-    from torchvision.datasets import CIFAR10
-
-    try:
-        dataset = CIFAR10(data_path, train=split == "train", download=download)
-    except (RuntimeError, OSError) as error:
-        if download:
-            raise UserError(f"cannot download CIFAR-10 to {data_path}: {utils.first_line(error)}") from error
-        expected = f"expected intact files in {data_path}/cifar-10-batches-py, which --download fetches"
-        raise UserError(f"no CIFAR-10 in {data_path}, {expected}") from error
-    return ArrayImages(dataset.data, dataset.targets, dataset.classes)
-
-
-def _fashion_mnist(data_path, split, download):
-    from torchvision.datasets import FashionMNIST
-
-    if download:
-        try:
-            FashionMNIST(data_path, download=True)
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"cannot download Fashion-MNIST to {data_path}: {utils.first_line(error)}") from error
-    name = "train" if split == "train" else "t10k"
-    pixels, labels = (read_idx(data_path, f"{name}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
-    if pixels.shape != (len(labels), 28, 28) or labels.ndim != 1 or not len(labels) or labels.max() > 9:
-        found = f"{name}-images-idx3-ubyte {pixels.shape} and {name}-labels-idx1-ubyte {labels.shape}"
-        expected = "expected the shapes (n, 28, 28) and (n,) and labels up to 9"
-        raise UserError(f"{data_path} holds {found} with labels up to {labels.max(initial=0)}, {expected}")
-    return ArrayImages(pixels, labels, FashionMNIST.classes)
+def open_folder(split, data_path, classes, intensity_range, rebuild_index) -> ImageList:
+    """Open a folder or a list of images, see `build_dataset`."""
+    path = Path(data_path)
+    lists = {name: path / f"{name}.txt" for name in ("train", "val")}
+    has_lists = all(map(os.path.isfile, lists.values())) and not all(os.path.isdir(path / name) for name in lists)
+    if os.path.isfile(path) or has_lists:
+        for option, value in {"classes": classes, "rebuild_index": rebuild_index}.items():
+            if value:
+                raise UserError(f"--{option} has no effect with a list of images: omit it, or give a folder")
+        images = ListedImages(lists[split] if has_lists else path)
+        images.has_splits = has_lists
+    else:
+        images = ImageFolder(path, split, classes, rebuild_index)
+    images.use_intensity_range(intensity_range, data_path)
+    return images
 
 
-def read_idx(folder, name) -> np.ndarray:
-    """Read the array of an idx file, the format of MNIST: uint8 values of any shape.
+def open_tar(split, data_path, intensity_range, rebuild_index) -> ImageList:
+    """Open images in tars, see `tar.TarImages`."""
+    from support.tar import TarImages  # which needs this file
 
-    Args:
-        folder: has the file, gzipped or not, or has it in FashionMNIST/raw.
-        name: of the file without .gz.
+    images = TarImages(data_path, split, rebuild_index)
+    images.use_intensity_range(intensity_range, data_path)
+    return images
 
-    Raises:
-        UserError: the file is missing or no such file.
-    """
-    places = [Path(folder) / below / f"{name}{suffix}" for below in ("", "FashionMNIST/raw") for suffix in ("", ".gz")]
-    path = next((place for place in places if os.path.isfile(place)), None)
-    if path is None:
-        raise UserError(f"no {name} in {folder}: expected the four files of Fashion-MNIST, which --download fetches")
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            contents = np.frombuffer(file.read(MAX_IDX + 1), np.uint8)
-        if len(contents) > MAX_IDX:
-            raise ValueError(f"more than {MAX_IDX} bytes")
-        # Two zeros, the type (8: uint8), the number of dimensions, and each dimension as four bytes, big-endian
-        count = int(contents[3])
-        shape = contents[4 : 4 + 4 * count].view(">u4").tolist()
-        if contents[:3].tolist() != [0, 0, 8]:
-            raise ValueError("no idx file of bytes")
-        return contents[4 + 4 * count :].reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {utils.first_line(error)}") from error
+
+def open_hf(split, name, image_column, label_column, intensity_range) -> ImageList:
+    """Open images of Hugging Face's `datasets`, see `hf.HuggingFaceImages`."""
+    from support.hf import HuggingFaceImages
+
+    images = HuggingFaceImages(name, split, image_column, label_column)
+    images.use_intensity_range(intensity_range, name)
+    return images
+
+
+def open_imagenet100(split, data_path, classes, intensity_range) -> ImageList:
+    """Open a folder of ImageNet, restricted to the 100 classes in its list."""
+    images = ImageFolder(data_path, split, classes or IMAGENET100_CLASSES)
+    images.use_intensity_range(intensity_range, data_path)
+    return images
+
+
+def open_torchvision(split, name, data_path, download) -> LabeledImages:
+    """Open a data set of torchvision, see `torchvision_sets.load`."""
+    images, labels, classes = torchvision_sets.load(name, split, data_path, download)
+    if isinstance(images, np.ndarray):
+        return ArrayImages(images, labels, classes)
+    listed = ImageList(images)
+    listed.root, listed.labels, listed.classes = Path(data_path), labels, classes
+    return listed
 
 
 def listed_folders(root, classes_file) -> list[Path]:
@@ -490,20 +567,40 @@ def listed_folders(root, classes_file) -> list[Path]:
 def listed_images(source) -> list[Path]:
     """Return the paths of the images in a folder and its subfolders, or of the images that a text file lists.
 
-    The file has one path per line; relative paths are relative to the file.
+    For the format of the file, see `read_list`; classes are ignored.
 
     Raises:
         UserError: the folder or file does not exist, lists no image, or lists a missing one.
     """
-    source = Path(source)
     if os.path.isdir(source):
         return [Path(path) for path in ImageFolder(source).paths]
-    paths = [source.parent / line for line in read_lines(source, "a folder of images, or one path per line")]
+    return list(map(Path, read_list(source)[0]))
+
+
+def read_list(source) -> tuple[list[str], list[str]]:
+    """Read a list of images: one path per line, relative to the file, or PATH<tab>CLASS in all lines.
+
+    Returns:
+        (paths, names of their classes, [] if the lines have none)
+
+    Raises:
+        UserError: the file cannot be read or is empty, only some lines have a class, or images are missing.
+    """
+    expected = "a folder of images, or a text file with one path per line"
+    lines = [line.partition("\t") for line in read_lines(source, expected)]
+    names = [name.strip() for _, _, name in lines]
+    have_class = sum(map(bool, names))
+    if 0 < have_class < len(lines):
+        first = shown(next(path for path, _, name in lines if not name.strip()))
+        found = f"{source} has a class after a tab for {have_class} of its {len(lines)} images, but not for {first}"
+        raise UserError(f"{found}: expected a class in every line, or in none")
+    folder = os.path.dirname(source)
+    paths = [os.path.join(folder, path.rstrip()) for path, _, _ in lines]
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         found = f"{source} lists {len(paths)} images, {len(missing)} are missing"
         raise UserError(f"{found}; the first: {shown(missing[0])}")
-    return paths
+    return paths, names if have_class else []
 
 
 def read_lines(path, expected) -> list[str]:
@@ -531,17 +628,55 @@ def has_image_name(name) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-# Data sets that need no path: {name: function from the split}
-WITHOUT_PATH = {"elpv": solar_cells, "digits": digits, "photographs": photograph_crops}
-# {data set: arguments of `build_dataset` that it accepts; all accept train_images and tuning}
-ACCEPTED = {
-    "folder": ("data_path", "classes", "intensity_range"),
-    "cifar10": ("data_path", "download"),
-    "imagenet100": ("data_path", "classes", "intensity_range"),
-    "torchvision:FashionMNIST": ("data_path", "download"),
-    **dict.fromkeys(WITHOUT_PATH, ()),
+class Source(NamedTuple):
+    """A kind of data set.
+
+    Attributes:
+        open: function of `split`, of the `options`, and of `name` where the source has names.
+        options: arguments of `build_dataset` that it accepts; all accept train_images and tuning.
+        name: what --dataset takes after the kind and a colon, for messages; "" if nothing.
+    """
+
+    open: Callable
+    options: tuple = ()
+    name: str = ""
+
+
+# {kind, the part of --dataset before a colon: Source}
+SOURCES = {
+    "folder": Source(open_folder, ("data_path", "classes", "intensity_range", "rebuild_index")),
+    "imagenet100": Source(open_imagenet100, ("data_path", "classes", "intensity_range")),
+    "tar": Source(open_tar, ("data_path", "intensity_range", "rebuild_index")),
+    "hf": Source(open_hf, ("image_column", "label_column", "intensity_range"), "NAME_OR_PATH"),
+    "cifar10": Source(partial(open_torchvision, name="CIFAR10"), ("data_path", "download")),
+    "torchvision": Source(open_torchvision, ("data_path", "download"), "NAME"),
+    "elpv": Source(solar_cells),
+    "digits": Source(digits),
+    "photographs": Source(photograph_crops),
 }
-DATASETS = tuple(ACCEPTED)
+
+
+def find_source(dataset) -> tuple[Source, str]:
+    """Return (source, name) of a value of --dataset, KIND or KIND:NAME. The name is "" where the source has none.
+
+    Raises:
+        UserError: there is no such source, or a name is missing or too much.
+    """
+    kind, colon, name = dataset.partition(":")
+    found = SOURCES.get(kind)
+    if found is None or bool(found.name) != bool(name) or (colon and not name):
+        known = [f"{kind}:{each.name}" if each.name else kind for kind, each in SOURCES.items()]
+        raise UserError(f"found {dataset!r}, expected one of {', '.join(known)}")
+    return found, name
+
+
+def dataset_name(text) -> str:
+    """Check a value of --dataset, see `find_source`. An argparse type."""
+    try:
+        find_source(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 class ResizedArray:

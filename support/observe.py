@@ -20,7 +20,7 @@ from patch_matching import match_patches
 from support import features
 from support.evaluation import check_splits, classification_metrics, knn_votes
 from support.features import eval_transform, extract_features, normalized_cls
-from support.images import ImageFolder, build_dataset
+from support.images import build_dataset
 from support.preemption import ignore_signals
 from utils import VERSION, UserError, warn
 
@@ -75,8 +75,8 @@ class OnlineKNN:
         train = copy.copy(train)
         train.transform, train.min_side = eval_transform(crop_size), None
         rng = np.random.default_rng(0)
-        data_path = named.get("data_path")
-        if isinstance(train, ImageFolder) and train.root == Path(data_path) and not named.get("tuning"):
+        data_path = named.get("data_path") or named.get("dataset")
+        if not train.has_splits and not named.get("tuning"):
             check_splits({"train": train}, data_path)
             shuffled = rng.permutation(len(train))
             held_out = min(MAX_QUERIES, max(len(train) // 5, 1))

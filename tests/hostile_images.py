@@ -596,7 +596,11 @@ LAYOUTS = [
         "no images below .*/val",
         data({n: c for n, c in BOTH.items() if "train" in n}, {"val": os.mkdir}),
     ),
-    Case("file instead of a folder", f"{TRAIN} --data_path {{weights}}", "no folder .*weights.pth"),
+    Case(
+        "file instead of a folder",
+        f"{TRAIN} --data_path {{weights}}",
+        r"cannot read .*weights.pth \(not text\): expected a folder of images, or a text file",
+    ),
     Case("absent folder", f"{KNN} --data_path {{here}}/absent", "no folder .*absent"),
     Case("empty name of a folder", f"{EXTRACT} --data_path=", "--dataset folder needs --data_path"),
     Case("very long name of a folder", f"{EXTRACT} --data_path {'x' * 5000}", "no folder xxx"),
@@ -844,17 +848,66 @@ FILES = [
         f"{TRAIN} --dataset torchvision:FashionMNIST --data_path {{weights}}",
         "no train-images-idx3-ubyte in",
     ),
-    Case("absent CIFAR-10", f"{TRAIN} --dataset cifar10 {DATA}", "no CIFAR-10 in .*expected intact files .*--download"),
+    Case(
+        "unknown source", f"{TRAIN} --dataset imagenet", "argument --dataset: found 'imagenet', expected one of folder"
+    ),
+    Case("source without its name", f"{KNN} --dataset torchvision: {DATA}", "found 'torchvision:', expected one of"),
+    Case(
+        "unknown data set of torchvision",
+        f"{EXTRACT} --dataset torchvision:os {DATA}",
+        "torchvision:os: os is unknown; expected one of CIFAR10",
+    ),
+    Case(
+        "data set of torchvision without splits",
+        f"{TRAIN} --dataset torchvision:EuroSAT {DATA}",
+        "EuroSAT has no classes, or no split into training and test images",
+    ),
+    Case(
+        "absent data set of torchvision",
+        f"{LINEAR} --dataset torchvision:DTD {DATA}",
+        "no DTD in .*expected intact files .*--download",
+    ),
+    Case(
+        "damaged data set of torchvision",
+        f"{KNN} --dataset torchvision:DTD {DATA}",
+        "no DTD in .*expected intact files .*--download",
+        data({"dtd/dtd/labels/train1.txt": b"\xff\xfe"}),
+    ),
+    Case(
+        "list with classes in some lines",
+        f"{TRAIN} {DATA}/list.txt",
+        "list.txt has a class after a tab for 1 of its 2 images, but not for b.png",
+        data({"list.txt": b"a.png\tx\nb.png", "a.png": PNG, "b.png": PNG}),
+    ),
+    Case(
+        "list of missing images",
+        f"{KNN} {DATA}",
+        "train.txt lists 2 images, 1 are missing; the first: .*c.png",
+        data({"train.txt": b"a.png\nc.png", "val.txt": b"b.png", "a.png": PNG, "b.png": PNG}),
+    ),
+    Case(
+        "one list for both splits",
+        f"{KNN} {DATA}/list.txt",
+        "or they hold the same files",
+        data({"list.txt": b"a.png\tx\nb.png\ty", "a.png": PNG, "b.png": PNG}),
+    ),
+    Case(
+        "list with an index",
+        f"{TRAIN} {DATA}/list.txt --rebuild_index",
+        "--rebuild_index has no effect with a list of images",
+        data({"list.txt": b"a.png", "a.png": PNG}),
+    ),
+    Case("absent CIFAR-10", f"{TRAIN} --dataset cifar10 {DATA}", "no CIFAR10 in .*expected intact files .*--download"),
     Case(
         "damaged CIFAR-10",
         f"{LINEAR} --dataset cifar10 {DATA}",
-        "no CIFAR-10 in .*expected intact files",
+        "no CIFAR10 in .*expected intact files",
         data({f"cifar-10-batches-py/{name}": b"\x80" for name in ("data_batch_1", "test_batch", "batches.meta")}),
     ),
     Case(
         "CIFAR-10 that is a pipe",
         f"{KNN} --dataset cifar10 {DATA}",
-        "no CIFAR-10 in",
+        "no CIFAR10 in",
         data({"cifar-10-batches-py/data_batch_1": os.mkfifo}),
     ),
 ]

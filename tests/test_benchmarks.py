@@ -160,6 +160,7 @@ def test_the_measurement_on_a_gpu_runs_on_a_cpu(capsys, monkeypatch):
         ("bench_views --batch_size 2 --rounds 1", "torchvision and PIL"),
         ("bench_matching --images 2", "all 18 pairs"),
         ("bench_knn --train 1000 --test 200 --rounds 1", "DINO"),
+        ("bench_sources --images 4 --rounds 1 --start_images 4", "start with 4 images"),
         ("bench_watching --rounds 1 --recipe {recipe}", "online k-NN"),
     ],
 )

@@ -59,11 +59,14 @@ ELSEWHERE = {
     "python -m benchmarks.bench_matching": "test_benchmarks.py",
     "python -m benchmarks.bench_knn": "test_benchmarks.py",
     "python -m benchmarks.bench_watching": "test_benchmarks.py",
+    "python -m benchmarks.bench_index": "test_sources.py",
+    "python -m benchmarks.bench_sources": "test_benchmarks.py",
 }
 # Files that the commands of a page write
 WRITTEN = {
     "README.md": ["features.npz", "LAPTOP/checkpoint.pth", "OUT/knn_folder.json", "runs/sqrt/checkpoint.pth"],
     "docs/changing_the_method.md": ["runs/sparse/checkpoint.pth", "runs/mini/checkpoint.pth"],
+    "docs/data.md": [],
     "docs/export.md": ["features.npz", "EXPORT/config.json", "EXPORT_ONNX/model.onnx"],
     "docs/options.md": ["DINO/checkpoint.pth"],
     "docs/performance.md": [],

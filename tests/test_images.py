@@ -206,7 +206,7 @@ def test_missing_and_empty_folders_are_named(tmp_path):
         build_dataset("folder", tmp_path)
     with pytest.raises(UserError, match="needs --data_path"):
         build_dataset("folder")
-    with pytest.raises(UserError, match="no CIFAR-10 in .*--download"):
+    with pytest.raises(UserError, match="no CIFAR10 in .*--download"):
         build_dataset("cifar10", tmp_path)
 
 
@@ -419,7 +419,7 @@ def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
         raise URLError("name resolution failed\nfor a reason")
 
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
-    with pytest.raises(UserError, match=f"^cannot download Fashion-MNIST to {tmp_path}: Error downloading ") as error:
+    with pytest.raises(UserError, match=f"^cannot download FashionMNIST to {tmp_path}: Error downloading ") as error:
         build_dataset(FASHION, tmp_path, download=True)
     assert "\n" not in str(error.value)
 
