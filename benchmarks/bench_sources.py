@@ -48,7 +48,7 @@ def main() -> None:
                 start = time.process_time()
                 build_dataset(**arguments)
                 seconds.append(time.process_time() - start)
-            rows.append((name, f"{seconds[0]:.2f}", f"{statistics.median(seconds[1:]):.2f}", f"{writing[name]:.0f}"))
+            rows.append((name, f"{seconds[0]:.3f}", f"{statistics.median(seconds[1:]):.3f}", f"{writing[name]:.0f}"))
         print_table((f"start with {args.start_images} images", "s, first", "s, later", "s, writing the data"), rows)
 
 

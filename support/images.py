@@ -646,10 +646,10 @@ class Source(NamedTuple):
 SOURCES = {
     "folder": Source(open_folder, ("data_path", "classes", "intensity_range", "rebuild_index")),
     "imagenet100": Source(open_imagenet100, ("data_path", "classes", "intensity_range")),
-    "tar": Source(open_tar, ("data_path", "intensity_range", "rebuild_index")),
-    "hf": Source(open_hf, ("image_column", "label_column", "intensity_range"), "NAME_OR_PATH"),
     "cifar10": Source(partial(open_torchvision, name="CIFAR10"), ("data_path", "download")),
     "torchvision": Source(open_torchvision, ("data_path", "download"), "NAME"),
+    "tar": Source(open_tar, ("data_path", "intensity_range", "rebuild_index")),
+    "hf": Source(open_hf, ("image_column", "label_column", "intensity_range"), "NAME_OR_PATH"),
     "elpv": Source(solar_cells),
     "digits": Source(digits),
     "photographs": Source(photograph_crops),

@@ -848,9 +848,6 @@ FILES = [
         f"{TRAIN} --dataset torchvision:FashionMNIST --data_path {{weights}}",
         "no train-images-idx3-ubyte in",
     ),
-    Case(
-        "unknown source", f"{TRAIN} --dataset imagenet", "argument --dataset: found 'imagenet', expected one of folder"
-    ),
     Case("source without its name", f"{KNN} --dataset torchvision: {DATA}", "found 'torchvision:', expected one of"),
     Case(
         "unknown data set of torchvision",

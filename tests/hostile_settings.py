@@ -179,7 +179,7 @@ OPTIONS = [
     ("distortion of 2", "--distortion 2", r"expected a number in \[0, 1\]"),
     ("more bad images than images", "--max_bad_images 2", r"expected a number in \[0, 1\]"),
     ("ten times the lambda", "--loss lambda --lambda_cls 5", r"expected a number in \[0, 1\]"),
-    ("data set without a name", "--dataset imagenet", "--dataset: invalid choice: 'imagenet'"),
+    ("data set without a name", "--dataset imagenet", "--dataset: found 'imagenet', expected one of folder, "),
     ("lines in a value", "--loss {newline}", "invalid choice"),
 ]
 # Commands: name, words, message
