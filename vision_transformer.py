@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -261,6 +262,7 @@ def _read(path):
         return load_file(path)
     import timm  # takes longer to import than torch
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no warning for each of its retries
     try:
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # of many kinds: an unknown name, no connection, a damaged cache
