@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,6 +161,11 @@ def test_timms_names_are_read_by_timms_loader(photo_folder, tmp_path, capsys):
     assert found["args"]["init_hash"] is None
     assert f"started from {name}: backbone only" in capsys.readouterr().out
     images = torch.randn(2, 3, 32, 32)
+    words = f"--data_path {photo_folder} --pretrained_weights {name} --crop_size 32 --num_workers 0 --nb_knn 2"
+    eval_knn.main(words.split())
+    printed = capsys.readouterr().out
+    assert "k-NN (K=2): top-1" in printed
+    assert "written to" not in printed  # a name has no folder
     shutil.rmtree(folder)  # resuming does not need it
     train(photo_folder, tmp_path / "out", "--init_weights", name, *FROZEN)
     with torch.no_grad():
@@ -297,6 +303,22 @@ def test_checkpoints_of_older_versions_count_as_started_from_nothing(photo_folde
     path = tmp_path / "b.pth"
     assert f"--init_weights None there, {path} here" in refused("--init_weights", path, "--saveckp_freq", 1)
     assert train(photo_folder, tmp_path / "out", "--epochs", 2, "--saveckp_freq", 1)["step"] == 6
+
+
+def test_the_measured_runs_differ_as_their_page_says():
+    lines = (Path(__file__).parent.parent / "docs/warm_start.md").read_text(encoding="utf-8").splitlines()
+    lines = [line.split()[2:] for line in lines if line.startswith("python main_lgssl.py @recipes/digits.args")]
+    pretraining, *runs = [vars(main_lgssl.parse_arguments(words)) for words in lines]
+    settings = {run["output_dir"]: run for run in runs}
+    assert settings.keys() == {"SCRATCH", "PLAIN", "SAFE"}
+    same = {"arch", "patch_size", "global_crops_size", "out_dim", "head_hidden_dim"}
+    assert all(run[name] == pretraining[name] for run in runs for name in same)
+
+    def differences(first, second):
+        return {name for name, value in settings[first].items() if value != settings[second][name]} - {"output_dir"}
+
+    assert differences("SCRATCH", "PLAIN") == {"init_weights"}
+    assert differences("PLAIN", "SAFE") == {"lr", "freeze_backbone", "warmup_epochs", "momentum_teacher"}
 
 
 def test_the_recipe_of_continued_training_freezes_the_backbone_at_first():
