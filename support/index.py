@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import sys
-import time
+import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -96,11 +96,34 @@ def prefix_of(root) -> str:
 def places(root) -> list[Path]:
     """Return the possible places of the index of a folder: beside the folder, and in the user's cache."""
     real = Path(os.path.realpath(root))
-    found = [real.parent / f".{real.name}.lgssl_index"]
-    with contextlib.suppress(RuntimeError):  # the user has no home
+    return [real.parent / f".{real.name}.lgssl_index", *cached(real, ".lgssl_index")]
+
+
+def cached(path, suffix) -> list[Path]:
+    """Return the place in the user's cache for what belongs to a path; an empty list if the user has no home."""
+    with contextlib.suppress(RuntimeError):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        found.append(cache / "lgssl" / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.lgssl_index")
-    return found
+        name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
+        return [cache / "lgssl" / f"{name}{suffix}"]
+    return []
+
+
+def save(contents, possible_places) -> bool:
+    """Write bytes to the first place that can be written to, and return whether there is one.
+
+    The file appears as a whole, also if several processes write it at once.
+    """
+    for place in possible_places:
+        temporary = place.with_name(f"{place.name}.{uuid.uuid4().hex}.tmp")
+        with contextlib.suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_bytes(contents)
+                temporary.replace(place)
+                return True
+            finally:
+                temporary.unlink(missing_ok=True)
+    return False
 
 
 def read(root) -> Listing | None:
@@ -132,17 +155,7 @@ def write(root, listing, started) -> None:
         states = _states(root, listing.folders)
         if states[0].max() > (started - SETTLED) * 1e9:
             return
-        packed = _pack(listing, states)
-        for place in places(root):
-            temporary = place.with_name(f"{place.name}.{os.getpid()}.{time.time_ns()}.tmp")
-            try:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                temporary.write_bytes(packed)
-                temporary.replace(place)
-                return
-            except OSError:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
+        save(_pack(listing, states), places(root))
 
 
 def _states(root, folders) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Images in tars with WebDataset's layout, read in any order through an index of their offsets."""
 
 import glob
-import hashlib
 import io
 import itertools
 import os
@@ -9,7 +8,6 @@ import re
 import struct
 import sys
 import tarfile
-import uuid
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from tqdm import tqdm
 import utils
 from support.decoding import refuse_irregular, shown
 from support.images import IMAGE_SUFFIXES, SPLITS, ImageList, numbered_classes, refuse_other_splits
+from support.index import cached, save
 from utils import UserError, first_line
 
 MAX_FILES = 128  # tars that a process holds open
@@ -216,10 +215,7 @@ def open_index(path, rebuild=False) -> Index:
         refuse_irregular(path)
         with open(path, "rb") as file:
             version = version_of(file)
-            name = hashlib.sha256(os.path.realpath(path).encode(errors="surrogateescape")).hexdigest()
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-            cached = cache / "lgssl" / f"{name}.tar.index"
-            places = [path.with_name(f"{path.name}.index"), cached]
+            places = [path.with_name(f"{path.name}.index"), *cached(path, ".tar.index")]
             for place in places if not rebuild else ():
                 if index := read_index(place, version):
                     return index
@@ -228,8 +224,9 @@ def open_index(path, rebuild=False) -> Index:
                 raise ValueError("it was changed meanwhile")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {shown(path)}: {getattr(error, 'strerror', None) or error}") from error
-    if not any(write_whole(index.to_bytes(), place) for place in places):
-        utils.warn(f"cannot save the index of {shown(path)} as {places[0]} or {cached}: each start builds it again")
+    if not save(index.to_bytes(), places):
+        found = " or ".join(map(str, places))
+        utils.warn(f"cannot save the index of {shown(path)} as {found}: each start builds it again")
     return index
 
 
@@ -252,21 +249,6 @@ def read_index(path, version) -> Index | None:
         return Index(version, places, labels, names) if fits and len(names) == count else None
     except (OSError, ValueError, struct.error):
         return None
-
-
-def write_whole(contents, path) -> bool:
-    """Write a file at once, also with several processes that write the same; return whether that was possible."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(contents)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError:
-        return False
-    return True
 
 
 def build_index(path, file) -> Index:

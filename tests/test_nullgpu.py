@@ -99,11 +99,13 @@ def test_counts_of_known_operations(on_nullgpu):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", BUDGETS)
 def test_launches_of_the_loss(measured, options):
     assert 0 < measured[options]["steps"][PLAIN]["loss_launches"] <= BUDGETS[options][0], most(measured[options])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", BUDGETS)
 def test_launches_of_a_step(measured, options):
     assert 0 < measured[options]["steps"][PLAIN]["launches"] <= BUDGETS[options][1], most(measured[options])
@@ -114,16 +116,19 @@ def most(result) -> str:
     return "\n".join(f"{launches:5} {place}" for place, launches in result["lines"][:30])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", BUDGETS)
 def test_peak_memory(measured, options):
     assert 1 < measured[options]["peak_bytes"] / 1e9 <= BUDGETS[options][2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", BUDGETS)
 def test_steps_copy_only_from_pinned_memory(measured, options):
     assert measured[options]["steps"][PLAIN]["pageable_copies"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", BUDGETS)
 def test_steps_with_reports_wait_only_after_the_backward_pass(measured, options):
     counts = measured[options]["steps"][REPORT]
@@ -131,6 +136,7 @@ def test_steps_with_reports_wait_only_after_the_backward_pass(measured, options)
     assert counts["synchronizations_before_backward"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [*BUDGETS, *OPTIMIZERS])
 def test_steps_without_reports_do_not_wait(measured, options):
     assert not measured[options]["error"], measured[options]["error"]  # PyTorch's own detection raises in the last step

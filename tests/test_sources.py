@@ -598,6 +598,7 @@ def knn(output, data, name):
     return json.loads((output / f"{name}.json").read_text())["knn"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["folder", "torchvision:DTD"])
 def test_each_source_trains_and_evaluates_as_a_folder_and_survives_a_kill(textures, on_folder, tmp_path, source):
     output = tmp_path / "run"

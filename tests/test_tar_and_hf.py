@@ -803,6 +803,7 @@ def same(a, b):
     return a == b
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_an_undisturbed_one_and_is_evaluated(source, tmp_path, photo_folder, run_script, capsys):
     """Also as one with a folder of the same files, whose images have the same order."""
     runs = {name: tmp_path / name for name in ("whole", "killed", "folder")}
