@@ -311,6 +311,7 @@ def open_output(output_dir, args, defaults) -> tuple[dict, Path] | tuple[None, N
         keys = "student teacher optimizer loss scaler meters epoch step batch_size images args".split()
         if not set(keys) <= set(checkpoint):
             raise UserError(f"{source_path} is not a checkpoint of main_lgssl.py: use another --output_dir")
+        checkpoint["args"] = plain_arguments(checkpoint["args"], source_path)
         refuse_other_run(checkpoint["args"], args, defaults, may_change, source_path)
     elif earlier.exists():
         try:
