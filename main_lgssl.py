@@ -35,7 +35,16 @@ from support.observe import environment, is_due, open_online_knn, training_pictu
 from support.preemption import EXIT_CODE, StopRequest, ignore_signals
 from support.report import WATCH_FROM, Report
 from utils import UserError, clip_each_gradient, cosine_schedule, seed_networks
-from vision_transformer import ARCHITECTURES, MAX_SIDE, BackboneWithHead, DINOHead, Teacher, architecture
+from vision_transformer import (
+    ARCHITECTURES,
+    MAX_SIDE,
+    BackboneWithHead,
+    DINOHead,
+    Teacher,
+    architecture,
+    load_start,
+    start_from,
+)
 
 AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -63,6 +72,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--use_bn_in_head", type=bool_flag, default=False, help="use batch norm in the head")
     add("--head_hidden_dim", type=number(int, 1, 10**5), default=2048, help="width of the hidden layers of the head")
     add("--drop_path_rate", type=number(float, 0, 0.99), default=0.1, help="stochastic depth rate of the student")
+    add("--init_weights", metavar="FILE", help="start from the weights of a checkpoint of this repository or DINO, "
+        "timm's .safetensors, or timm:NAME; see docs/warm_start.md")
+    add("--checkpoint_key", default="teacher", help="network to read from FILE, teacher or student")
 
     add = parser.add_argument_group("teacher").add_argument
     add("--momentum_teacher", type=fraction, default=0.996, help="initial EMA momentum; increases to 1 on a cosine")
@@ -82,6 +94,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--weight_decay_end", type=amount, default=0.4, help="final weight decay, on a cosine")
     add("--clip_grad", type=amount, default=3.0, help="maximum gradient norm of each parameter (0: no clipping)")
     add("--freeze_last_layer", type=count, default=1, help="first epochs, in which the prototypes are not updated")
+    add("--freeze_backbone", type=count, default=0, help="first epochs, in which only the head is trained")
     add("--precision", choices=AUTOCAST, help="precision of matrix products: autocast in bf16 or fp16, or fp32 "
         "without or with TF32. Default: that of the resumed run, or bf16 (fp16 on GPUs without it), fp32 on a CPU")
     add("--use_fp16", type=bool_flag, help="DINO's option for --precision fp16 (true) or fp32 (false)")
@@ -148,7 +161,11 @@ def pretrain(args, stop) -> signal.Signals | None:
     # Check all input before building the networks.
     dataset, online_knn, no_knn = open_images(args)
     output_dir = Path(args.output_dir)
+    args.init_hash = checkpoints.hash_of_file(args.init_weights) if args.init_weights else None
     checkpoint, source_path = checkpoints.open_output(output_dir, vars(args), vars(parse_arguments([])))
+    start = None
+    if args.init_weights and not checkpoint:
+        start = load_start(args.init_weights, args.arch, args.patch_size, args.checkpoint_key)
     timeout = datetime.timedelta(seconds=args.dist_timeout)
     rank, world_size, device = utils.init_distributed(args.dist_url, timeout)
     set_precision(args, checkpoint, device)
@@ -160,7 +177,12 @@ def pretrain(args, stop) -> signal.Signals | None:
         raise UserError("--use_bn_in_head true with several processes needs GPUs: batch norm is not synced on CPUs")
 
     # Networks, criterion and optimizer
-    student, teacher, criterion = (module.to(device) for module in build_networks(args))
+    student, teacher, criterion = build_networks(args)
+    started = start_from(start, student, criterion.center) if start else ""
+    if start:
+        teacher.load_state_dict(student.state_dict())
+    del start
+    student, teacher, criterion = (module.to(device) for module in (student, teacher, criterion))
     optimizer = build_optimizer(args.optimizer, student)
     # The scaler skips steps with non-finite gradients without waiting for the device. It scales only in fp16.
     scaling = {} if args.precision == "fp16" else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
@@ -202,6 +224,7 @@ def pretrain(args, stop) -> signal.Signals | None:
         resumed = f"; resuming after step {start_step} of {total_steps}" if start_step else ""
         headline = f"{network}, {len(dataset)} images, {processes}, {steps_per_epoch} steps per epoch{resumed}"
         headline += "" if online_knn else f"\nno online k-NN: {no_knn}"
+        headline += f"\n{started}" if started else ""
         report.start(vars(args), {"step": start_step, "processes": world_size, **environment()}, headline)
 
     batches = batches_on_device(loader, device)
@@ -242,6 +265,9 @@ def pretrain(args, stop) -> signal.Signals | None:
         norms = clip_each_gradient(student_parameters, args.clip_grad)
         if epoch < args.freeze_last_layer:
             for parameter in student.head.last_layer.parameters():
+                parameter.grad = None
+        if epoch < args.freeze_backbone:
+            for parameter in student.backbone.parameters():
                 parameter.grad = None
         meters.end_step(step, norms)
         scaler.step(optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from support.checkpoints import load_file, plain_arguments, shown
-from utils import UserError
+from utils import UserError, first_line
 
 if TYPE_CHECKING:
     from support.backbone import VisionTransformer
@@ -234,7 +235,8 @@ def load_backbone(
     position embedding is inferred from the weights. A projection head in the file is ignored.
 
     Args:
-        path: the file, or "none" for a randomly initialized network.
+        path: the file; "timm:NAME" for a model that timm finds in its cache or downloads; or "none" for a randomly
+            initialized network.
         arch, patch_size: expected architecture and patch size. Default: those of the file, from its arguments or from
             the shapes of its weights; ViT-S/16 for a random network.
         checkpoint_key: network to read from a checkpoint that holds several, "teacher" or "student".
@@ -250,8 +252,26 @@ def load_backbone(
     arch = architecture(arch) if arch else None
     if str(path) == "none":
         return ARCHITECTURES[arch or "vit_small"](patch_size or 16, img_size=img_size).eval(), {}
-    contents = load_file(path)
-    state = _backbone_weights(contents, checkpoint_key, path)
+    return _load_backbone(_read(path), path, arch, patch_size, checkpoint_key)
+
+
+def _read(path):
+    """Return the contents of a file, or of the weights of timm's model NAME for the path "timm:NAME"."""
+    source, _, name = str(path).partition(":")
+    if source != "timm":
+        return load_file(path)
+    import timm  # takes longer to import than torch
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no warning for each of its retries
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # of many kinds: an unknown name, no connection, a damaged cache
+        raise UserError(f"timm cannot load {shown(name)}: {first_line(error)[:300]}") from error
+
+
+def _load_backbone(contents, path, arch, patch_size, checkpoint_key):
+    """Do what `load_backbone` says, with the contents of the file."""
+    state, _ = _weights(contents, checkpoint_key, path)
     args = plain_arguments(contents.get("args", {}), path)
     args |= {name: contents[name] for name in ("epoch", "batch_size") if name in contents}
     for name, (is_valid, expected) in RECORDED.items():
@@ -263,7 +283,8 @@ def load_backbone(
     }
     for name, wanted in {"arch": arch, "patch_size": patch_size}.items():
         if None not in (wanted, made_with[name]) and wanted != made_with[name]:
-            raise UserError(f"{path} was made with --{name} {made_with[name]}, found --{name} {wanted}")
+            found = f"found --{name} {wanted}; expected --{name} {made_with[name]}"
+            raise UserError(f"{path} was made with --{name} {made_with[name]}, {found}")
     arch, patch_size = arch or made_with["arch"], patch_size or made_with["patch_size"]
     arch = architecture(arch) if arch else None
     projection, shape = (tuple(state[name].shape) if name in state else () for name in (PROJECTION, "pos_embed"))
@@ -286,7 +307,11 @@ def load_backbone(
         problems += [] if state[name].dtype in FLOATS else [f"{name} is {state[name].dtype}, expected torch.float32"]
     if problems:
         first_three = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        raise UserError(f"{path} does not fit {arch} with patch size {patch_size}: {first_three}")
+        looks = WIDTHS.get(projection[0]), projection[-1]
+        hint = (
+            f"; expected --arch {looks[0]} --patch_size {looks[1]}" if looks[0] and looks != (arch, patch_size) else ""
+        )
+        raise UserError(f"{path} does not fit {arch} with patch size {patch_size}: {first_three}{hint}")
     backbone = ARCHITECTURES[arch](patch_size, img_size=side * patch_size)
     backbone.load_state_dict(state)
     bad = [name for name, value in backbone.state_dict().items() if not value.isfinite().all()]
@@ -295,8 +320,8 @@ def load_backbone(
     return backbone.eval(), args
 
 
-def _backbone_weights(contents, checkpoint_key, path):
-    """Return the state_dict of the backbone in the contents of a file, which may hold several networks with heads."""
+def _weights(contents, checkpoint_key, path):
+    """Return the weights of backbone and head in the contents of a file, which may hold several networks with heads."""
     if checkpoint_key in contents or any(isinstance(value, dict) and value for value in contents.values()):
         if checkpoint_key not in contents:
             networks = [key for key in ("teacher", "student", "model", "state_dict") if key in contents]
@@ -308,4 +333,76 @@ def _backbone_weights(contents, checkpoint_key, path):
     ):
         raise UserError(f"{path} holds no weights under {checkpoint_key!r}, expected names and tensors")
     state = {name.removeprefix("module.").removeprefix("backbone."): value for name, value in contents.items()}
-    return {name: value for name, value in state.items() if not name.startswith(("head.", "fc_norm."))}
+    head = {name.removeprefix("head."): value for name, value in state.items() if name.startswith("head.")}
+    return {name: value for name, value in state.items() if not name.startswith(("head.", "fc_norm."))}, head
+
+
+class Start(NamedTuple):
+    """Weights that a run starts from instead of random ones, see `load_start`."""
+
+    path: str
+    backbone: VisionTransformer
+    head: dict[str, torch.Tensor]  # names as in DINOHead; others or none if the file has no such head
+    center: torch.Tensor | None  # [1+P or 1, K]
+
+
+def load_start(path: str, arch: str, patch_size: int, checkpoint_key: str = "teacher") -> Start:
+    """Read the weights that a run starts from; see `load_backbone` for arguments, files and errors."""
+    contents = _read(path)
+    backbone, _ = _load_backbone(contents, path, arch, patch_size, checkpoint_key)
+    criterion = contents.get("loss", contents.get("dino_loss"))
+    center = criterion.get("center") if isinstance(criterion, dict) else None
+    return Start(path, backbone, _weights(contents, checkpoint_key, path)[1], center)
+
+
+@torch.no_grad()
+def start_from(start: Start, network: BackboneWithHead, center: torch.Tensor) -> str:
+    """Copy the weights of a backbone into a network, and those of its head and the center where they fit.
+
+    The position embedding is interpolated to the network's grid. A center is copied only together with a head.
+
+    Args:
+        start: the weights.
+        network: the network, of the same architecture and patch size.
+        center: center of the loss, [1+P or 1, K].
+
+    Returns:
+        a line that says what was copied
+
+    Raises:
+        UserError: weights of the head are not finite.
+    """
+    from support.backbone import interpolate_positions  # not at the top: timm takes longer to import than torch
+
+    state, done = start.backbone.state_dict(), []
+    own, new = start.backbone.patch_embed.grid_size, network.backbone.patch_embed.grid_size
+    if own != new:
+        state["pos_embed"] = interpolate_positions(state["pos_embed"], own, new)
+        done.append(f"position embedding interpolated from {own[0]}x{own[1]} to {new[0]}x{new[1]} patches")
+    network.backbone.load_state_dict(state)
+    misfit = _misfit(start.head, network.head)
+    if misfit:
+        return f"started from {start.path}: " + "; ".join(["backbone only", *done, misfit])
+    if not all(value.isfinite().all() for value in start.head.values()):
+        raise UserError(f"{start.path} holds weights of the head that are not finite")
+    network.head.load_state_dict(start.head)
+    kept = start.center
+    if torch.is_tensor(kept) and kept.shape == center.shape and kept.dtype in FLOATS and kept.isfinite().all():
+        center.copy_(kept)
+        done.append("center of the loss")
+    return f"started from {start.path}: " + "; ".join(["backbone and head", *done])
+
+
+def _misfit(found, head):
+    """Return in words why weights do not fit a DINOHead; empty if they do."""
+    own = head.state_dict()
+    if not any(name.startswith("mlp.") for name in found):
+        return "the file has no head"
+    if found.keys() != own.keys():
+        return f"the head has other layers: {min(found.keys() ^ own.keys())}"
+    for name, value in found.items():
+        if value.shape != own[name].shape or value.dtype not in (*FLOATS, own[name].dtype):
+            return f"the head does not fit: {name} is {list(value.shape)}, expected {list(own[name].shape)}"
+    if not head.last_layer.weight_g.requires_grad and (found["last_layer.weight_g"] != 1).any():
+        return "the head does not fit: its prototypes have learned norms, see --norm_last_layer"
+    return ""

@@ -9,6 +9,15 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import nn
 
 
+def interpolate_positions(pos_embed: torch.Tensor, own: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+    """Interpolate a position embedding [1, 1+P, D], CLS first, from a grid (rows, columns) to another, as DINO does."""
+    grid = pos_embed[:, 1:].unflatten(1, own).permute(0, 3, 1, 2)
+    # As DINO: no antialiasing. Adding 0.1 guards against rounding and shifts the sampling points slightly.
+    scale = ((new[0] + 0.1) / own[0], (new[1] + 0.1) / own[1])
+    grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", recompute_scale_factor=False)
+    return torch.cat([pos_embed[:, :1], grid.flatten(2).mT], dim=1)
+
+
 class VisionTransformer(TimmVisionTransformer):
     """A ViT that returns all tokens, for images of any size.
 
@@ -64,10 +73,6 @@ class VisionTransformer(TimmVisionTransformer):
         pos_embed = self.pos_embed
         # As DINO: interpolate for every image that is not square, even if its number of patches is the trained one.
         if rows * columns != own_rows * own_columns or height != width:
-            grid = pos_embed[:, 1:].unflatten(1, (own_rows, own_columns)).permute(0, 3, 1, 2)
-            # As DINO: no antialiasing. Adding 0.1 guards against rounding and shifts the sampling points slightly.
-            scale = ((rows + 0.1) / own_rows, (columns + 0.1) / own_columns)
-            grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", recompute_scale_factor=False)
-            pos_embed = torch.cat([pos_embed[:, :1], grid.flatten(2).mT], dim=1)
+            pos_embed = interpolate_positions(pos_embed, (own_rows, own_columns), (rows, columns))
         x = torch.cat([self.cls_token.expand(batch, -1, -1), x.view(batch, -1, dim)], dim=1)
         return self.pos_drop(x + pos_embed)

@@ -38,7 +38,7 @@ DINO_GLOBALS = [
 # Arguments that may change when a run resumes. Any other change makes it a different run.
 MAY_CHANGE = "data_path download output_dir num_workers log_every saveckp_freq dist_url local_rank".split()
 MAY_CHANGE += "grad_checkpointing compile save_every_steps keep_last dist_timeout on_bad_image max_bad_images".split()
-MAY_CHANGE += ["knn_every", "image_every"]
+MAY_CHANGE += ["knn_every", "image_every", "init_hash"]  # the last is compared by _refuse_other_start
 MAX_VALUES, MAX_DEPTH = 10_000, 20  # values, and lists in lists, in the arguments of a file
 # Names that a run writes in its folder
 RUN_FILES = (
@@ -288,12 +288,45 @@ def refuse_other_run(earlier, args, defaults, may_change, path) -> None:
         raise UserError(f"{path} belongs to a run with other arguments: {differences}{longer}; {advice}")
 
 
+def hash_of_file(path) -> str | None:
+    """Return the SHA-256 hash of a file; None if there is no such file, or it cannot be read."""
+    if not os.path.isfile(path):
+        return None
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def _refuse_other_start(earlier, args, path) -> None:
+    """Check that the file of --init_weights is the one that an earlier run started from, or is gone.
+
+    Args:
+        earlier, args: dictionaries of arguments. `args` gets the `init_hash` of `earlier`.
+        path: file that `earlier` was read from, for the message.
+
+    Raises:
+        UserError: the file has changed.
+    """
+    there, here = earlier.get("init_hash"), args.get("init_hash")
+    if here not in (None, there):
+        found = f"with SHA-256 {str(there)[:12]}, found {here[:12]}"
+        advice = "restore or remove it, resuming does not read it; or use another --output_dir"
+        raise UserError(f"{path} belongs to a run that started from another {args['init_weights']}, {found}: {advice}")
+    args["init_hash"] = there
+
+
 def open_output(output_dir, args, defaults) -> tuple[dict, Path] | tuple[None, None]:
     """Create the output folder and return what `load_latest` finds in it.
 
     Args:
         output_dir: folder of the run.
-        args, defaults: dictionaries of the arguments of the run and of their defaults.
+        args, defaults: dictionaries of the arguments of the run and of their defaults. `args["init_hash"]`, the hash of
+            the file of --init_weights, becomes that of the earlier run.
 
     Raises:
         UserError: the folder cannot be written to, or holds a run with other arguments or other kinds of files.
@@ -313,12 +346,14 @@ def open_output(output_dir, args, defaults) -> tuple[dict, Path] | tuple[None, N
             raise UserError(f"{source_path} is not a checkpoint of main_lgssl.py: use another --output_dir")
         checkpoint["args"] = plain_arguments(checkpoint["args"], source_path)
         refuse_other_run(checkpoint["args"], args, defaults, may_change, source_path)
+        _refuse_other_start(checkpoint["args"], args, source_path)
     elif earlier.exists():
         try:
             earlier_args = read_json(earlier)
         except UserError as error:
             raise UserError(f"cannot read {earlier}: remove it, or use another --output_dir") from error
         refuse_other_run(earlier_args, args, defaults, may_change, earlier)
+        _refuse_other_start(earlier_args, args, earlier)
     elif (output_dir / "log.txt").exists() or (output_dir / "steps.jsonl").exists():
         raise UserError(f"{output_dir} holds logs but no run: move them, or use another --output_dir")
     return checkpoint, source_path

@@ -301,12 +301,12 @@ def average_precision(ranks, count) -> float:
 def result_file(output_dir, pretrained_weights, name) -> Path | None:
     """Return the path of a result: NAME.json in `output_dir`, by default in the folder of the weights.
 
-    Random weights and raw pixels without `output_dir` have no result file: None.
+    Random weights, raw pixels and timm's names have no folder: without `output_dir` there is no result file, None.
 
     Raises:
         UserError: the folder cannot be written to.
     """
-    if output_dir is None and pretrained_weights in ("none", "pixels"):
+    if output_dir is None and (pretrained_weights in ("none", "pixels") or pretrained_weights.startswith("timm:")):
         return None
     folder = Path(pretrained_weights).parent if output_dir is None else Path(output_dir)
     make_folder(folder, "--output_dir")

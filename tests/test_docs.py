@@ -53,6 +53,9 @@ ELSEWHERE = {
     "python run_with_submitit.py": "test_slurm.py",
     "python reproduce.py run": "test_reproduce.py",
     "python reproduce.py search": "test_study.py",
+    "python main_lgssl.py @recipes/digits.args": "test_warm_start.py",
+    "python export.py": "test_export.py",
+    "python eval_knn.py": "test_eval_knn.py",
     "python -m benchmarks.bench_step": "test_benchmarks.py",
     "python -m benchmarks.bench_gpu": "test_benchmarks.py",
     "python -m benchmarks.bench_views": "test_benchmarks.py",
@@ -70,6 +73,7 @@ WRITTEN = {
     "docs/reproducing.md": ["results.md", "LISTS/whitening.txt"],
     "docs/robustness.md": [],
     "docs/study.md": [],
+    "docs/warm_start.md": ["OUT/knn_folder.json", "CONTINUED/checkpoint.pth", "CONTINUED/knn_folder.json"],
     "docs/visualizing.md": ["map.pdf", "matches.png", "assets/matches.png", "assets/neighbours.png", "runs.pdf"],
 }
 

@@ -58,7 +58,7 @@ def test_numbers_are_the_papers(number):
 def test_recipes_are_what_their_names_say():
     files = {path.stem for path in (ROOT / "recipes").glob("*.args")}
     studies = {*STUDIES, *(row.recipe for study in STUDIES.values() for row in study.rows.values() if row.recipe)}
-    assert files == {*RECIPES, *studies, "choices", "digits", "dino", "laptop", "photographs"}
+    assert files == {*RECIPES, *studies, "choices", "continue", "digits", "dino", "laptop", "photographs"}
     assert len(RECIPES) == 22
     for recipe in RECIPES:
         data, arch, patch, loss = re.fullmatch(r"(\w+)_vit_([a-z]+)(\d+)_(\S+)", recipe).groups()
