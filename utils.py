@@ -129,7 +129,9 @@ def _explain(error):
         if first_line(earlier).startswith("DataLoader worker (pid"):
             return f"{DEAD_WORKER} ({first_line(earlier)})"
         earlier = earlier.__context__
-    if dist.is_initialized() and (isinstance(error, dist.DistError) or re.search("gloo|[Cc]onnection", text)):
+    if dist.is_initialized() and (
+        isinstance(error, dist.DistError) or re.search("gloo|[Cc]onnection|pair closure", text)
+    ):
         return f"rank {dist.get_rank()} waited for another process that died or hangs: see its message ({text})"
     if isinstance(error, BrokenPipeError):
         return "the reader of the output has ended"
