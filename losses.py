@@ -7,11 +7,11 @@ and memory.
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from support.matched_cross_entropy import matched_cross_entropy
+from utils import start_all_reduce_mean
 
 # Weight of a matched token pair, by --loss. Each function takes
 #   is_cls: booleans [M, Ns], whether the pair is CLS with CLS,
@@ -111,7 +111,8 @@ class LocalGlobalLoss(nn.Module):
         self.student_temp, self.center_momentum = student_temp, center_momentum
         positions = 1 + grid_tokens if center == "position" and loss != "cls" else 1
         self.register_buffer("center", torch.zeros(positions, out_dim))
-        # For update_center: (sum of means, their number, prototypes, scale), then (mean, exchange, prototypes, scale)
+        # For update_center: (sum of means, their number, prototypes, scale), then (function that waits for their mean
+        # over all ranks, prototypes, scale)
         self._pending: tuple | None = None
         self._exchanged: tuple | None = None
 
@@ -152,9 +153,8 @@ class LocalGlobalLoss(nn.Module):
             return
         mean_z, batches, prototypes, scale = self._pending
         self._pending = None
-        mean_z = mean_z.to(self.center.dtype) / batches  # [1+P, D]
-        exchange = dist.all_reduce(mean_z, async_op=True) if dist.is_initialized() else None
-        self._exchanged = (mean_z, exchange, prototypes, scale)
+        exchanged_mean = start_all_reduce_mean(mean_z.to(self.center.dtype) / batches)  # [1+P, D]
+        self._exchanged = (exchanged_mean, prototypes, scale)
 
     @torch.no_grad()
     def update_center(self) -> None:
@@ -166,11 +166,9 @@ class LocalGlobalLoss(nn.Module):
         self.start_center_update()
         if self._exchanged is None:
             return
-        mean_z, exchange, prototypes, scale = self._exchanged
+        exchanged_mean, prototypes, scale = self._exchanged
         self._exchanged = None
-        if exchange is not None:
-            exchange.wait()
-            mean_z /= dist.get_world_size()
+        mean_z = exchanged_mean()
         if len(self.center) == 1:
             mean_z = mean_z[:1] if self.loss == "cls" else mean_z.mean(0, keepdim=True)
         with torch.autocast(mean_z.device.type, enabled=False):

@@ -13,7 +13,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -165,6 +165,11 @@ def launched_as() -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
+def is_first_process() -> bool:
+    """Return whether this is the process that prints, also before the process group is set up."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def init_distributed(dist_url="env://", timeout=TIMEOUT) -> tuple[int, int, torch.device]:
     """Join the process group that torchrun describes in the environment. Without one, run as a single process.
 
@@ -216,12 +221,22 @@ def _each_task_sees_its_gpu():
     return "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
+def start_all_reduce_mean(tensor) -> Callable[[], torch.Tensor]:
+    """Start to replace a tensor by its mean over all processes. Return a function that waits for it and returns it."""
+    exchange = dist.all_reduce(tensor, async_op=True) if dist.is_initialized() else None
+
+    def finish():
+        if exchange is not None:
+            exchange.wait()
+            tensor.div_(dist.get_world_size())
+        return tensor
+
+    return finish
+
+
 def all_reduce_mean(tensor) -> torch.Tensor:
     """Replace a tensor by its mean over all processes and return it."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
-    return tensor
+    return start_all_reduce_mean(tensor)()
 
 
 def all_gather(tensor) -> torch.Tensor:

@@ -266,6 +266,15 @@ def tidy(output_dir, source_path) -> None:
         incomplete.unlink()
 
 
+def may_change(args) -> set[str]:
+    """Return the names of arguments that may differ from those of an earlier run.
+
+    Args:
+        args: dictionary of the arguments that are asked for. A precision of None is not asked for.
+    """
+    return {*MAY_CHANGE, "precision"} if args.get("precision") is None else {*MAY_CHANGE}
+
+
 def refuse_other_run(earlier, args, defaults, may_change, path) -> None:
     """Check that an earlier run had the same arguments.
 
@@ -339,21 +348,20 @@ def open_output(output_dir, args, defaults) -> tuple[dict, Path] | tuple[None, N
         if not is_right and os.path.lexists(path):  # not removed meanwhile
             raise UserError(f"{path} is not a {kind}: move it, or use another --output_dir")
     checkpoint, source_path = load_latest(output_dir / "checkpoint.pth")
-    may_change = MAY_CHANGE if args["precision"] else [*MAY_CHANGE, "precision"]  # if not given: as before
     earlier = output_dir / "args.json"
     if checkpoint:
         keys = "student teacher optimizer loss scaler meters epoch step batch_size images args".split()
         if not set(keys) <= set(checkpoint):
             raise UserError(f"{source_path} is not a checkpoint of main_lgssl.py: use another --output_dir")
         checkpoint["args"] = plain_arguments(checkpoint["args"], source_path)
-        refuse_other_run(checkpoint["args"], args, defaults, may_change, source_path)
+        refuse_other_run(checkpoint["args"], args, defaults, may_change(args), source_path)
         _refuse_other_start(checkpoint["args"], args, source_path)
     elif earlier.exists():
         try:
             earlier_args = read_json(earlier)
         except UserError as error:
             raise UserError(f"cannot read {earlier}: remove it, or use another --output_dir") from error
-        refuse_other_run(earlier_args, args, defaults, may_change, earlier)
+        refuse_other_run(earlier_args, args, defaults, may_change(args), earlier)
         _refuse_other_start(earlier_args, args, earlier)
     elif (output_dir / "log.txt").exists() or (output_dir / "steps.jsonl").exists():
         raise UserError(f"{output_dir} holds logs but no run: move them, or use another --output_dir")

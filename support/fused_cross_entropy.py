@@ -41,10 +41,9 @@ def loss_and_gradients(student, prototypes, scale, work, dtype, needs_z, needs_p
     d_prototypes = torch.zeros(prototypes.shape, device=z.device) if needs_prototypes else None
     product = torch.empty_like(d_prototypes) if needs_prototypes else None
 
-    most_teachers = max((group.teacher.stop - group.teacher.start for group in work.groups), default=0)
-    logits = z.new_empty(max(most_teachers, work.chunk), K, dtype=torch.float32)
+    logits = z.new_empty(max(work.max_teachers, work.chunk), K, dtype=torch.float32)
     is_half = dtype != torch.float32
-    targets = z.new_empty(most_teachers, K, dtype=torch.float16 if is_half else torch.float32)
+    targets = z.new_empty(work.max_teachers, K, dtype=torch.float16 if is_half else torch.float32)
     difference = z.new_empty(work.chunk, K, dtype=dtype) if is_half else logits
     unit = -1 / (work.student_temp * UNIT.value)  # of the gradients
     for group in work.groups:

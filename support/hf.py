@@ -10,7 +10,7 @@ import numpy as np
 
 from support.decoding import refuse_irregular, shown
 from support.images import ImageList, numbered_classes
-from utils import UserError, first_line
+from utils import UserError, first_line, is_first_process
 
 # Names of the splits there, the preferred one first
 NAMES = {"train": ("train", "training"), "val": ("validation", "valid", "val", "dev", "test", "testing")}
@@ -88,7 +88,7 @@ def open_rows(name, split) -> tuple:
     if int(datasets.__version__.split(".")[0]) < 4:
         found = f"found datasets {datasets.__version__}, which runs scripts that data sets bring"
         raise UserError(f"{found}: pip install --upgrade datasets")
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = is_first_process()
     if not (is_first and sys.stderr.isatty()):
         datasets.disable_progress_bars()
     path, is_local = Path(name), os.path.exists(name)

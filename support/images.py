@@ -141,18 +141,21 @@ def build_dataset(
     """
     opened = "train" if tuning else split
     source, name = find_source(dataset)
-    given = {"data_path": data_path, "classes": classes, "download": download, "intensity_range": intensity_range}
-    given["rebuild_index"] = rebuild_index
-    given |= {"image_column": image_column, "label_column": label_column}
+    given = {
+        **{"data_path": data_path, "classes": classes, "download": download, "intensity_range": intensity_range},
+        **{"rebuild_index": rebuild_index, "image_column": image_column, "label_column": label_column},
+    }
     for option in given:
         if given[option] and option not in source.options:
             raise UserError(f"--{option} has no effect with --dataset {dataset}: omit it, or give another --dataset")
     if "data_path" in source.options and not data_path:
         raise UserError(f"--dataset {dataset} needs --data_path, the folder of the images")
-    options = {option: given[option] for option in source.options}
+    options = {option: given[option] for option in source.options if option != "intensity_range"}
     images = source.open(split=opened, **options, **({"name": name} if name else {}))
     if not len(images):
         raise UserError(f"--dataset {dataset} has no {opened} images")
+    if "intensity_range" in source.options:
+        images.use_intensity_range(intensity_range, data_path or name)
     images.transform, images.min_side = transform, min_side
     if opened == "train" and (train_images or tuning):
         count = train_images or len(images)
@@ -270,7 +273,7 @@ class ImageList(LabeledImages):
             if data_path not in WARNED and kept < MIN_LEVELS and kept < (found := len(np.unique(values))):
                 WARNED.add(data_path)
                 hint = f"see --intensity_range; its values are {values.min()} to {values.max()}"
-                if os.environ.get("RANK", "0") == "0":
+                if utils.is_first_process():
                     utils.warn(f"{shown(path)} keeps {kept} of its {found} gray levels in 8 bits: {hint}")
 
     def keep(self, indices) -> None:
@@ -495,46 +498,38 @@ def photograph_crops(split) -> ArrayImages:
     return ArrayImages(np.stack(crops), np.arange(len(classes)).repeat(count), classes)
 
 
-def open_folder(split, data_path, classes, intensity_range, rebuild_index) -> ImageList:
+def open_folder(split, data_path, classes, rebuild_index) -> ImageList:
     """Open a folder or a list of images, see `build_dataset`."""
     path = Path(data_path)
     lists = {name: path / f"{name}.txt" for name in ("train", "val")}
     has_lists = all(map(os.path.isfile, lists.values())) and not all(os.path.isdir(path / name) for name in lists)
-    if os.path.isfile(path) or has_lists:
-        for option, value in {"classes": classes, "rebuild_index": rebuild_index}.items():
-            if value:
-                raise UserError(f"--{option} has no effect with a list of images: omit it, or give a folder")
-        images = ListedImages(lists[split] if has_lists else path)
-        images.has_splits = has_lists
-    else:
-        images = ImageFolder(path, split, classes, rebuild_index)
-    images.use_intensity_range(intensity_range, data_path)
+    if not (os.path.isfile(path) or has_lists):
+        return ImageFolder(path, split, classes, rebuild_index)
+    for option, value in {"classes": classes, "rebuild_index": rebuild_index}.items():
+        if value:
+            raise UserError(f"--{option} has no effect with a list of images: omit it, or give a folder")
+    images = ListedImages(lists[split] if has_lists else path)
+    images.has_splits = has_lists
     return images
 
 
-def open_tar(split, data_path, intensity_range, rebuild_index) -> ImageList:
+def open_tar(split, data_path, rebuild_index) -> ImageList:
     """Open images in tars, see `tar.TarImages`."""
     from support.tar import TarImages  # which needs this file
 
-    images = TarImages(data_path, split, rebuild_index)
-    images.use_intensity_range(intensity_range, data_path)
-    return images
+    return TarImages(data_path, split, rebuild_index)
 
 
-def open_hf(split, name, image_column, label_column, intensity_range) -> ImageList:
+def open_hf(split, name, image_column, label_column) -> ImageList:
     """Open images of Hugging Face's `datasets`, see `hf.HuggingFaceImages`."""
     from support.hf import HuggingFaceImages
 
-    images = HuggingFaceImages(name, split, image_column, label_column)
-    images.use_intensity_range(intensity_range, name)
-    return images
+    return HuggingFaceImages(name, split, image_column, label_column)
 
 
-def open_imagenet100(split, data_path, classes, intensity_range) -> ImageList:
+def open_imagenet100(split, data_path, classes) -> ImageList:
     """Open a folder of ImageNet, restricted to the 100 classes in its list."""
-    images = ImageFolder(data_path, split, classes or IMAGENET100_CLASSES)
-    images.use_intensity_range(intensity_range, data_path)
-    return images
+    return ImageFolder(data_path, split, classes or IMAGENET100_CLASSES)
 
 
 def open_torchvision(split, name, data_path, download) -> LabeledImages:
@@ -632,7 +627,7 @@ class Source(NamedTuple):
     """A kind of data set.
 
     Attributes:
-        open: function of `split`, of the `options`, and of `name` where the source has names.
+        open: function of `split`, of the `options` but intensity_range, and of `name` where the source has names.
         options: arguments of `build_dataset` that it accepts; all accept train_images and tuning.
         name: what --dataset takes after the kind and a colon, for messages; "" if nothing.
     """

@@ -149,6 +149,11 @@ class _Work:
     student_temp: float
     teacher_temp: float
 
+    @property
+    def max_teachers(self) -> int:
+        """The largest number of teacher tokens in a group."""
+        return max((group.teacher.stop - group.teacher.start for group in self.groups), default=0)
+
     def chunks(self, group) -> list:
         """Return slices of the student tokens of a group, of at most `chunk` tokens."""
         return [slice(*edges) for edges in _pieces(group.student.start, group.student.stop, self.chunk)]
@@ -202,8 +207,7 @@ def _loss_and_gradients(student_z, student_prototypes, student_scale, work, dtyp
     student_weights, teacher_weights = (x.to(dtype) for x in (student_prototypes, teacher.prototypes))
     sharpening = student_scale / work.student_temp
     # Matrix products are efficient with many rows (chunks), other operations with few that stay in the cache.
-    max_teachers = max((group.teacher.stop - group.teacher.start for group in work.groups), default=0)
-    targets_buffer = torch.empty(max_teachers, K, dtype=compute_dtype, device=device)
+    targets_buffer = torch.empty(work.max_teachers, K, dtype=compute_dtype, device=device)
     logits_buffer = torch.empty(work.chunk, K, dtype=compute_dtype, device=device)
     strips = torch.empty(2, -(-work.chunk // work.num_strips), K, dtype=compute_dtype, device=device)
     for group in work.groups:

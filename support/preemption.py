@@ -8,6 +8,8 @@ import time
 import torch
 import torch.distributed as dist
 
+from utils import is_first_process
+
 # Windows has only the first two.
 SIGNALS = [getattr(signal, name) for name in "SIGTERM SIGINT SIGUSR1 SIGUSR2".split() if hasattr(signal, name)]
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped early, the same command resumes
@@ -49,7 +51,7 @@ class StopRequest:
             elif time.monotonic() - self._interrupted > 1:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGINT)
-        if self.signal is None and os.environ.get("RANK", "0") == "0":
+        if self.signal is None and is_first_process():
             # The signal may have interrupted print: use os.write.
             os.write(2, f"{signal.Signals(number).name}: stopping after this step; Ctrl-C ends at once\n".encode())
         self.signal = self.signal or signal.Signals(number)

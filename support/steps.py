@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.checkpoints import MAY_CHANGE
+from support.checkpoints import may_change
 from support.report import read_log
 from utils import UserError, read_json
 
@@ -120,7 +120,7 @@ def differences(expected, actual) -> list:
     Paths are not settings, nor is a precision that the machine decides. Settings that `actual` lacks are newer than its
     version, which worked as by default.
     """
-    ignored = {*MAY_CHANGE, *PLACES} | ({"precision"} if expected.get("precision") is None else set())
+    ignored = {*may_change(expected), *PLACES}
     return [
         f"--{name} {actual[name]} instead of {'its default' if value is None else value}"
         for name, value in expected.items()

@@ -50,7 +50,7 @@ class TarImages(ImageList):
 
     def __init__(self, data_path, split="train", rebuild_index=False):
         self.root, self.shards, self.has_splits = find_shards(data_path, split)
-        quiet = os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty()
+        quiet = not utils.is_first_process() or not sys.stderr.isatty()
         indexes = [
             open_index(shard, rebuild_index) for shard in tqdm(self.shards, "reading tars", delay=1, disable=quiet)
         ]
