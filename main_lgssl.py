@@ -359,7 +359,6 @@ def set_precision(args, checkpoint, device) -> None:
     if args.precision == "tf32" and not has_ampere:
         raise UserError("--precision tf32 needs a GPU of compute capability 8.0 or more; use fp32")
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"  # of the patch embedding, a convolution
 
 
 def build_networks(args) -> tuple[BackboneWithHead, Teacher, LocalGlobalLoss]:

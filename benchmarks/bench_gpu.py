@@ -62,6 +62,11 @@ class Case(NamedTuple):
     K: int
     loss: str  # of main_lgssl.py, or "DINO" for DINO's step
     precision: str  # of main_lgssl.py
+    compile: bool = False  # of main_lgssl.py
+
+    def network(self) -> str:
+        """Return the name of the network, with batch size and --compile."""
+        return f"{self.arch}/{PATCH}, batch {self.batch_size}" + ", --compile" * self.compile
 
 
 LOSS_SIZES = (10_000, 65_536)  # K for the loss alone
@@ -69,6 +74,8 @@ LOSS_SIZES = (10_000, 65_536)  # K for the loss alone
 CASES = [
     *(Case(f"vit_{size}", 40, 10_000, "mean", "bf16") for size in ("tiny", "base")),
     *(Case(f"vit_{size}", 128, 10_000, "mean", "bf16") for size in ("tiny", "small", "base")),
+    Case("vit_small", 40, 10_000, "mean", "bf16", compile=True),
+    Case("vit_base", 128, 10_000, "mean", "bf16", compile=True),
     *(
         Case("vit_small", 40, K, loss, precision)
         for precision in ("bf16", "fp16", "tf32")
@@ -193,6 +200,7 @@ def options(case) -> list[str]:
     words += f"--loss {'cls' if case.loss == 'DINO' else case.loss} --geometry batch --image_size {IMAGE} "
     words += f"--global_crops_size {GLOBAL} --local_crops_size {LOCAL} --local_crops_number {VIEWS - 2} "
     words += f"--precision {case.precision} --freeze_last_layer 0 --num_workers 0 --log_every {10**9}"
+    words += " --compile" * case.compile
     return words.split()
 
 
@@ -391,7 +399,7 @@ def print_steps(results, rates) -> None:
     """Print images per second, memory and the time of each phase with the share of its bound."""
     rows = []
     for case, result in results.items():
-        row = [f"{case.arch}/{PATCH}, batch {case.batch_size}", case.K, case.loss, case.precision]
+        row = [case.network(), case.K, case.loss, case.precision]
         if result is None:
             rows.append([*row, "out of memory", *[""] * (2 + len(PHASES))])
             continue
@@ -413,7 +421,7 @@ def print_goals(results, rates) -> None:
     rows = []
 
     def add(goal, case, found, expected, reached):
-        of_case = f"{case.arch}/{PATCH}, batch {case.batch_size}, K {case.K}"
+        of_case = f"{case.network()}, K {case.K}"
         rows.append((goal, of_case, found, expected, "reached" if reached else "not reached"))
 
     for case, result in results.items():
@@ -549,8 +557,7 @@ def print_loading(rate, results) -> None:
     for case, result in results.items():
         if result is not None and (case.loss, case.precision) == ("mean", "bf16"):
             images = case.batch_size / statistics.median(result["seconds"])
-            of_case = f"{case.arch}/{PATCH}, batch {case.batch_size}, K {case.K}"
-            print(f"{of_case}: {images:.0f} images/s, workers per GPU: {math.ceil(images / rate)}")
+            print(f"{case.network()}, K {case.K}: {images:.0f} images/s, workers per GPU: {math.ceil(images / rate)}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import triton.language as tl
 
 # Targets and differences are stored in units of 1 / UNIT: fp16 could hardly tell numbers near 1 / 65,536 apart.
 UNIT = tl.constexpr(1024.0)
-BLOCK = 4096  # columns that a program loads at a time
+BLOCK = 8192  # columns that a program loads at a time
 HAS_OUT_DTYPE = "dtype_out" in torch.ops.aten.mm.overloads()  # PyTorch 2.8
 
 

@@ -707,9 +707,9 @@ def test_precision_depends_on_the_device_unless_it_is_given(monkeypatch):
         assert chosen("", "cuda", (9, 0), {}) == "bf16"
         assert chosen("--use_fp16 true", "cuda", (9, 0)) == "fp16"
         assert chosen("--precision fp32", "cuda", (9, 0), {"precision": "fp32"}) == "fp32"
-        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+        assert torch.get_float32_matmul_precision() == "highest"
         assert chosen("--precision tf32", "cuda", (8, 0)) == "tf32"
-        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+        assert torch.get_float32_matmul_precision() == "high"
         for device, capability in (("cpu", None), ("cuda", (7, 5))):
             with pytest.raises(UserError, match="--precision tf32 needs a GPU"):
                 chosen("--precision tf32", device, capability)
