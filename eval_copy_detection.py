@@ -21,15 +21,9 @@ import utils
 from support import evaluation
 from support.arguments import number
 from support.features import whole_transform
-from support.images import (
-    IMAGENET100_CLASSES,
-    ImageFolder,
-    ImageList,
-    add_intensity_range,
-    has_image_name,
-    listed_folders,
-    listed_images,
-)
+from support.folders import ImageFolder, has_image_name, listed_folders, listed_images
+from support.images import ImageList
+from support.sources import IMAGENET100_CLASSES, add_intensity_range
 from utils import UserError
 
 COPYDAYS_BLOCKS = ["original", "strong"]

@@ -20,8 +20,9 @@ from support import evaluation
 from support.arguments import bool_flag, number
 from support.decoding import image_size
 from support.features import to_pixels
-from support.images import ImageList, add_intensity_range
+from support.images import ImageList
 from support.plain_pickle import read_plain_pickle
+from support.sources import add_intensity_range
 from utils import UserError
 
 KINDS = ("easy", "hard", "junk")

@@ -28,7 +28,7 @@ import utils
 from support import evaluation
 from support.checkpoints import write_safetensors
 from support.features import eval_transform
-from support.images import build_dataset, source
+from support.sources import build_dataset, source
 from utils import UserError, atomic_write
 from vision_transformer import WIDTHS
 

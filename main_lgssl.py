@@ -28,12 +28,13 @@ from losses import LOSSES, LocalGlobalLoss, teacher_temperature
 from patch_matching import RULES
 from support import checkpoints
 from support.arguments import ArgumentParser, bool_flag, number
-from support.images import ResizedArray, add_source_arguments, build_dataset, source
+from support.images import ResizedArray
 from support.loader import BatchSampler, ViewBatches, batches_on_device, check_batch
 from support.meters import Meters, measure
 from support.observe import environment, is_due, open_online_knn, training_pictures
 from support.preemption import EXIT_CODE, StopRequest, ignore_signals
 from support.report import WATCH_FROM, Report
+from support.sources import add_source_arguments, build_dataset, source
 from utils import UserError, clip_each_gradient, cosine_schedule, seed_networks
 from vision_transformer import (
     ARCHITECTURES,

@@ -27,7 +27,7 @@ import eval_linear
 import main_lgssl
 import utils
 from support.arguments import ArgumentParser, number
-from support.images import IMAGENET100_CLASSES
+from support.sources import IMAGENET100_CLASSES
 from support.steps import COLUMNS, ROOT, Step, mark, markdown, progress, score
 from support.study import STUDIES, is_done, run_study, search, seeds_of, study_steps
 from support.study import report as study_report

@@ -24,7 +24,9 @@ from patch_matching import RULES, match_patches
 from support import evaluation, features
 from support.arguments import ArgumentParser, number
 from support.decoding import read_image
-from support.images import PHOTOGRAPHS, ImageList, build_dataset, listed_images, photograph, source
+from support.folders import listed_images
+from support.images import ImageList
+from support.sources import PHOTOGRAPHS, build_dataset, photograph, source
 from utils import UserError
 
 MAX_PATCHES = 8000  # per image; the memory of attention grows with the square

@@ -20,7 +20,8 @@ from PIL import Image
 
 from benchmarks.machine import machine, print_table
 from support.arguments import ArgumentParser, number
-from support.images import ResizedArray, build_dataset
+from support.images import ResizedArray
+from support.sources import build_dataset
 
 PER_SHARD = 1000  # images per tar
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from support.arguments import ArgumentParser, number
 from support.features import RawPixels, eval_transform, extract_features, whole_transform
-from support.images import add_source_arguments, build_dataset, source
+from support.sources import add_source_arguments, build_dataset, source
 from utils import UserError, make_folder, write_text
 from vision_transformer import ARCHITECTURES, MAX_SIDE, architecture, load_backbone
 

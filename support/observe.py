@@ -20,8 +20,8 @@ from patch_matching import match_patches
 from support import features
 from support.evaluation import check_splits, classification_metrics, knn_votes
 from support.features import eval_transform, extract_features, normalized_cls
-from support.images import build_dataset
 from support.preemption import ignore_signals
+from support.sources import build_dataset
 from utils import VERSION, UserError, warn
 
 NEIGHBOURS = 10

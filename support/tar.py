@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 import utils
 from support.decoding import refuse_irregular, shown
-from support.images import IMAGE_SUFFIXES, SPLITS, ImageList, numbered_classes, refuse_other_splits
+from support.folders import IMAGE_SUFFIXES, SPLITS, refuse_other_splits
+from support.images import ImageList, numbered_classes
 from support.index import cached, save
 from utils import UserError, first_line
 

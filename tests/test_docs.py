@@ -20,7 +20,7 @@ import losses
 import patch_matching
 import reproduce
 import vision_transformer
-from support import images
+from support import sources
 from support.checkpoints import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -154,7 +154,7 @@ def test_every_script_is_in_the_layout():
 def workplace(tmp_path, monkeypatch, photo_folder, copydays_folder, retrieval_folder):
     """Return {placeholder of the pages: path} in an empty folder, which becomes the working directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(images, "CROPS", {"train": 2, "val": 1})
+    monkeypatch.setattr(sources, "CROPS", {"train": 2, "val": 1})
     # ImageNet with the classes that are excluded, and two more
     lines = (ROOT / "recipes/imagenet100_cmc.txt").read_text().split()
     for name in [*lines[:2], "n0", "n1"]:

@@ -15,7 +15,7 @@ import eval_knn
 from augment import MEAN, STD
 from support.evaluation import classification_metrics, knn_votes
 from support.features import eval_transform, whole_transform
-from support.images import build_dataset
+from support.sources import build_dataset
 from utils import UserError
 from vision_transformer import vit_micro
 

@@ -15,8 +15,8 @@ import eval_linear
 from augment import MEAN, STD
 from eval_linear import AugmentedBatches, cached_batches, linear_features, new_classifier, train_one_epoch, validate
 from support.features import eval_transform, whole_transform
-from support.images import build_dataset
 from support.loader import BatchSampler
+from support.sources import build_dataset
 from utils import UserError
 from vision_transformer import vit_micro
 

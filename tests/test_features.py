@@ -13,7 +13,7 @@ from support.features import (
     patch_features,
     principal_colors,
 )
-from support.images import build_dataset
+from support.sources import build_dataset
 from vision_transformer import vit_micro
 
 

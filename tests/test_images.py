@@ -23,11 +23,13 @@ from torchvision.transforms import InterpolationMode
 
 import eval_knn
 import main_lgssl
-from support import images
+from support import sources
 from support.decoding import image_size, read_image
 from support.evaluation import open_splits
 from support.features import eval_transform, to_pixels
-from support.images import IMAGENET100_CLASSES, ResizedArray, build_dataset, listed_images
+from support.folders import listed_images
+from support.images import ResizedArray
+from support.sources import IMAGENET100_CLASSES, build_dataset
 from utils import UserError
 
 
@@ -512,8 +514,8 @@ def test_crops_for_validation_do_not_overlap_the_others(tmp_path, monkeypatch):
     x = np.broadcast_to(np.arange(500), (320, 500))
     for name in "ab":
         Image.fromarray(np.stack([x // 2, x % 2, 0 * x], -1).astype(np.uint8)).save(tmp_path / f"{name}.png")
-    monkeypatch.setattr(images, "PHOTOGRAPHS", dict.fromkeys("ba"))
-    monkeypatch.setattr(images, "photograph", lambda name: tmp_path / f"{name}.png")
+    monkeypatch.setattr(sources, "PHOTOGRAPHS", dict.fromkeys("ba"))
+    monkeypatch.setattr(sources, "photograph", lambda name: tmp_path / f"{name}.png")
     columns = {}
     for split in ("train", "val"):
         dataset = build_dataset("photographs", split=split, transform=np.asarray)

@@ -3,8 +3,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from augment import MultiCrop, normalize
-from support.images import ResizedArray, build_dataset
+from support.images import ResizedArray
 from support.loader import BatchSampler, ViewBatches, batches_on_device
+from support.sources import build_dataset
 from utils import UserError
 
 

@@ -20,8 +20,9 @@ from losses import LocalGlobalLoss, plain_loss
 from main_lgssl import build_optimizer, parse_arguments
 from patch_matching import match_patches
 from support.backbone import VisionTransformer
-from support.images import ResizedArray, build_dataset
+from support.images import ResizedArray
 from support.loader import BatchSampler, ViewBatches
+from support.sources import build_dataset
 from utils import UserError, clip_each_gradient, seed_networks
 from vision_transformer import (
     ARCHITECTURES,

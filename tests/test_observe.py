@@ -15,10 +15,11 @@ from augment import MultiCrop
 from patch_matching import match_patches, match_views
 from support import observe
 from support.figures import LABEL_HEIGHT
-from support.images import ResizedArray, build_dataset
+from support.images import ResizedArray
 from support.loader import ViewBatches
 from support.meters import Meters
 from support.observe import OnlineKNN, environment, is_due, training_pictures
+from support.sources import build_dataset
 from utils import UserError
 from vision_transformer import vit_micro
 

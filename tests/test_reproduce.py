@@ -8,7 +8,7 @@ from PIL import Image
 import main_lgssl
 import reproduce
 from reproduce import ROOT, paper, recipe_arguments
-from support.images import listed_images
+from support.folders import listed_images
 from support.study import STUDIES
 from utils import UserError
 

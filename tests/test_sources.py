@@ -25,10 +25,10 @@ import eval_knn
 import extract_features
 import main_lgssl
 from benchmarks import bench_index
-from support import images, index, torchvision_sets
+from support import folders, index, sources, torchvision_sets
 from support.checkpoints import hash_of_names
 from support.evaluation import check_splits
-from support.images import build_dataset, dataset_name, find_source
+from support.sources import build_dataset, dataset_name, find_source
 from utils import UserError
 
 RNG = np.random.default_rng(0)
@@ -221,7 +221,7 @@ def test_other_data_sets_are_refused(text, capsys):
 
 
 def test_a_name_may_contain_colons(monkeypatch):
-    monkeypatch.setitem(images.SOURCES, "x", images.Source(None, (), "NAME"))
+    monkeypatch.setitem(sources.SOURCES, "x", sources.Source(None, (), "NAME"))
     assert find_source("x:a:b/c")[1] == "a:b/c"
     assert dataset_name("x:a:b/c") == "x:a:b/c"
 
@@ -335,8 +335,8 @@ def opened(root, **options):
     """Return what a data set says of itself, and whether its folders were read."""
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        original = images.list_folder
-        patch.setattr(images, "list_folder", lambda *args: calls.append(1) or original(*args))
+        original = folders.list_folder
+        patch.setattr(folders, "list_folder", lambda *args: calls.append(1) or original(*args))
         dataset = build_dataset("folder", root, **options)
     found = {"paths": list(dataset.paths), "labels": dataset.labels, "classes": dataset.classes}
     return {**found, "names": hash_of_names(dataset)}, bool(calls)
@@ -625,13 +625,13 @@ def test_features_of_a_list_have_paths_relative_to_its_folder(textures, tmp_path
 
 
 def test_bench_index_starts_once_without_an_index(monkeypatch, capsys, tmp_path):
-    reads, original = [], images.list_folder
+    reads, original = [], folders.list_folder
 
     def list_folder(*args):
         reads.append(args)
         return original(*args)
 
-    monkeypatch.setattr(images, "list_folder", list_folder)
+    monkeypatch.setattr(folders, "list_folder", list_folder)
     monkeypatch.setattr(index, "MIN_FILES", 90)
     monkeypatch.setattr(index, "SETTLED", 0.1)
     words = f"bench_index --files 100 --classes 7 --images 3 --rounds 2 --folder {tmp_path}"

@@ -23,8 +23,9 @@ import eval_knn
 import main_lgssl
 from support import tar
 from support.evaluation import open_splits
-from support.images import ResizedArray, build_dataset
+from support.images import ResizedArray
 from support.loader import ViewBatches
+from support.sources import build_dataset
 from utils import UserError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

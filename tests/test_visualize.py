@@ -14,7 +14,7 @@ import visualize
 from augment import MultiCrop
 from patch_matching import match_patches
 from support import figures
-from support.images import photograph
+from support.sources import photograph
 from utils import UserError
 from vision_transformer import vit_micro
 

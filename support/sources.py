@@ -1,0 +1,311 @@
+"""Where images come from: --dataset and the options that go with it."""
+
+import argparse
+import importlib
+import importlib.util
+import itertools
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+import utils
+from support import torchvision_sets
+from support.arguments import number
+from support.decoding import read_image
+from support.folders import ImageFolder, open_folder
+from support.hf import HuggingFaceImages
+from support.images import ArrayImages, ImageList, LabeledImages
+from support.tar import TarImages
+from utils import UserError
+
+# Options that name the images
+SOURCE = (
+    *("dataset", "data_path", "classes", "image_column", "label_column", "download", "train_images", "tuning"),
+    *("intensity_range", "rebuild_index"),
+)
+IMAGENET100_CLASSES = Path(__file__).parent.parent / "recipes" / "imagenet100_cmc.txt"
+# name: (package that ships the photograph, path inside the package)
+PHOTOGRAPHS = {name: ("sklearn.datasets", f"images/{name}.jpg") for name in ("china", "flower")} | {
+    name.split(".")[0]: ("skimage.data", name)
+    for name in (
+        "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png "
+        "hubble_deep_field.jpg moon.png motorcycle_left.png retina.jpg rocket.jpg"
+    ).split()
+}
+CROPS = {"train": 100, "val": 20}  # crops per photograph
+
+
+def add_source_arguments(add, layout) -> None:
+    """Add the options of SOURCE to an argument group.
+
+    Args:
+        add: the group's `add_argument`.
+        layout: help of --data_path.
+    """
+    kinds = "folder, imagenet100, tar, hf:NAME_OR_PATH, cifar10, torchvision:NAME, elpv, digits or photographs; hf and "
+    kinds += "the last three need no --data_path"
+    add("--dataset", type=dataset_name, default="folder", help=f"source of images: {kinds}")
+    add("--data_path", help=layout)
+    add("--classes", help="file with the class folders to use, one per line; imagenet100 has its own list")
+    add("--image_column", help="column of the images, for hf. Default: the only one")
+    add("--label_column", help="column of the labels, for hf. Default: the only one with class names, or label")
+    add("--download", action="store_true", help="let torchvision download its data set if it is missing")
+    add("--rebuild_index", action="store_true", help="read folders and tars again, even if there is an index")
+    add("--train_images", type=number(int, 1), help="use only N training images, drawn once. Default: all")
+    add("--tuning", action="store_true", help="hold out a fifth of the training images and use them as validation "
+        "images, for choosing settings")  # fmt: skip
+    add_intensity_range(add)
+
+
+def add_intensity_range(add) -> None:
+    """Add --intensity_range to an argument group, given the group's `add_argument`."""
+    add("--intensity_range", type=number(float), nargs=2, metavar=("LOW", "HIGH"), help="values of 16-bit, 32-bit and "
+        "float images that become gray levels 0 and 255; signed and float images need it. Default: 0 65535; "
+        "evaluations: the pretraining's")  # fmt: skip
+
+
+def source(args, made_with=None) -> dict:
+    """Return the arguments of `build_dataset` that name the images, from parsed options.
+
+    Args:
+        made_with: return value of `evaluation.open_model`. The pretraining's intensity range is the default.
+
+    Raises:
+        UserError: --train_images has no effect on the split that is opened.
+    """
+    if getattr(args, "split", None) == "val" and args.train_images and not args.tuning:
+        raise UserError("--train_images has no effect with --split val: use --split train, or omit --train_images")
+    named = {name: getattr(args, name) for name in SOURCE}
+    if made_with and "intensity_range" in find_source(args.dataset)[0].options:
+        named["intensity_range"] = args.intensity_range or made_with.get("intensity_range")
+    return named
+
+
+def build_dataset(
+    dataset,
+    data_path=None,
+    split="train",
+    transform=None,
+    classes=None,
+    download=False,
+    train_images=None,
+    tuning=False,
+    intensity_range=None,
+    min_side=None,
+    rebuild_index=False,
+    image_column=None,
+    label_column=None,
+) -> "LabeledImages":
+    """Open a data set.
+
+    Args:
+        dataset: a kind of SOURCES, with its name where it has one.
+            "folder": all images in `data_path` and its subfolders. The classes are the direct subfolders, if any.
+                Or the images in a list, `data_path` itself, or train.txt and val.txt in it, see `read_list`.
+            "imagenet100": a folder, restricted to the classes in a list.
+            "tar": images in tars with WebDataset's layout, see `tar.TarImages`.
+            "hf:NAME_OR_PATH": images of Hugging Face's `datasets`, see `hf.HuggingFaceImages`.
+            "cifar10": CIFAR-10, "torchvision:CIFAR10".
+            "torchvision:NAME": a classification data set of torchvision in `data_path`, see `torchvision_sets.load`.
+            "elpv": photographs of solar cells, see `solar_cells`.
+            "digits": scikit-learn's 1,797 scanned digits of 8×8 pixels, 1,400 for training and 397 for validation.
+            "photographs": crops of photographs that scikit-learn and scikit-image ship.
+        data_path: folder of the images. If it has subfolders `train` and `val`, only the subfolder `split` is read. For
+            "tar" also a pattern of paths.
+        split: "train" or "val".
+        transform: applied to the PIL image.
+        classes: file with one class folder per line. Default: no restriction; for "imagenet100" its own list.
+        download: let torchvision download the data set if it is missing.
+        train_images: number of training images to use, drawn once. None: all.
+        tuning: use only these training images, a fifth of them for validation and the others for training.
+        intensity_range, min_side: see `read_image`.
+        rebuild_index: read a folder or tars even if there is an index of them.
+        image_column, label_column: see `hf.HuggingFaceImages`.
+
+    Raises:
+        UserError: an argument has no effect on the data set, the folder or a class is missing, the subfolders are named
+            like splits, there are no images, or fewer than `train_images`.
+    """
+    opened = "train" if tuning else split
+    source, name = find_source(dataset)
+    given = {
+        **{"data_path": data_path, "classes": classes, "download": download, "intensity_range": intensity_range},
+        **{"rebuild_index": rebuild_index, "image_column": image_column, "label_column": label_column},
+    }
+    for option in given:
+        if given[option] and option not in source.options:
+            raise UserError(f"--{option} has no effect with --dataset {dataset}: omit it, or give another --dataset")
+    if "data_path" in source.options and not data_path:
+        raise UserError(f"--dataset {dataset} needs --data_path, the folder of the images")
+    options = {option: given[option] for option in source.options if option != "intensity_range"}
+    images = source.open(split=opened, **options, **({"name": name} if name else {}))
+    if not len(images):
+        raise UserError(f"--dataset {dataset} has no {opened} images")
+    if "intensity_range" in source.options:
+        images.use_intensity_range(intensity_range, data_path or name)
+    images.transform, images.min_side = transform, min_side
+    if opened == "train" and (train_images or tuning):
+        count = train_images or len(images)
+        if count > len(images):
+            raise UserError(f"--train_images {count} is more than the {len(images)} training images")
+        if tuning and count < 5:
+            raise UserError(f"--tuning holds out a fifth of the training images, found {count}, expected at least 5")
+        chosen = np.random.default_rng(0).permutation(len(images))[:count]
+        if tuning:
+            chosen = chosen[: count // 5] if split == "val" else chosen[count // 5 :]
+        images.keep(sorted(chosen.tolist()))
+    return images
+
+
+def open_imagenet100(split, data_path, classes) -> ImageList:
+    """Open a folder of ImageNet, restricted to the 100 classes in its list."""
+    return ImageFolder(data_path, split, classes or IMAGENET100_CLASSES)
+
+
+def open_torchvision(split, name, data_path, download) -> LabeledImages:
+    """Open a data set of torchvision, see `torchvision_sets.load`."""
+    images, labels, classes = torchvision_sets.load(name, split, data_path, download)
+    if isinstance(images, np.ndarray):
+        return ArrayImages(images, labels, classes)
+    listed = ImageList(images)
+    listed.root, listed.labels, listed.classes = Path(data_path), labels, classes
+    return listed
+
+
+def solar_cells(split) -> ImageList:
+    """Open the photographs of solar cells in the package elpv-dataset, with the classes functional and defective.
+
+    2,624 electroluminescence photographs of 300×300 pixels (Buerhop-Lopez et al., 2018; Deitsch et al., 2021). A cell
+    is defective if the experts' probability of a defect is at least 0.5. A fixed random three quarters of the cells are
+    for training, the others for validation, with the same proportions of classes and of cell types (monocrystalline and
+    polycrystalline) in both.
+
+    Raises:
+        UserError: the package is not installed, or lacks its files.
+    """
+    package = importlib.util.find_spec("elpv_dataset")
+    if package is None or package.origin is None:  # no origin: a folder without __init__.py
+        raise UserError("--dataset elpv needs the package elpv-dataset: pip install elpv-dataset")
+    root = Path(package.origin).parent / "data"
+    try:
+        lines = [line.split() for line in (root / "labels.csv").read_text().splitlines()]
+        paths, probabilities, kinds = zip(*lines, strict=True) if lines else ((), (), ())
+        probabilities = list(map(float, probabilities))
+        if not paths or {*kinds} - {"mono", "poly"}:
+            raise ValueError("no cells, or a type other than mono and poly")
+        if not all(0 <= probability <= 1 for probability in probabilities):
+            raise ValueError("a probability that is not in [0, 1]")
+    except (OSError, ValueError) as error:
+        expected = "expected lines of path, probability and type; install elpv-dataset again"
+        raise UserError(f"cannot read {root / 'labels.csv'} ({utils.first_line(error)}): {expected}") from error
+    chosen, labels = [], [int(probability >= 0.5) for probability in probabilities]
+    for i, group in enumerate(itertools.product((0, 1), ("mono", "poly"))):
+        members = [index for index, found in enumerate(zip(labels, kinds, strict=True)) if found == group]
+        shuffled = np.random.default_rng((0, i)).permutation(members).tolist()
+        count = round(len(members) * 3 / 4)
+        chosen += shuffled[:count] if split == "train" else shuffled[count:]
+    images = ImageList(root / path for path in paths)
+    images.root, images.labels, images.classes = root, labels, ["functional", "defective"]
+    images.keep(sorted(chosen))
+    return images
+
+
+def digits(split) -> ArrayImages:
+    """Open scikit-learn's copy of the UCI handwritten digits, with a fixed random split into 1,400 and 397 images."""
+    from sklearn.datasets import load_digits  # importing takes a second, and few runs need it
+
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.images))
+    order = order[:1400] if split == "train" else order[1400:]
+    pixels = np.round(data.images[order] * (255 / 16)).astype(np.uint8)  # [n, 8, 8], white ink
+    return ArrayImages(pixels, data.target[order], map(str, range(10)))
+
+
+def photograph(name) -> Path:
+    """Return the path of one of PHOTOGRAPHS, which scikit-learn and scikit-image install.
+
+    Raises:
+        UserError: scikit-image is not installed or lacks the photograph.
+    """
+    package, place = PHOTOGRAPHS[name]
+    try:
+        path = Path(importlib.import_module(package).__file__).parent / place
+    except ImportError as error:
+        raise UserError(f"the photograph {name} comes with scikit-image: pip install scikit-image") from error
+    if not path.is_file():
+        raise UserError(f"this scikit-image lacks {path}: pip install --upgrade scikit-image")
+    return path
+
+
+def photograph_crops(split) -> ArrayImages:
+    """Open square crops of the PHOTOGRAPHS, labeled by photograph: data for experiments without a download.
+
+    Each photograph is resized to a shorter side of 320 pixels. Crops have a side of 128 pixels. Validation crops lie in
+    the last 128 columns of a photograph, training crops in the others.
+    """
+    side, count, crops, classes = 128, CROPS[split], [], sorted(PHOTOGRAPHS)
+    for label, name in enumerate(classes):
+        image = read_image(photograph(name))
+        scale = 320 / min(image.size)
+        image = image.resize([round(length * scale) for length in image.size], Image.Resampling.BICUBIC)
+        last, pixels = image.width - side, np.array(image)
+        rng = np.random.default_rng((label, split == "val"))
+        lefts = [last] * count if split == "val" else rng.integers(last - side + 1, size=count)
+        tops = rng.integers(image.height - side + 1, size=count)
+        crops += [pixels[top : top + side, left : left + side] for left, top in zip(lefts, tops, strict=True)]
+    return ArrayImages(np.stack(crops), np.arange(len(classes)).repeat(count), classes)
+
+
+class Source(NamedTuple):
+    """A kind of data set.
+
+    Attributes:
+        open: function of `split`, of the `options` but intensity_range, and of `name` where the source has names.
+        options: arguments of `build_dataset` that it accepts; all accept train_images and tuning.
+        name: what --dataset takes after the kind and a colon, for messages; "" if nothing.
+    """
+
+    open: Callable
+    options: tuple = ()
+    name: str = ""
+
+
+# {kind, the part of --dataset before a colon: Source}
+SOURCES = {
+    "folder": Source(open_folder, ("data_path", "classes", "intensity_range", "rebuild_index")),
+    "imagenet100": Source(open_imagenet100, ("data_path", "classes", "intensity_range")),
+    "cifar10": Source(partial(open_torchvision, name="CIFAR10"), ("data_path", "download")),
+    "torchvision": Source(open_torchvision, ("data_path", "download"), "NAME"),
+    "tar": Source(TarImages, ("data_path", "intensity_range", "rebuild_index")),
+    "hf": Source(HuggingFaceImages, ("image_column", "label_column", "intensity_range"), "NAME_OR_PATH"),
+    "elpv": Source(solar_cells),
+    "digits": Source(digits),
+    "photographs": Source(photograph_crops),
+}
+
+
+def find_source(dataset) -> tuple[Source, str]:
+    """Return (source, name) of a value of --dataset, KIND or KIND:NAME. The name is "" where the source has none.
+
+    Raises:
+        UserError: there is no such source, or a name is missing or too much.
+    """
+    kind, colon, name = dataset.partition(":")
+    found = SOURCES.get(kind)
+    if found is None or bool(found.name) != bool(name) or (colon and not name):
+        known = [f"{kind}:{each.name}" if each.name else kind for kind, each in SOURCES.items()]
+        raise UserError(f"found {dataset!r}, expected one of {', '.join(known)}")
+    return found, name
+
+
+def dataset_name(text) -> str:
+    """Check a value of --dataset, see `find_source`. An argparse type."""
+    try:
+        find_source(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
