@@ -17,7 +17,7 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"} 
 
 
 def open_folder(split, data_path, classes, rebuild_index) -> ImageList:
-    """Open a folder or a list of images, see `build_dataset`."""
+    """Open a folder or a list of images, see `sources.build_dataset`."""
     path = Path(data_path)
     lists = {name: path / f"{name}.txt" for name in ("train", "val")}
     has_lists = all(map(os.path.isfile, lists.values())) and not all(os.path.isdir(path / name) for name in lists)
@@ -32,7 +32,7 @@ def open_folder(split, data_path, classes, rebuild_index) -> ImageList:
 
 
 class ImageFolder(ImageList):
-    """The images in a folder and its subfolders, sorted by path. See `build_dataset`.
+    """The images in a folder and its subfolders, sorted by path. See `sources.build_dataset`.
 
     Args:
         rebuild_index: read the folders even if there is an index of them, see `index.read`.
@@ -67,7 +67,7 @@ def list_folder(root, classes_file=None) -> tuple[index.Listing, bool]:
         classes_file: file that lists the class folders, or None.
 
     Raises:
-        UserError: see `build_dataset`.
+        UserError: see `sources.build_dataset`.
     """
     unread: list[str] = []
     _, subfolders, files = next(walk(root, unread=unread), (root, [], []))

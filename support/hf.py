@@ -18,7 +18,7 @@ SAVED = ("dataset_dict.json", "state.json")  # files in folders of `save_to_disk
 
 
 class HuggingFaceImages(ImageList):
-    """The images of a split, in its order. See `build_dataset`.
+    """The images of a split, in its order. See `sources.build_dataset`.
 
     Images are decoded by `read_image` from the stored bytes, or from the file whose path is stored without bytes.
 

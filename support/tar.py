@@ -33,7 +33,7 @@ MAGIC = b"LGSSL-1\n"
 
 
 class TarImages(ImageList):
-    """The images in tars, in their order there. See `build_dataset`.
+    """The images in tars, in their order there. See `sources.build_dataset`.
 
     The members of a sample share their name up to the first dot: `0001.jpg` is an image and `0001.cls` its label, the
     text of an integer of at least 0. Members with other endings are ignored.

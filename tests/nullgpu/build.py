@@ -40,10 +40,10 @@ def build(folder) -> Path:
     libraries = (Path(torch.__file__).parent / "lib").glob("*.so")
     symbols = subprocess.run(["nm", "-D", "--undefined-only", *libraries], capture_output=True, text=True).stdout
     names = {max(found) for found in NEEDED.findall(symbols)}
-    body = {name: "nullgpu_launch(0)" if PRODUCT.search(name) else "0" for name in sorted(names)}
+    body = {name: "nullgpu_launch()" if PRODUCT.search(name) else "0" for name in sorted(names)}
     stubs = [f"__attribute__((weak)) int {name}() {{ return {value}; }}\n" for name, value in body.items()]
     source, library = Path(folder) / "stubs.c", Path(folder) / "libnullgpu.so"
-    source.write_text("int nullgpu_launch(const void *);\n" + "".join(stubs))
+    source.write_text("int nullgpu_launch(void);\n" + "".join(stubs))
     major, minor = map(int, torch.version.cuda.split("."))
     # Before C23, int f() may be called with any arguments.
     options = ["-shared", "-fPIC", "-O1", "-w", "-std=gnu17", f"-I{include()}", f"-I{SOURCES}"]

@@ -19,30 +19,11 @@ atomic_long nullgpu_launches, nullgpu_pageable_copies, nullgpu_synchronizations;
 typedef size_t Size;
 enum { PAGE = 1 << 12, PINNED_MEMORY = 4ull << 30, MEMORY = 80ull << 30 };
 
-/* Without cuDNN, a convolution is a loop over the images, each unfolded by one kernel and multiplied by another launch.
- * Only the first turn counts. */
-static const void *unfold_kernels[64];
-static int num_unfold_kernels, in_repeat, since_unfold = 2;
-
-static int is_unfold(const void *kernel) {
-    for (int i = 0; i < num_unfold_kernels; i++)
-        if (unfold_kernels[i] == kernel) return 1;
+int nullgpu_launch(void) {
+    nullgpu_launches++;
     return 0;
 }
 
-int nullgpu_launch(const void *kernel) {
-    if (kernel && is_unfold(kernel)) {
-        in_repeat = since_unfold == 1;
-        since_unfold = 0;
-    } else if (++since_unfold > 1)
-        in_repeat = 0;
-    nullgpu_launches += !in_repeat;
-    return 0;
-}
-
-void __cudaRegisterFunction(void *module, const char *kernel, char *stub, const char *name) {
-    if (strstr(name, "im2col") && num_unfold_kernels < 64) unfold_kernels[num_unfold_kernels++] = kernel;
-}
 void *__cudaRegisterFatBinary() { static void *module; return &module; }
 
 /* kernel<<<grid, block, shared, stream>>>() pushes its configuration and pops it in the kernel's host function. */
@@ -60,10 +41,10 @@ int __cudaPopCallConfiguration(Dim *grid, Dim *block, Size *shared, void **strea
     return 0;
 }
 int __cudaGetKernel(const void **kernel, const void *function) { *kernel = function; return 0; }
-int __cudaLaunchKernel(const void *kernel) { return nullgpu_launch(kernel); }
-int cudaLaunchKernel(const void *kernel) { return nullgpu_launch(kernel); }
-int cudaLaunchCooperativeKernel(const void *kernel) { return nullgpu_launch(kernel); }
-int cudaLaunchKernelExC(const void *configuration, const void *kernel) { return nullgpu_launch(kernel); }
+int __cudaLaunchKernel() { return nullgpu_launch(); }
+int cudaLaunchKernel() { return nullgpu_launch(); }
+int cudaLaunchCooperativeKernel() { return nullgpu_launch(); }
+int cudaLaunchKernelExC() { return nullgpu_launch(); }
 
 int cudaFuncGetAttributes(struct cudaFuncAttributes *attributes) {
     memset(attributes, 0, sizeof *attributes);
@@ -143,7 +124,7 @@ int cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const voi
     return 0;
 }
 int cudaMemcpyAsync(void *to, const void *from, Size size) {
-    if (is_in(&device, to) && is_in(&device, from)) return nullgpu_launch(NULL);
+    if (is_in(&device, to) && is_in(&device, from)) return nullgpu_launch();
     if (is_in(&device, to))
         nullgpu_pageable_copies += !is_in(&pinned, from);
     else if (is_in(&device, from))
@@ -156,8 +137,8 @@ int cudaMemcpy(void *to, const void *from, Size size) {
     nullgpu_synchronizations++;
     return cudaMemcpyAsync(to, from, size);
 }
-int cudaMemset() { return nullgpu_launch(NULL); }
-int cudaMemsetAsync() { return nullgpu_launch(NULL); }
+int cudaMemset() { return nullgpu_launch(); }
+int cudaMemsetAsync() { return nullgpu_launch(); }
 
 const char *cudaGetErrorName() { return "error"; }
 const char *cudaGetErrorString() { return "not possible without a GPU"; }
