@@ -59,7 +59,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = parser.add_argument_group("method").add_argument
     add("--loss", choices=LOSSES, default="mean", help="loss (section 3.4 of the paper); cls is DINO")
     add("--lambda_cls", type=fraction, default=0.5, help="λ, weight of the CLS token with --loss lambda")
-    add("--matching", choices=RULES, default="paper", help="section 3.3, the authors' rounding, or the nearest patch")
+    add("--matching", choices=RULES, default="paper", help="rule of section 3.3, with the authors' rounding "
+        "(released), or the nearest patch")
     add("--geometry", choices=("batch", "image"), help="draw crops and flips once per batch (section 4.1.2) or per "
         "image, as DINO does. Default: batch; with --loss cls: image")
     add("--center", choices=("position", "shared"), default="position", help="one center per token position, as "
