@@ -273,8 +273,23 @@ def clip_each_gradient(parameters, max_norm) -> torch.Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
     if max_norm:
-        torch._foreach_mul_(gradients, list((max_norm / (norms + 1e-6)).clamp(max=1.0)))
+        factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        if norms.is_cuda:
+            multiply_each(gradients, factors)
+        else:
+            torch._foreach_mul_(gradients, list(factors))
     return norms
+
+
+def multiply_each(tensors, factors) -> None:
+    """Multiply each of n tensors in place by its factor in `factors`, [n].
+
+    For a GPU: `_foreach_mul_` with n factors takes n launches, this takes a few, and memory of the size of the tensors.
+    """
+    sizes = torch.tensor([tensor.numel() for tensor in tensors], pin_memory=factors.is_cuda)
+    on_device = sizes.to(factors.device, non_blocking=True)
+    of_each_number = factors.repeat_interleave(on_device, output_size=int(sizes.sum()))
+    torch._foreach_mul_(tensors, torch._utils._unflatten_dense_tensors(of_each_number, tensors))
 
 
 def warn(text) -> None:

@@ -23,7 +23,7 @@ from support.backbone import VisionTransformer
 from support.images import ResizedArray
 from support.loader import BatchSampler, ViewBatches
 from support.sources import build_dataset
-from utils import UserError, clip_each_gradient, seed_networks
+from utils import UserError, clip_each_gradient, multiply_each, seed_networks
 from vision_transformer import (
     ARCHITECTURES,
     BackboneWithHead,
@@ -151,6 +151,14 @@ def test_each_gradient_is_clipped_by_itself():
     for a, b in zip(own, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     assert own[2].grad.norm().item() == pytest.approx(3.0, rel=1e-4)
+
+
+def test_gradients_are_multiplied_on_a_gpu_as_on_a_cpu():
+    tensors = [torch.ones(shape) for shape in ((2, 3), (), (4,), (3, 1, 2))]
+    factors = torch.tensor([2.0, 0.5, math.nan, 1.0])
+    expected = [factor * tensor for tensor, factor in zip(tensors, factors, strict=True)]
+    multiply_each(tensors, factors)
+    torch.testing.assert_close(tensors, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_weight_decay_spares_biases_and_1d_parameters_alone():
