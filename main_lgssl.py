@@ -59,8 +59,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = parser.add_argument_group("method").add_argument
     add("--loss", choices=LOSSES, default="mean", help="loss (section 3.4 of the paper); cls is DINO")
     add("--lambda_cls", type=fraction, default=0.5, help="λ, weight of the CLS token with --loss lambda")
-    add("--matching", choices=RULES, default="paper", help="rule of section 3.3, with the authors' rounding "
-        "(released), or the nearest patch")
+    add("--matching", choices=RULES, default="paper", help="paper: section 3.3; released: the same with the "
+        "authors' rounding; nearest: the nearest patch")
     add("--geometry", choices=("batch", "image"), help="draw crops and flips once per batch (section 4.1.2) or per "
         "image, as DINO does. Default: batch; with --loss cls: image")
     add("--center", choices=("position", "shared"), default="position", help="one center per token position, as "
@@ -361,6 +361,7 @@ def set_precision(args, checkpoint, device) -> None:
     if args.precision == "tf32" and not has_ampere:
         raise UserError("--precision tf32 needs a GPU of compute capability 8.0 or more; use fp32")
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"  # of convolutions in backbones of your own
 
 
 def build_networks(args) -> tuple[BackboneWithHead, Teacher, LocalGlobalLoss]:

@@ -286,10 +286,10 @@ def multiply_each(tensors, factors) -> None:
 
     For a GPU: `_foreach_mul_` with n factors takes n launches, this takes a few, and memory of the size of the tensors.
     """
-    sizes = torch.tensor([tensor.numel() for tensor in tensors], pin_memory=factors.is_cuda)
-    on_device = sizes.to(factors.device, non_blocking=True)
-    of_each_number = factors.repeat_interleave(on_device, output_size=int(sizes.sum()))
-    torch._foreach_mul_(tensors, torch._utils._unflatten_dense_tensors(of_each_number, tensors))
+    sizes = [tensor.numel() for tensor in tensors]
+    of_each_number = torch.cat([factor.expand(size) for factor, size in zip(factors, sizes, strict=True)])
+    parts = zip(of_each_number.split(sizes), tensors, strict=True)
+    torch._foreach_mul_(tensors, [part.view_as(tensor) for part, tensor in parts])
 
 
 def warn(text) -> None:

@@ -73,7 +73,7 @@ class VisionTransformer(TimmVisionTransformer):
         patches = images.unflatten(-1, (columns, patch_width)).unflatten(-3, (rows, patch_height))
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, P, 3 * pixels]
         projection = self.patch_embed.proj
-        x = F.linear(patches, projection.weight.flatten(1), projection.bias)
+        x = self.patch_embed.norm(F.linear(patches, projection.weight.flatten(1), projection.bias))
         own_rows, own_columns = self.patch_embed.grid_size
         pos_embed = self.pos_embed
         # As DINO: interpolate for every image that is not square, even if its number of patches is the trained one.

@@ -1,9 +1,9 @@
 """The loss of matched_cross_entropy.py on a GPU: two Triton kernels between matrix products.
 
 On a GPU the loss is bound by memory. A chain of PyTorch's operations reads and writes each tensor of K columns a dozen
-times; each kernel here takes one row and goes through its columns twice, the second time mostly from the cache.
-torch.compile would fuse the operations too, but the number of tokens differs from step to step, for which it compiles
-anew or generates slower code.
+times; each kernel here takes one row and goes through its columns twice, the second time from the cache if the row fits
+it. torch.compile would fuse the operations too, but the number of tokens differs from step to step, for which it
+compiles anew or generates slower code.
 
 For each group of images there are six launches: the teacher's logits, `_targets_kernel`, the student's logits,
 `_cross_entropy_kernel`, and the products for the two gradients.

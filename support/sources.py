@@ -99,13 +99,13 @@ def build_dataset(
     rebuild_index=False,
     image_column=None,
     label_column=None,
-) -> "LabeledImages":
+) -> LabeledImages:
     """Open a data set.
 
     Args:
         dataset: a kind of SOURCES, with its name where it has one.
             "folder": all images in `data_path` and its subfolders. The classes are the direct subfolders, if any.
-                Or the images in a list, `data_path` itself, or train.txt and val.txt in it, see `read_list`.
+                Or the images in a list, `data_path` itself, or train.txt and val.txt in it, see `folders.read_list`.
             "imagenet100": a folder, restricted to the classes in a list.
             "tar": images in tars with WebDataset's layout, see `tar.TarImages`.
             "hf:NAME_OR_PATH": images of Hugging Face's `datasets`, see `hf.HuggingFaceImages`.
@@ -122,7 +122,7 @@ def build_dataset(
         download: let torchvision download the data set if it is missing.
         train_images: number of training images to use, drawn once. None: all.
         tuning: use only these training images, a fifth of them for validation and the others for training.
-        intensity_range, min_side: see `read_image`.
+        intensity_range, min_side: see `decoding.read_image`.
         rebuild_index: read a folder or tars even if there is an index of them.
         image_column, label_column: see `hf.HuggingFaceImages`.
 

@@ -26,7 +26,7 @@ from support import fused_cross_entropy as kernels
 
 @pytest.fixture(autouse=True, scope="module")
 def interpreter():
-    """Skip these tests where Triton's interpreter fails with NumPy 2.4, as that of Triton 3.6 (PyTorch 2.11) does."""
+    """Skip if Triton's interpreter fails with the installed NumPy: that of Triton 3.6 (PyTorch 2.11) does with 2.4."""
     try:
         kernels.try_out(torch.device("cpu"))
     except Exception as error:

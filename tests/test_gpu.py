@@ -203,7 +203,7 @@ IMAGES = 397  # of the validation
 
 
 def test_knn_is_that_of_the_cpu(on_cpu, run_script, tmp_path):
-    """Up to two images, whose neighbors differ by rounding."""
+    """Up to two images, whose nearest neighbours change by rounding."""
     found, expected = evaluate(run_script, eval_knn, on_cpu("fp32"), tmp_path)
     assert set(found["knn"]) == {"10", "20"}
     for k, metrics in found["knn"].items():

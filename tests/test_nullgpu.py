@@ -8,9 +8,9 @@ from nullgpu import build
 
 # The default network and views. Options: launches of the loss, launches of a step, peak memory in GB
 BUDGETS = {
-    "--precision fp16 --loss mean --out_dim 10000": (150, 2800, 7.4),
-    "--precision fp16 --loss mean --out_dim 65536": (250, 2800, 8.2),
-    "--precision fp16 --loss cls --out_dim 65536": (150, 2800, 8.2),
+    "--precision fp16 --loss mean --out_dim 10000": (150, 2250, 7.4),
+    "--precision fp16 --loss mean --out_dim 65536": (250, 2250, 8.2),
+    "--precision fp16 --loss cls --out_dim 65536": (150, 2250, 8.2),
 }
 OPTIMIZERS = [f"--precision fp16 --optimizer {name}" for name in ("adamw", "sgd", "lars")]
 COMMON = "--dataset digits --num_workers 0 --knn_every 0 --image_every 0 --log_every 4 --freeze_last_layer 0"

@@ -129,7 +129,7 @@ def without_verdict(check):
 
 def patch() -> None:
     """Make this process fit for a device that does not compute, and count."""
-    # cuDNN needs a true device.
+    # cuDNN, which batch norm would use, needs a true device.
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
     if importlib.util.find_spec("support.fused_cross_entropy"):
