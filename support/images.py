@@ -63,8 +63,8 @@ class ImageList(LabeledImages):
     Attributes:
         paths: path of each image, a sequence.
 
-    See `decoding.read_image` for `min_side`, `upright` and `intensity_range`. A UserError of `transform` gets the path of
-    the image.
+    See `decoding.read_image` for `min_side`, `upright` and `intensity_range`. A UserError of `transform` gets the path
+    of the image.
     """
 
     min_side = intensity_range = None
