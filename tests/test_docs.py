@@ -55,6 +55,8 @@ ELSEWHERE = {
     "python reproduce.py search": "test_study.py",
     "python main_lgssl.py @recipes/digits.args": "test_warm_start.py",
     "python main_lgssl.py @recipes/solar_mean.args": "test_reproduce.py",
+    "python plot_runs.py": "test_plot_runs.py",
+    "python visualize.py": "test_visualize.py",
     "python export.py": "test_export.py",
     "python eval_knn.py": "test_eval_knn.py",
     "python -m benchmarks.bench_step": "test_benchmarks.py",
