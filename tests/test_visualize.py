@@ -251,17 +251,18 @@ def test_nearest_patches_are_ranked(drawn, photo_folder, capsys):
 
 
 def test_map_has_a_point_for_each_image(drawn, photo_folder, capsys):
-    run("map", *MICRO, "--data_path", photo_folder, "--split", "train", "--crop_size", 32, "--num_workers", 0)
+    words = ["--data_path", photo_folder, "--split", "train", "--crop_size", 32, "--num_workers", 0]
+    run("map", *MICRO, *words, "--seed", 1)
     (axis,) = drawn[0].axes
     assert [len(points.get_offsets()) for points in axis.collections] == [6, 6]
     assert [points.get_label() for points in axis.collections] == ["china", "flower"]
     assert drawn[0].texts[0].get_text() == "t-SNE of the CLS features of 12 images of 2 classes"
     colors = {tuple(points.get_facecolor()[0]) for points in axis.collections}
     assert len(colors) == 2
-    # Even an untrained network separates crops of two such different photographs; by chance, half of the 12 agree.
+    # Even an untrained network separates crops of two such different photographs.
     a, b = (points.get_offsets().data for points in axis.collections)
     nearest = [np.argsort(np.linalg.norm(np.concatenate([a, b]) - p, axis=1))[1] for p in np.concatenate([a, b])]
-    assert sum((i < 6) == (n < 6) for i, n in enumerate(nearest)) >= 9
+    assert sum((i < 6) == (n < 6) for i, n in enumerate(nearest)) >= 10
 
 
 def test_map_of_limited_images(drawn, photo_folder):
