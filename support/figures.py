@@ -127,6 +127,7 @@ def save(pages, path) -> list[Path]:
         for figure, file in zip(pages, paths, strict=True):
             check_output(file)
             with utils.atomic_write(file) as temporary:
+                figure.draw_without_rendering()  # ticks that the layout changes need the layout once more
                 figure.savefig(temporary, format=path.suffix[1:].lower())
     texts = [utils.first_line(warning.message) for warning in caught]
     texts = ["the font lacks characters of some names" if text.startswith("Glyph ") else text for text in texts]
@@ -554,7 +555,7 @@ def draw_curves(curves) -> Figure:
     if len(curves) > MAX_CURVES:
         raise UserError(f"found {len(curves)} settings, a figure tells at most {MAX_CURVES} apart: give fewer runs")
     names = [name for name in PANELS if any(curve[name].size for curve in curves.values())]
-    labels = [shown(label, 2.75, 7, lines=4) for label in curves]
+    labels = [shown(label, 2.75, 7, lines=5) for label in curves]
     banded = any(np.isfinite(curve[name][2]).any() for curve in curves.values() for name in names)
     columns = 2 if max(text_width(label, 7) for label in labels) <= 1.1 else 1
     lines = sum(1 + label.count("\n") for label in labels) / columns + banded

@@ -20,6 +20,7 @@ from support.figures import (
     HEAT,
     LINE_COLORS,
     OTHER,
+    PANELS,
     SAME,
     STUDENT,
     TEACHER,
@@ -185,6 +186,17 @@ def test_everything_stands_inside_a_column_and_can_be_read(label):
     assert legend.get_window_extent().y1 <= lowest
     assert all(axis.get_window_extent().height / figure.dpi > 0.6 for axis in figure.axes)
     assert legend.get_title().get_text() == "mean ± one standard deviation over seeds"
+
+
+def test_ticks_that_change_with_the_layout_stay_inside(tmp_path):
+    def curve(start, end):
+        return np.array([np.arange(1.0, 25), np.linspace(start, end, 24), np.full(24, 0.02), np.full(24, 2)])
+
+    curves = dict.fromkeys(PANELS, curve(3.5, 1)) | {"entropy_share": curve(0.9, 0.04)}
+    # The legend leaves panels so low that their ticks change from 0.2, 0.4, ... to the wider 0.25, 0.50, ...
+    figure = draw_curves({f"{'global_crops_scale, ' * 5}{i}": curves for i in range(4)})
+    save([figure], tmp_path / "c.png")
+    assert figure.get_tightbbox().x0 >= 0
 
 
 def test_a_figure_is_written_as_png_or_pdf(tmp_path):
