@@ -20,7 +20,7 @@ import losses
 import patch_matching
 import reproduce
 import vision_transformer
-from support import sources
+from support import sources, study
 from support.checkpoints import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -144,6 +144,18 @@ def test_the_table_of_recipes_has_each_with_its_tables():
     assert set.union(*tables.values()) == set.union(*own.values())
     others = {path.stem for path in ROOT.glob("recipes/*.args")} - set(own)
     assert all(f"`{name}`" in page or f"`recipes/{name}.args`" in page for name in others)
+
+
+@pytest.mark.parametrize("name", ["fashion", "solar"])
+def test_the_tables_of_the_studies_are_those_of_the_report(name):
+    tables = [line for line in study.report(name, ROOT / "docs/study") if line.startswith("|")]
+    page = PAGES["docs/study.md"]
+    section = page[page.index({"fashion": "## Fashion-MNIST", "solar": "## Solar cells"}[name]) :]
+    section = section[: section.index("\n## ")]
+    assert re.findall(r"^\|.*", section, re.M) == tables
+    for line in tables[2:6]:  # untrained, raw pixels, DINO, mean; README has their linear and k-NN accuracy (K = 10)
+        label, _, linear, knn, *_ = line.split(" | ")
+        assert re.search(rf"^{re.escape(label)} \|.* {linear} \| {knn} \|", PAGES["README.md"], re.M), line
 
 
 def test_every_script_is_in_the_layout():
