@@ -1,4 +1,4 @@
-"""Studies of the method in small, in the shape of the paper's Tables 6 and 7, on data sets for two CPU cores.
+"""Studies in small: the losses of the paper's Table 6, on data sets for two CPU cores.
 
 `run_study` trains and evaluates rows, `report` returns the tables, and `search` tries settings for the recipes.
 """
@@ -324,14 +324,28 @@ def search(name, trials, path, runs, jobs, data_root) -> None:
             line = json.dumps(future.result())
             print(line, file=file, flush=True)
             print(line, flush=True)
+    entries = read_trials(path)
     for method in SEARCHED:
-        best = max((entry for entry in read_trials(path) if entry["method"] == method), key=judged)
+        best = max((entry for entry in entries if entry["method"] == method), key=judged)
         print(f"{method}: best is trial {best['trial']}, {judged(best):.1f} %: {best['options']}")
+    print(f"mean minus dino with the same setting: {mean_against_dino(entries)}")
 
 
 def judged(entry) -> float:
     """Return the score of a trial: the mean of its linear accuracy and its k-NN accuracy with K = 10, in percent."""
     return (entry["linear"] + entry["knn10"]) / 2
+
+
+def mean_against_dino(entries) -> str:
+    """Return the differences of the mean loss to DINO over the trials, each of which has one setting for both."""
+    results = {method: {e["trial"]: e for e in entries if e["method"] == method} for method in SEARCHED}
+    trials, texts = sorted({*results["mean"]} & {*results["dino"]}), []
+    for column in ("linear", "knn10"):
+        gains = [results["mean"][trial][column] - results["dino"][trial][column] for trial in trials]
+        ahead, behind = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+        counts = f"{ahead} trials ahead, {behind} behind, {len(gains) - ahead - behind} equal"
+        texts.append(f"{COLUMNS[column][0]} {statistics.mean(gains):+.1f} points ({counts})")
+    return "; ".join(texts)
 
 
 def read_trials(path) -> list:

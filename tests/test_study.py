@@ -140,8 +140,11 @@ def test_search_is_resumed_and_names_the_best(tmp_path, monkeypatch, capsys):
     study.search("solar", 2, path, tmp_path, 1, None)
     assert started == []
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2] == f"dino: best is trial 2, 57.0 %: {draw(2)}"
-    assert lines[-1] == f"mean: best is trial 0, 65.0 %: {draw(0)}"
+    assert lines[-3] == f"dino: best is trial 2, 57.0 %: {draw(2)}"
+    assert lines[-2] == f"mean: best is trial 0, 65.0 %: {draw(0)}"
+    # Trials 0 and 1 of both are finished: 60 and 59 against 50 and 51.
+    gains = [f"{column} +9.0 points (2 trials ahead, 0 behind, 0 equal)" for column in ("linear", "k-NN, K = 10")]
+    assert lines[-1] == f"mean minus dino with the same setting: {'; '.join(gains)}"
     path.write_text("no JSON\n")
     with pytest.raises(UserError, match=f"cannot read the trials in {path}: "):
         study.search("solar", 2, path, tmp_path, 1, None)
