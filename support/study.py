@@ -256,8 +256,8 @@ def report(name, runs) -> list:
             lines += ["Difference to DINO in points, with its 95 % interval (Welch).", ""]
             lines += [*markdown(["method", *header], compared, {}), ""]
     if lines:
-        pixels = study.rows["pixels"].linear
-        lines.append(f"Linear: cached features of un-augmented images, `{study.linear}`; raw pixels `{pixels}`.")
+        pixels = f"; raw pixels `{linear}`" if (linear := study.rows["pixels"].linear) else ""
+        lines.append(f"Linear: cached features of un-augmented images, `{study.linear}`{pixels}.")
     return lines
 
 
