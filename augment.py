@@ -81,8 +81,10 @@ def resize(images: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
     Returns:
         uint8 [B, height, width, 3]
     """
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)  # channels last, which F.interpolate resizes fastest
-    return F.interpolate(pixels, size, mode=mode, antialias=True).permute(0, 2, 3, 1).numpy()
+    # F.interpolate is fastest with channels last, which it does not recognize in NumPy's image[None], whose first
+    # stride is 0.
+    pixels = torch.from_numpy(images[0])[None] if len(images) == 1 else torch.from_numpy(images)
+    return F.interpolate(pixels.permute(0, 3, 1, 2), size, mode=mode, antialias=True).permute(0, 2, 3, 1).numpy()
 
 
 def crop_and_resize(images: np.ndarray, box: Sequence[int], size: int) -> np.ndarray:

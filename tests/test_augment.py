@@ -43,6 +43,7 @@ def test_crop_is_pillows_crop_resized(photographs):
     planes = np.moveaxis(np.moveaxis(pixels, -1, 0).copy(), 0, -1)  # another layout in memory
     for array in (pixels, planes):
         own = augment.crop_and_resize(array[None], box, 96)[0]
+        assert own.flags.c_contiguous or array is planes  # the fast path for channels last keeps the layout
         assert own.shape == (96, 96, 3)
         assert np.abs(own.astype(int) - np.array(expected)).max() <= 1
 
