@@ -17,14 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import utils
 from support import evaluation
 from support.arguments import number
 from support.features import whole_transform
 from support.folders import ImageFolder, has_image_name, listed_folders, listed_images
 from support.images import ImageList
 from support.sources import IMAGENET100_CLASSES, add_intensity_range
-from utils import UserError
+from utils import UserError, init_distributed, run_main, warn
 
 COPYDAYS_BLOCKS = ["original", "strong"]
 COPYDAYS_BLOCKS += [f"jpegqual/{quality}" for quality in (3, 5, 8, 10, 15, 20, 30, 50, 75)]
@@ -163,7 +162,7 @@ def main(argv=None) -> None:
     backbone, made_with, _ = evaluation.open_model(*evaluation.model_options(args), args.seed, args.imsize)
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, "copydays")
 
-    rank, _, device = utils.init_distributed(args.dist_url)
+    rank, _, device = init_distributed(args.dist_url)
     backbone.to(device)
     if rank == 0:
         for name in blocks:
@@ -172,7 +171,7 @@ def main(argv=None) -> None:
                 print(f"note: {name} has {images[name]} images, the official one {size}", flush=True)
         if 0 < images["whitening"] < 2 * backbone.embed_dim:
             few = f"{images['whitening']} images do not span the {2 * backbone.embed_dim} dimensions of the features"
-            utils.warn(f"whitening: {few}, give more")
+            warn(f"whitening: {few}, give more")
     transform = whole_transform(args.imsize)
     datasets = {name: ImageList(files, transform, upright=False) for name, files in paths.items() if files}
     for dataset in datasets.values():
@@ -194,4 +193,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_main(main)

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import utils
 from support import evaluation
 from support.arguments import bool_flag, number
 from support.decoding import image_size
@@ -23,7 +22,7 @@ from support.features import to_pixels
 from support.images import ImageList
 from support.plain_pickle import read_plain_pickle
 from support.sources import add_intensity_range
-from utils import UserError
+from utils import UserError, init_distributed, run_main
 
 KINDS = ("easy", "hard", "junk")
 # The relevant kinds of images per protocol; the other kinds are removed from the ranking.
@@ -229,7 +228,7 @@ def main(argv=None) -> None:
     for dataset in datasets.values():
         dataset.use_intensity_range(args.intensity_range or made_with.get("intensity_range"), args.data_path)
 
-    rank, _, device = utils.init_distributed(args.dist_url)
+    rank, _, device = init_distributed(args.dist_url)
     backbone.to(device)
 
     def network(images):
@@ -253,4 +252,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_main(main)

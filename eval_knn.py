@@ -9,12 +9,11 @@ import argparse
 
 import torch
 
-import utils
 from support import evaluation
 from support.arguments import bool_flag, number
 from support.evaluation import classification_metrics, describe, knn_votes
 from support.features import normalized_cls
-from utils import UserError
+from utils import UserError, init_distributed, run_main
 
 
 def refuse_features(_) -> None:
@@ -45,7 +44,7 @@ def main(argv=None) -> None:
         raise UserError(f"--nb_knn {max(args.nb_knn)} is more than the {len(datasets['train'])} training images")
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, f"knn_{args.dataset}")
 
-    rank, _, device = utils.init_distributed(args.dist_url)
+    rank, _, device = init_distributed(args.dist_url)
     network = normalized_cls(backbone.to(device))
     features = evaluation.features_of_all(network, datasets, device, args.batch_size_per_gpu, args.num_workers)
     if rank > 0:
@@ -62,4 +61,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_main(main)

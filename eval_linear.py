@@ -21,12 +21,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import utils
 from support import checkpoints, evaluation
 from support.arguments import bool_flag, number
 from support.features import extract_features, to_pixels
 from support.loader import BatchSampler
-from utils import UserError, cosine_schedule
+from support.weights import load_file
+from utils import UserError, cosine_schedule, init_distributed, run_main
 
 # Arguments that may differ when a run resumes, or when its weights are evaluated.
 MAY_CHANGE = "pretrained_weights download output_dir batch_size_per_gpu num_workers val_freq evaluate".split()
@@ -200,7 +200,7 @@ def main(argv=None) -> None:
     defaults = {**vars(defaults), **protocol_of(defaults, backbone, made_with, num_classes)}
     state = load_state(args.evaluate, path, run, defaults, (protocol["num_labels"], dim))
 
-    rank, world_size, device = utils.init_distributed(args.dist_url)
+    rank, world_size, device = init_distributed(args.dist_url)
     batch_size = args.batch_size_per_gpu * world_size
     if state and not args.evaluate and state["batch_size"] != batch_size:
         trained = f"{path.with_suffix('.pth')} was trained with {state['batch_size']} images per step"
@@ -310,7 +310,7 @@ def load_state(evaluate, path, run, defaults, shape) -> dict | None:
         if evaluate:
             raise UserError(f"--evaluate found no linear weights at {file}: train them first, or give their file")
         return None
-    state = checkpoints.load_file(file)
+    state = load_file(file)
     if "state_dict" not in state:
         raise UserError(f"{file} was not written by eval_linear.py: expected its linear weights, or DINO's")
     ours = state.get("validations", {}).get("best_classifier")
@@ -327,4 +327,4 @@ def load_state(evaluate, path, run, defaults, shape) -> dict | None:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_main(main)

@@ -20,11 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import utils
 from augment import MEAN, STD
 from support import evaluation
-from support.checkpoints import write_safetensors
-from utils import UserError, atomic_write
+from support.files import atomic_write, make_folder, write_safetensors
+from utils import UserError, run_main
 from vision_transformer import WIDTHS
 
 TOLERANCE = 1e-3  # largest accepted difference of a token's values, which are of the order of 1
@@ -131,7 +130,7 @@ def main(argv=None) -> None:
     if args.onnx and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
         raise UserError("--onnx needs more packages: pip install onnx onnxscript onnxruntime")
     backbone, *_ = evaluation.open_model(*evaluation.model_options(args), seed=0)
-    utils.make_folder(folder, "--output_dir")
+    make_folder(folder, "--output_dir")
 
     config, state = timm_config(backbone), backbone.state_dict()
     difference = largest_difference(timm_model(config, state).forward_features, backbone, (1,))
@@ -152,4 +151,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_main(main)

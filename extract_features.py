@@ -24,12 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import utils
 from support import evaluation
-from support.checkpoints import write_safetensors
 from support.features import eval_transform
-from support.sources import build_dataset, source
-from utils import UserError, atomic_write
+from support.files import atomic_write, make_folder, write_safetensors
+from support.sources import build_dataset, data_spec
+from utils import UserError, init_distributed, run_main
 from vision_transformer import WIDTHS
 
 # Tokens [B, 1+P, D] -> features
@@ -93,7 +92,7 @@ def main(argv=None) -> None:
         raise UserError(f"{path} already exists and is not overwritten: remove it, or give another --output")
     backbone, pretraining, crop_size = evaluation.open_model(*evaluation.model_options(args), args.seed, args.crop_size)
     transform = eval_transform(crop_size)
-    dataset = build_dataset(**source(args, pretraining), split=args.split, transform=transform)
+    dataset = build_dataset(data_spec(args, pretraining), args.split, transform)
     dataset.upright = False  # as in the evaluations
     found = {"arch": WIDTHS.get(backbone.embed_dim), "patch_size": backbone.patch_embed.patch_size[0]}
     found |= {"crop_size": crop_size, "pretraining": pretraining}
@@ -104,9 +103,9 @@ def main(argv=None) -> None:
         paths = [os.path.relpath(file, root) for file in dataset.paths]
     if path.suffix == ".safetensors" and len(json.dumps(json.dumps(paths))) + len(made_with) > MAX_METADATA:
         raise UserError(f"the paths of {len(paths)} images exceed the header of {path}: give an --output in .npz")
-    utils.make_folder(path.parent, "the folder of --output")
+    make_folder(path.parent, "the folder of --output")
 
-    rank, _, device = utils.init_distributed(args.dist_url)
+    rank, _, device = init_distributed(args.dist_url)
     backbone.to(device)
     dtype = torch.float16 if args.half else torch.float32
 
@@ -125,4 +124,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_main(main)

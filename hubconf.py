@@ -20,7 +20,7 @@ def _imported():
 
 
 def lgssl(weights=None, checkpoint_key="teacher", arch=None, patch_size=None) -> nn.Module:
-    """Return the backbone of a file, with the architecture that the file holds; see vision_transformer.load_backbone.
+    """Return the backbone of a file, with the architecture that the file holds; see support.weights.load_backbone.
 
     The caller may have modules named as ours, such as `utils`: they are removed while ours are imported and restored
     afterwards, and later imports still find them. Consequently a network cannot be pickled whole, only its state_dict.
@@ -34,7 +34,7 @@ def lgssl(weights=None, checkpoint_key="teacher", arch=None, patch_size=None) ->
     folder = os.path.dirname(os.path.abspath(__file__))
     sys.path.insert(0, folder)
     try:
-        from vision_transformer import load_backbone
+        from support.weights import load_backbone
 
         return load_backbone("none" if weights is None else weights, arch, patch_size, checkpoint_key)[0]
     finally:

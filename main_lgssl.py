@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-import utils
 from augment import MultiCrop
 from losses import LOSSES, LocalGlobalLoss, teacher_temperature
 from patch_matching import RULES
@@ -34,18 +33,19 @@ from support.meters import Meters, measure
 from support.observe import environment, is_due, open_online_knn, training_pictures
 from support.preemption import EXIT_CODE, StopRequest, ignore_signals
 from support.report import WATCH_FROM, Report
-from support.sources import add_source_arguments, build_dataset, source
-from utils import UserError, clip_each_gradient, cosine_schedule, seed_networks
-from vision_transformer import (
-    ARCHITECTURES,
-    MAX_SIDE,
-    BackboneWithHead,
-    DINOHead,
-    Teacher,
-    architecture,
-    load_start,
-    start_from,
+from support.sources import add_source_arguments, build_dataset, data_spec
+from support.weights import load_start, start_from
+from utils import (
+    UserError,
+    clip_each_gradient,
+    cosine_schedule,
+    first_line,
+    init_distributed,
+    kill_workers,
+    one_line_errors,
+    seed_networks,
 )
+from vision_transformer import ARCHITECTURES, MAX_SIDE, BackboneWithHead, DINOHead, Teacher, architecture
 
 AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -153,7 +153,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> signal.Signals | None:
     """Train and return None. After a signal, save, stop early and return the signal."""
-    atexit.register(utils.kill_workers)  # workers ignore SIGTERM, so Python's exit-time join would hang
+    atexit.register(kill_workers)  # workers ignore SIGTERM, so Python's exit-time join would hang
     with StopRequest() as stop:
         return pretrain(parse_arguments(argv), stop)
 
@@ -169,7 +169,7 @@ def pretrain(args, stop) -> signal.Signals | None:
     if args.init_weights and not checkpoint:
         start = load_start(args.init_weights, args.arch, args.patch_size, args.checkpoint_key)
     timeout = datetime.timedelta(seconds=args.dist_timeout)
-    rank, world_size, device = utils.init_distributed(args.dist_url, timeout)
+    rank, world_size, device = init_distributed(args.dist_url, timeout)
     set_precision(args, checkpoint, device)
     lock = checkpoints.lock(output_dir) if rank == 0 else None
     stop.join(timeout)
@@ -341,9 +341,9 @@ def open_images(args) -> tuple:
     """Return (training images, OnlineKNN or None, reason if None), and set the default of --knn_every."""
     min_side = 2 * args.image_size or None  # decode large JPEGs at reduced size; pixels change by less than one level
     transform = ResizedArray(args.image_size)
-    dataset = build_dataset(**source(args), transform=transform, min_side=min_side)
+    dataset = build_dataset(data_spec(args), transform=transform, min_side=min_side)
     loading = (args.global_crops_size, args.batch_size_per_gpu, args.num_workers)
-    online_knn, no_knn = open_online_knn(args.knn_every, dataset, source(args), *loading)
+    online_knn, no_knn = open_online_knn(args.knn_every, dataset, data_spec(args), *loading)
     args.knn_every = 10 if args.knn_every is None and online_knn else args.knn_every or 0
     return dataset, online_knn, no_knn
 
@@ -388,7 +388,7 @@ def wrap_networks(args, student, teacher, world_size, device) -> torch.nn.Module
         try:
             torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
         except Exception as error:  # many kinds: the compiler is missing or fails
-            raise UserError(f"--compile needs a working C++ compiler, found: {utils.first_line(error)}") from error
+            raise UserError(f"--compile needs a working C++ compiler, found: {first_line(error)}") from error
         for network in (student, teacher):
             network.backbone.compile(dynamic=False)  # one program per view size
     if world_size == 1:
@@ -433,7 +433,7 @@ def build_optimizer(name, network) -> torch.optim.Optimizer:
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors():
+    with one_line_errors():
         stopped = main()
     # torchrun restarts a process that exits with a nonzero code.
     sys.exit(EXIT_CODE if stopped and "TORCHELASTIC_RUN_ID" not in os.environ else 0)

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-import utils
 from main_lgssl import parse_arguments as pretraining_arguments
 from support.arguments import ArgumentParser
 from support.checkpoints import MAY_CHANGE
 from support.report import read_log
 from support.steps import recorded
-from utils import UserError
+from utils import UserError, printable, run_main
 
 COLUMNS = (  # of the table: (logged value, title, digits)
     ("loss", "loss", 3),
@@ -154,7 +153,7 @@ def last_values(labeled) -> list:
             deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
             row.append(f"{values.mean():.{digits}f}{deviation}" if len(values) else "-")
             ends.append(span([epoch for epoch, _ in last]))
-        rows.append((utils.printable(label), str(len(runs)), ends[0], *row))
+        rows.append((printable(label), str(len(runs)), ends[0], *row))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -189,4 +188,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_main(main)

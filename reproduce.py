@@ -25,13 +25,13 @@ import eval_image_retrieval
 import eval_knn
 import eval_linear
 import main_lgssl
-import utils
 from support.arguments import ArgumentParser, number
+from support.files import make_folder, write_text
 from support.sources import IMAGENET100_CLASSES
 from support.steps import COLUMNS, ROOT, Step, mark, markdown, progress, score
 from support.study import STUDIES, is_done, run_study, search, seeds_of, study_steps
 from support.study import report as study_report
-from utils import UserError
+from utils import UserError, run_main
 
 # Total batches of recipes/choices.args and of eval_linear.py on the four GPUs of the released code. They are the same
 # for any number of processes.
@@ -258,12 +258,12 @@ def main(argv=None) -> None:
     elif args.command == "report" and args.output is None:
         print(report(runs), end="")
     elif args.command == "report":
-        utils.make_folder(Path(args.output).parent, "the folder of --output")
-        utils.write_text(report(runs), Path(args.output))
+        make_folder(Path(args.output).parent, "the folder of --output")
+        write_text(report(runs), Path(args.output))
     elif args.command == "search":
         check_study_data(STUDIES[args.table], args.data_root)
         output = args.output or runs / f"{args.table}-search.jsonl"
-        utils.make_folder(output.parent, "the folder of --output")
+        make_folder(output.parent, "the folder of --output")
         search(args.table, args.trials, output, runs, args.jobs, args.data_root)
     elif args.table in STUDIES:
         if not only_show:
@@ -278,9 +278,9 @@ def main(argv=None) -> None:
 
 def write_lists(lists, folder) -> None:
     """Write the lists (whitening, distractors) of image paths to whitening.txt and distractors.txt, a path per line."""
-    utils.make_folder(folder, "--output_dir")
+    make_folder(folder, "--output_dir")
     for name, paths in zip(("whitening", "distractors"), lists, strict=True):
-        utils.write_text("".join(f"{path}\n" for path in paths), folder / f"{name}.txt")
+        write_text("".join(f"{path}\n" for path in paths), folder / f"{name}.txt")
         print(f"{len(paths)} images in {folder / name}.txt", flush=True)
 
 
@@ -334,4 +334,4 @@ def check_data(steps, data_root) -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_main(main)

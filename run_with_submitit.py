@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 import main_lgssl
-import utils
 from support.arguments import ArgumentParser, number
-from utils import UserError
+from support.files import make_folder
+from utils import UserError, one_line_errors, run_main
 
 SBATCH_OPTIONS = ("partition", "account", "qos", "constraint", "comment")
 
@@ -72,7 +72,7 @@ class Training:
         if not self.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         words = [word.replace("%j", job.job_id) for word in self.words]
-        with utils.one_line_errors():
+        with one_line_errors():
             stopped_by = main_lgssl.main(words)  # replaces submitit's signal handlers
         # SLURM announces the time limit and preemption with the signal that submitit requested. It sends SIGTERM if the
         # job was cancelled, or if SLURM requeues it.
@@ -91,7 +91,7 @@ def main(argv=None) -> int:
     folder = Path(output_dir)
     while "%j" in str(folder):
         folder = folder.parent
-    utils.make_folder(folder / "submitit", "--output_dir")
+    make_folder(folder / "submitit", "--output_dir")
     try:
         executor = submitit.AutoExecutor(folder / "submitit", cluster=args.cluster)
     except RuntimeError as error:
@@ -119,4 +119,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_main(main)

@@ -1,4 +1,4 @@
-"""Small helpers used everywhere: errors, processes, schedules, gradients, files."""
+"""Small helpers used everywhere: errors, processes, schedules, gradients."""
 
 import contextlib
 import datetime
@@ -9,9 +9,7 @@ import multiprocessing
 import os
 import re
 import signal
-import stat
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +18,6 @@ from typing import NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 VERSION = "0.9.0"
@@ -86,7 +83,7 @@ def _exit(code, message) -> NoReturn:
     sys.exit(code)
 
 
-def run(main) -> NoReturn:
+def run_main(main) -> NoReturn:
     """Run the main function of a script, see `one_line_errors`, and exit with the code that it returns."""
     with one_line_errors():
         code = main()
@@ -295,129 +292,3 @@ def multiply_each(tensors, factors) -> None:
 def warn(text) -> None:
     """Print a one-line warning, above the progress bar if there is one."""
     tqdm.write(f"warning: {text}", file=sys.stderr)
-
-
-def make_folder(folder, option) -> None:
-    """Create a folder if it is missing, and check that files can be created in it.
-
-    Args:
-        option: the option that names the folder, for the message.
-
-    Raises:
-        UserError: the folder cannot be created or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to {option} {folder}: {error.strerror}; give a writable folder") from error
-
-
-@contextlib.contextmanager
-def atomic_write(path, backup=None) -> Iterator[Path]:
-    """Write a file atomically: `path` is always the complete old file or the complete new one.
-
-    Yields the path of a temporary file, which is renamed to `path` on success and removed on failure.
-
-    Args:
-        backup: where to keep the old file. The disk then needs room for three files.
-
-    Raises:
-        UserError: the file cannot be written. The old one is kept.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        if backup is not None and path.exists():
-            backup.unlink(missing_ok=True)
-            try:
-                os.link(path, backup)
-            except OSError:  # a file system without hard links: for a moment only `backup` exists
-                path.replace(backup)
-        temporary.replace(path)
-        with contextlib.suppress(OSError):  # make the new name durable, where folders can be opened
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch.save reports a failed write as a RuntimeError of its zip writer, safetensors as a SafetensorError.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(cause, (OSError, SafetensorError)):
-            raise
-        reason = cause.strerror if isinstance(cause, OSError) else first_line(cause)
-        kept = f"the last saved {path} is kept" if path.exists() else "no earlier one exists"
-        advice = "free some space and run the command again"
-        if isinstance(cause, OSError) and cause.errno not in NO_SPACE:
-            advice = "make its folder writable, or give another one"
-        raise UserError(f"cannot save {path}: {reason}; {kept}: {advice}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def write_text(text, path) -> None:
-    """Write a small UTF-8 text file atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def append_line(entry, path) -> None:
-    """Append a JSON line to a file, see `append_text`."""
-    append_text(json.dumps(entry) + "\n", path)
-
-
-def append_text(text, path) -> None:
-    """Append text to a regular file.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    try:
-        if path.exists() and not path.is_file():  # to open a pipe would hang
-            raise OSError(errno.EINVAL, "it is no regular file")
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
-def read_json(path) -> dict:
-    """Read the dictionary in a JSON file.
-
-    Raises:
-        UserError: the file cannot be read, see `read_text`, or holds something else.
-    """
-    try:
-        contents = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {printable(path)}: no JSON") from error
-    if not isinstance(contents, dict):
-        raise UserError(f"cannot read {printable(path)}: no dictionary in JSON")
-    return contents
-
-
-def read_text(path, errors="strict", max_bytes=2**28) -> str:
-    """Read a UTF-8 text file, with or without a byte order mark. Only regular files are opened: a pipe would hang.
-
-    Args:
-        errors: as for `open`.
-        max_bytes: largest size.
-
-    Raises:
-        UserError: the file is missing, no regular file, too large or no text.
-    """
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no regular file")
-        if status.st_size > max_bytes:
-            raise ValueError(f"it has {status.st_size} bytes, expected at most {max_bytes}")
-        with open(path, encoding="utf-8-sig", errors=errors) as file:
-            return file.read(max_bytes)
-    except (OSError, ValueError) as error:  # ValueError: also a name with a NUL, or bytes that are not UTF-8
-        raise UserError(f"cannot read {printable(path)}: {getattr(error, 'strerror', None) or error}") from error

@@ -1,76 +1,112 @@
-"""ViT-Tiny/Small/Base, the DINO head, and loading of backbones. Their class is support.backbone.VisionTransformer."""
+"""The ViT, the DINO head, the student and the teacher."""
 
-from __future__ import annotations
-
-import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.models import checkpoint_seq
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
 
-from support.checkpoints import load_file, plain_arguments, shown
-from utils import UserError, first_line
+from utils import UserError
 
-if TYPE_CHECKING:
-    from support.backbone import VisionTransformer
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types of weights in files
 MAX_SIDE = 8192  # largest side of a view or patch in pixels
 
 
-def _whole(low, high):
-    return lambda value: type(value) is int and low <= value <= high, f"a whole number in [{low}, {high}]"
+def interpolate_positions(pos_embed: torch.Tensor, own: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+    """Interpolate a position embedding [1, 1+P, D], CLS first, from a grid (rows, columns) to another, as DINO does."""
+    grid = pos_embed[:, 1:].unflatten(1, own).permute(0, 3, 1, 2)
+    # As DINO: no antialiasing. Adding 0.1 guards against rounding and shifts the sampling points slightly.
+    scale = ((new[0] + 0.1) / own[0], (new[1] + 0.1) / own[1])
+    grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", recompute_scale_factor=False)
+    return torch.cat([pos_embed[:, :1], grid.flatten(2).mT], dim=1)
 
 
-def _is_fraction(value):
-    return isinstance(value, int | float) and 0 <= value <= 1
+class VisionTransformer(TimmVisionTransformer):
+    """A ViT that returns all tokens, for images of any size.
 
+    timm's VisionTransformer with DINO's interpolation of the position embedding and DINO's initialization, without a
+    classifier. The names in its state_dict are those of timm and DINO. If the patch size does not divide the image
+    size, the remaining pixels at the right and bottom are ignored.
 
-def _is_scale(value):
-    return (
-        isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_fraction, value)) and value[0] <= value[1]
-    )
+    Args:
+        img_size: side in pixels of the square images that the position embedding is made for.
+        patch_size: side of a patch in pixels.
+        kwargs: arguments of timm's VisionTransformer. `drop_path_rate` is the stochastic depth rate of the last block;
+            it increases linearly from 0 at the first block.
+    """
 
+    def __init__(self, img_size: int = 224, patch_size: int = 16, **kwargs: Any):
+        super().__init__(img_size=img_size, patch_size=patch_size, num_classes=0, dynamic_img_size=True, **kwargs)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)  # timm: 1e-6
 
-# What other commands use of a checkpoint's arguments and progress: {name: (check, description)}
-RECORDED = {
-    "arch": (lambda value: isinstance(value, str), "the name of an architecture"),
-    "patch_size": _whole(1, MAX_SIDE),
-    **dict.fromkeys(("global_crops_size", "local_crops_size"), _whole(1, MAX_SIDE)),
-    **dict.fromkeys(("global_crops_scale", "local_crops_scale"), (_is_scale, "two fractions, the smaller first")),
-    "flip_prob": (_is_fraction, "a fraction"),
-    **dict.fromkeys(("epoch", "batch_size"), _whole(0, 10**9)),
-}
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the tokens after the final norm, CLS first: images [B, 3, H, W] -> [B, 1+P, D]."""
+        x = self._embed(images)
+        return self.norm(checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x))
 
+    def get_intermediate_layers(self, images: torch.Tensor, n: int = 1) -> list[torch.Tensor]:
+        """Return the tokens after each of the last n blocks and the final norm, as n tensors [B, 1+P, D]."""
+        if not 1 <= n <= len(self.blocks):
+            raise ValueError(f"n is {n}, expected 1 to {len(self.blocks)}, the number of blocks")
+        x, layers = self.blocks[:-n](self._embed(images)), []
+        for block in self.blocks[-n:]:
+            x = block(x)
+            layers.append(self.norm(x))
+        return layers
 
-def _build(patch_size, **kwargs):
-    from support.backbone import VisionTransformer  # not at the top: timm takes longer to import than torch
+    def get_last_selfattention(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the attention of the last block after the softmax, [B, heads, 1+P, 1+P]; row 0 is that of CLS."""
+        x = self.blocks[:-1](self._embed(images))
+        attention = self.blocks[-1].attn
+        qkv = attention.qkv(self.blocks[-1].norm1(x))  # [B, 1+P, 3D]
+        q, k, _ = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, 1+P, D/heads]
+        return (q @ k.mT * attention.scale).softmax(-1)
 
-    return VisionTransformer(patch_size=patch_size, **kwargs)
+    def _embed(self, images):
+        """Return the input of the first block, with CLS and position embedding: [B, 3, H, W] -> [B, 1+P, D]."""
+        height, width = images.shape[-2:]
+        patch_height, patch_width = self.patch_embed.patch_size
+        if height < patch_height or width < patch_width:
+            expected = f"at least one patch of {patch_height}x{patch_width}"
+            raise ValueError(f"found an image of {height}x{width} pixels, expected {expected}")
+        rows, columns = height // patch_height, width // patch_width
+        images = images[..., : rows * patch_height, : columns * patch_width]
+        # The convolution of patch_embed as one matrix product, which takes a fraction of the time in bf16 on a GPU.
+        patches = images.unflatten(-1, (columns, patch_width)).unflatten(-3, (rows, patch_height))
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, P, 3 * pixels]
+        projection = self.patch_embed.proj
+        x = self.patch_embed.norm(F.linear(patches, projection.weight.flatten(1), projection.bias))
+        own_rows, own_columns = self.patch_embed.grid_size
+        pos_embed = self.pos_embed
+        # As DINO: interpolate for every image that is not square, even if its number of patches is the trained one.
+        if rows * columns != own_rows * own_columns or height != width:
+            pos_embed = interpolate_positions(pos_embed, (own_rows, own_columns), (rows, columns))
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        return self.pos_drop(x + pos_embed)
 
 
 def vit_micro(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
     """ViT for quick studies, not in the paper: 4 blocks of width 96, about 0.5 M parameters."""
-    return _build(patch_size, embed_dim=96, depth=4, num_heads=3, **kwargs)
+    return VisionTransformer(patch_size=patch_size, embed_dim=96, depth=4, num_heads=3, **kwargs)
 
 
 def vit_tiny(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
     """ViT-Ti: 12 blocks of width 192."""
-    return _build(patch_size, embed_dim=192, depth=12, num_heads=3, **kwargs)
+    return VisionTransformer(patch_size=patch_size, embed_dim=192, depth=12, num_heads=3, **kwargs)
 
 
 def vit_small(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
     """ViT-S: 12 blocks of width 384."""
-    return _build(patch_size, embed_dim=384, depth=12, num_heads=6, **kwargs)
+    return VisionTransformer(patch_size=patch_size, embed_dim=384, depth=12, num_heads=6, **kwargs)
 
 
 def vit_base(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
     """ViT-B: 12 blocks of width 768."""
-    return _build(patch_size, embed_dim=768, depth=12, num_heads=12, **kwargs)
+    return VisionTransformer(patch_size=patch_size, embed_dim=768, depth=12, num_heads=12, **kwargs)
 
 
 ARCHITECTURES = {"vit_micro": vit_micro, "vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base}
@@ -220,189 +256,3 @@ class Teacher(BackboneWithHead):
         out = super().forward(views)
         mean = out.bottleneck.float().unflatten(0, (len(views[0]), -1)).mean(0)
         return out._replace(bottleneck=out.bottleneck[rows], mean_bottleneck=mean)
-
-
-def load_backbone(
-    path: str | Path,
-    arch: str | None = None,
-    patch_size: int | None = None,
-    checkpoint_key: str = "teacher",
-    img_size: int = 224,
-) -> tuple[VisionTransformer, dict[str, Any]]:
-    """Build a backbone and load its weights from a file.
-
-    Reads checkpoints of this repository and of DINO (full or backbone only) and timm's `.safetensors`. The grid of the
-    position embedding is inferred from the weights. A projection head in the file is ignored.
-
-    Args:
-        path: the file; "timm:NAME" for a model that timm finds in its cache or downloads; or "none" for a randomly
-            initialized network.
-        arch, patch_size: expected architecture and patch size. Default: those of the file, from its arguments or from
-            the shapes of its weights; ViT-S/16 for a random network.
-        checkpoint_key: network to read from a checkpoint that holds several, "teacher" or "student".
-        img_size: side in pixels of the images that the position embedding of a random network is made for.
-
-    Returns:
-        (backbone, made_with): the backbone in evaluation mode, and the pretraining arguments together with the `epoch`
-        reached and the total `batch_size`, if the file has them.
-
-    Raises:
-        UserError: the file is not a checkpoint, lacks the network, holds no ViT, or its weights do not fit.
-    """
-    arch = architecture(arch) if arch else None
-    if str(path) == "none":
-        return ARCHITECTURES[arch or "vit_small"](patch_size or 16, img_size=img_size).eval(), {}
-    return _load_backbone(_read(path), path, arch, patch_size, checkpoint_key)
-
-
-def _read(path):
-    """Return the contents of a file, or of the weights of timm's model NAME for the path "timm:NAME"."""
-    source, _, name = str(path).partition(":")
-    if source != "timm":
-        return load_file(path)
-    import timm  # takes longer to import than torch
-
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no warning for each of its retries
-    try:
-        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-    except Exception as error:  # of many kinds: an unknown name, no connection, a damaged cache
-        raise UserError(f"timm cannot load {shown(name)}: {first_line(error)[:300]}") from error
-
-
-def _load_backbone(contents, path, arch, patch_size, checkpoint_key):
-    """Do what `load_backbone` says, with the contents of the file."""
-    state, _ = _weights(contents, checkpoint_key, path)
-    args = plain_arguments(contents.get("args", {}), path)
-    args |= {name: contents[name] for name in ("epoch", "batch_size") if name in contents}
-    for name, (is_valid, expected) in RECORDED.items():
-        if name in args and not is_valid(args[name]):
-            raise UserError(f"{path} records {name} {shown(args[name])}, expected {expected}")
-    made_with: dict[str, Any] = {
-        "arch": str(args.get("arch", "")).replace("deit", "vit") or None,
-        "patch_size": args.get("patch_size"),
-    }
-    for name, wanted in {"arch": arch, "patch_size": patch_size}.items():
-        if None not in (wanted, made_with[name]) and wanted != made_with[name]:
-            found = f"found --{name} {wanted}; expected --{name} {made_with[name]}"
-            raise UserError(f"{path} was made with --{name} {made_with[name]}, {found}")
-    arch, patch_size = arch or made_with["arch"], patch_size or made_with["patch_size"]
-    arch = architecture(arch) if arch else None
-    projection, shape = (tuple(state[name].shape) if name in state else () for name in (PROJECTION, "pos_embed"))
-    if len(projection) != 4 or 0 in projection:
-        other = f"one of shape {list(projection)}" if projection else ", ".join(list(state)[:3]) or "nothing"
-        raise UserError(f"{path} holds no ViT: expected {PROJECTION} [D, 3, p, p], found {other}")
-    if not arch and projection[0] not in WIDTHS:
-        known = ", ".join(f"{width} ({name})" for width, name in WIDTHS.items())
-        raise UserError(f"{path} holds a ViT of width {projection[0]}, expected one of {known}")
-    arch, patch_size = arch or WIDTHS[projection[0]], patch_size or projection[-1]
-
-    side = math.isqrt(max(shape[1] - 1, 1)) if len(shape) == 3 else 14  # other shapes are refused below
-    with torch.device("meta"):  # takes no memory, whatever the file and the options say
-        own = ARCHITECTURES[arch](patch_size, img_size=side * patch_size).state_dict()
-    problems = [f"{name} is missing" for name in own if name not in state]
-    problems += [f"{name} is not part of the network" for name in state if name not in own]
-    for name in (name for name in own if name in state):
-        found, expected = list(state[name].shape), list(own[name].shape)
-        problems += [f"{name} is {found}, expected {expected}"] if found != expected else []
-        problems += [] if state[name].dtype in FLOATS else [f"{name} is {state[name].dtype}, expected torch.float32"]
-    if problems:
-        first_three = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        looks = WIDTHS.get(projection[0]), projection[-1]
-        hint = (
-            f"; expected --arch {looks[0]} --patch_size {looks[1]}" if looks[0] and looks != (arch, patch_size) else ""
-        )
-        raise UserError(f"{path} does not fit {arch} with patch size {patch_size}: {first_three}{hint}")
-    backbone = ARCHITECTURES[arch](patch_size, img_size=side * patch_size)
-    backbone.load_state_dict(state)
-    bad = [name for name, value in backbone.state_dict().items() if not value.isfinite().all()]
-    if bad:
-        raise UserError(f"{path} holds weights that are not finite: {bad[0]}")
-    return backbone.eval(), args
-
-
-def _weights(contents, checkpoint_key, path):
-    """Return the weights of backbone and head in the contents of a file, which may hold several networks with heads."""
-    if checkpoint_key in contents or any(isinstance(value, dict) and value for value in contents.values()):
-        if checkpoint_key not in contents:
-            networks = [key for key in ("teacher", "student", "model", "state_dict") if key in contents]
-            found = ", ".join(networks) or "none"
-            raise UserError(f"{path} has no {checkpoint_key!r}, found {found}: see --checkpoint_key")
-        contents = contents[checkpoint_key]
-    if not isinstance(contents, dict) or not all(
-        isinstance(k, str) and torch.is_tensor(v) for k, v in contents.items()
-    ):
-        raise UserError(f"{path} holds no weights under {checkpoint_key!r}, expected names and tensors")
-    state = {name.removeprefix("module.").removeprefix("backbone."): value for name, value in contents.items()}
-    head = {name.removeprefix("head."): value for name, value in state.items() if name.startswith("head.")}
-    return {name: value for name, value in state.items() if not name.startswith(("head.", "fc_norm."))}, head
-
-
-class Start(NamedTuple):
-    """Weights that a run starts from instead of random ones, see `load_start`."""
-
-    path: str
-    backbone: VisionTransformer
-    head: dict[str, torch.Tensor]  # names as in DINOHead; others or none if the file has no such head
-    center: torch.Tensor | None  # [1+P or 1, K]
-
-
-def load_start(path: str, arch: str, patch_size: int, checkpoint_key: str = "teacher") -> Start:
-    """Read the weights that a run starts from; see `load_backbone` for arguments, files and errors."""
-    contents = _read(path)
-    backbone, _ = _load_backbone(contents, path, arch, patch_size, checkpoint_key)
-    criterion = contents.get("loss", contents.get("dino_loss"))
-    center = criterion.get("center") if isinstance(criterion, dict) else None
-    return Start(path, backbone, _weights(contents, checkpoint_key, path)[1], center)
-
-
-@torch.no_grad()
-def start_from(start: Start, network: BackboneWithHead, center: torch.Tensor) -> str:
-    """Copy the weights of a backbone into a network, and those of its head and the center where they fit.
-
-    The position embedding is interpolated to the network's grid. A center is copied only together with a head.
-
-    Args:
-        start: the weights.
-        network: the network, of the same architecture and patch size.
-        center: center of the loss, [1+P or 1, K].
-
-    Returns:
-        a line that says what was copied
-
-    Raises:
-        UserError: weights of the head are not finite.
-    """
-    from support.backbone import interpolate_positions  # not at the top: timm takes longer to import than torch
-
-    state, done = start.backbone.state_dict(), []
-    own, new = start.backbone.patch_embed.grid_size, network.backbone.patch_embed.grid_size
-    if own != new:
-        state["pos_embed"] = interpolate_positions(state["pos_embed"], own, new)
-        done.append(f"position embedding interpolated from {own[0]}x{own[1]} to {new[0]}x{new[1]} patches")
-    network.backbone.load_state_dict(state)
-    misfit = _misfit(start.head, network.head)
-    if misfit:
-        return f"started from {start.path}: " + "; ".join(["backbone only", *done, misfit])
-    if not all(value.isfinite().all() for value in start.head.values()):
-        raise UserError(f"{start.path} holds weights of the head that are not finite")
-    network.head.load_state_dict(start.head)
-    kept = start.center
-    if torch.is_tensor(kept) and kept.shape == center.shape and kept.dtype in FLOATS and kept.isfinite().all():
-        center.copy_(kept)
-        done.append("center of the loss")
-    return f"started from {start.path}: " + "; ".join(["backbone and head", *done])
-
-
-def _misfit(found, head):
-    """Return in words why weights do not fit a DINOHead; empty if they do."""
-    own = head.state_dict()
-    if not any(name.startswith("mlp.") for name in found):
-        return "the file has no head"
-    if found.keys() != own.keys():
-        return f"the head has other layers: {min(found.keys() ^ own.keys())}"
-    for name, value in found.items():
-        if value.shape != own[name].shape or value.dtype not in (*FLOATS, own[name].dtype):
-            return f"the head does not fit: {name} is {list(value.shape)}, expected {list(own[name].shape)}"
-    if not head.last_layer.weight_g.requires_grad and (found["last_layer.weight_g"] != 1).any():
-        return "the head does not fit: its prototypes have learned norms, see --norm_last_layer"
-    return ""

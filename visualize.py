@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Subset
 
-import utils
 from augment import MultiCrop, crop_and_resize, resize
 from patch_matching import RULES, match_patches
 from support import evaluation, features
@@ -26,8 +25,8 @@ from support.arguments import ArgumentParser, number
 from support.decoding import read_image
 from support.folders import listed_images
 from support.images import ImageList
-from support.sources import PHOTOGRAPHS, build_dataset, photograph, source
-from utils import UserError
+from support.sources import PHOTOGRAPHS, build_dataset, data_spec, photograph
+from utils import UserError, printable, run_main, warn
 
 MAX_PATCHES = 8000  # per image; the memory of attention grows with the square
 MAX_DRAWN = 500  # images in the pages of one command
@@ -182,7 +181,7 @@ def show_neighbours(args, backbone, made_with, img_size) -> tuple:
     for picture in pictures:
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
     names = [f"{path.parent.name}/{path.stem}" for path in chosen]
-    lines = [f"{s:.3f}  {utils.printable(path)}" for s, path in zip(similarity, chosen, strict=True)]
+    lines = [f"{s:.3f}  {printable(path)}" for s, path in zip(similarity, chosen, strict=True)]
     return figures.draw_image_neighbours(list(map(np.array, pictures)), similarity, names), "\n".join(lines)
 
 
@@ -216,7 +215,7 @@ def show_map(args, backbone, made_with, img_size) -> tuple:
     from support import figures  # imports matplotlib, which --help does not need
 
     transform = features.eval_transform(img_size)
-    dataset = build_dataset(**source(args, made_with), split=args.split, transform=transform)
+    dataset = build_dataset(data_spec(args, made_with), args.split, transform)
     labels, classes = np.array(dataset.labels), dataset.classes
     if labels.min() < 0 or len(set(labels.tolist())) < 2:
         problem = "images outside of class subfolders" if labels.min() < 0 else "one"
@@ -262,10 +261,10 @@ def open_images(names, args, backbone, img_size) -> dict:
     evaluation.check_image_side(side, backbone)
     paths = find_images(names)
     if len(paths) > args.max_images:
-        utils.warn(f"found {len(paths)} images, drawing the first {args.max_images}: see --max_images")
+        warn(f"found {len(paths)} images, drawing the first {args.max_images}: see --max_images")
     images = {}
     for path in paths[: args.max_images]:
-        name, image = utils.printable(path.stem), open_image(path, patch_size)
+        name, image = printable(path.stem), open_image(path, patch_size)
         rows, columns = patch_grid(image, side, patch_size)
         if rows * columns > MAX_PATCHES:
             found = f"{name} has {rows}x{columns} patches, more than {MAX_PATCHES}, at --image_size {side}"
@@ -384,9 +383,9 @@ def main(argv=None) -> None:
         backbone, made_with, img_size = evaluation.open_model(*model, args.seed, crop_size)
         backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     pages, text = args.draw(args, backbone, made_with, img_size)
-    written = [utils.printable(file) for path in args.output for file in figures.save(pages, path)]
+    written = [printable(file) for path in args.output for file in figures.save(pages, path)]
     print(f"{text}\ndrawn in {', '.join(written)}", flush=True)
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_main(main)

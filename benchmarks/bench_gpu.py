@@ -38,14 +38,13 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 import main_lgssl
-import utils
 from benchmarks.bench_step import BOTTLENECK, GLOBAL, LOCAL, VIEWS, Done, memory
 from benchmarks.machine import machine, print_table
 from losses import LOSSES, LocalGlobalLoss, plain_loss
 from patch_matching import Matches
 from support.arguments import ArgumentParser, number
 from support.loader import Batch
-from utils import UserError
+from utils import UserError, run_main
 from vision_transformer import ARCHITECTURES, DINOHead, TokenOutput
 
 PATCH, IMAGE = 16, 256
@@ -561,4 +560,4 @@ def print_loading(rate, results) -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_main(main)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from utils import UserError, print_error, read_text
+from support.files import read_text
+from utils import UserError, print_error
 
 ROOT = Path(__file__).parent.parent
 MAX_FILES, MAX_CHARACTERS = 100, 2**20  # of the argument files of a command

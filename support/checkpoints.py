@@ -1,150 +1,33 @@
 """Saving, resuming and safe loading of checkpoints."""
 
-import argparse
 import errno
 import hashlib
 import math
 import os
 import platform
 import re
-import reprlib
-import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file as load_safetensors
-from safetensors.torch import save_file as save_safetensors
 
-from utils import UserError, all_gather, atomic_write, first_line, make_folder, read_json, warn
+from support.files import atomic_write, make_folder, read_json
+from support.weights import load_file, plain_arguments, short_repr
+from utils import UserError, all_gather, first_line, warn
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-# DINO's full checkpoints hold, besides tensors and plain values, their arguments and NumPy scalars of the optimizer's
-# state, under the old and the new name of NumPy's module.
-_SCALAR = np._core.multiarray.scalar
-DINO_GLOBALS = [
-    argparse.Namespace,
-    np.dtype,
-    np.dtypes.Float64DType,
-    (_SCALAR, "numpy.core.multiarray.scalar"),
-    (_SCALAR, "numpy._core.multiarray.scalar"),
-]
-
 # Arguments that may change when a run resumes. Any other change makes it a different run.
 MAY_CHANGE = "data_path download output_dir num_workers log_every saveckp_freq dist_url local_rank".split()
 MAY_CHANGE += "grad_checkpointing compile save_every_steps keep_last dist_timeout on_bad_image max_bad_images".split()
 MAY_CHANGE += ["knn_every", "image_every", "rebuild_index"]
 MAY_CHANGE += ["init_hash"]  # compared by _refuse_other_start
-MAX_VALUES, MAX_DEPTH = 10_000, 20  # values, and lists in lists, in the arguments of a file
 # Names that a run writes in its folder
 RUN_FILES = (
     r"(checkpoint(_previous|_unreadable|\d{4,})?\.pth|args\.json|log\.txt|steps\.jsonl|environment\.jsonl)(\.tmp)?"
 )
-
-
-def load_file(path) -> dict:
-    """Read a checkpoint or a `.safetensors` file to the CPU without executing code from it.
-
-    Raises:
-        UserError: the file does not exist or is not a checkpoint.
-    """
-    path = Path(path)
-    if not os.path.isfile(path):
-        found = f"{path} is a folder" if os.path.isdir(path) else f"no checkpoint at {path}"
-        raise UserError(f"{found}, expected a file written by main_lgssl.py, DINO or timm")
-    try:
-        if path.suffix == ".safetensors":
-            return load_safetensors(path)
-        check_sums(path)
-        with torch.serialization.safe_globals(DINO_GLOBALS):
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's unpickler raises many kinds of errors for damaged files
-        reason = f"{path} cannot be read as a checkpoint of tensors and plain values: {_reason(error)}"
-        raise UserError(reason) from error
-    if not isinstance(contents, dict):
-        raise UserError(f"{path} holds a {type(contents).__name__}, expected a dictionary of weights")
-    _check_tensors(contents, path)
-    return contents
-
-
-def _reason(error):
-    """Return in words why a file could not be read."""
-    foreign = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
-    if foreign:
-        return f"it holds {foreign[1]}"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return "it needs more memory than is free"
-    if isinstance(error, OSError) and error.filename:  # from opening the file, not from its contents
-        return error.strerror
-    known = isinstance(error, zipfile.BadZipFile | SafetensorError)
-    return first_line(error) if known else "it is damaged, incomplete or of another format"
-
-
-def shown(value) -> str:
-    """Return a short text of a value from a file, of any size, in one line."""
-    return " ".join(reprlib.repr(value).split())[:80]
-
-
-def _check_tensors(contents, path):
-    """Raise UserError if the contents of a file hold a tensor that is not a dense array with as many stored numbers."""
-    left, seen = [("", contents)], set()
-    while left:
-        name, value = left.pop()
-        if torch.is_tensor(value):
-            is_dense = value.device.type == "cpu" and value.layout is torch.strided and not value.is_nested
-            is_dense = is_dense and not value.is_quantized
-            if not is_dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                kind = f"{str(value.dtype).removeprefix('torch.')} tensor of {value.numel()} numbers"
-                expected = "expected a dense one with all its numbers"
-                raise UserError(f"{path} holds a sparse, quantized or incomplete {kind}, {expected}: {name[:80]}")
-        elif id(value) not in seen:  # lists can contain one list many times
-            seen.add(id(value))
-            value = vars(value) if isinstance(value, argparse.Namespace) else value
-            items = (
-                value.items() if isinstance(value, dict) else enumerate(value if type(value) in (list, tuple) else ())
-            )
-            left += [(f"{name}.{key}".strip(".") if isinstance(key, str | int) else name, item) for key, item in items]
-
-
-def plain_arguments(args, path) -> dict:
-    """Return the arguments that a file records, a dictionary or DINO's Namespace, as a dictionary.
-
-    Raises:
-        UserError: they are of another kind, hold anything but plain values, or expand to too many values.
-    """
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    if not isinstance(args, dict):
-        raise UserError(f"{path} records arguments of type {type(args).__name__}, expected a dictionary")
-    left, count = [(args, 0)], 0
-    while left:
-        value, depth = left.pop()
-        count += 1
-        if isinstance(value, dict) and all(isinstance(name, str) for name in value):
-            left += [(item, depth + 1) for item in value.values()]
-        elif isinstance(value, list | tuple):
-            left += [(item, depth + 1) for item in value]
-        elif not (value is None or isinstance(value, float | str) or (isinstance(value, int) and abs(value) < 2**64)):
-            raise UserError(f"{path} records the argument {shown(value)}, expected plain numbers and texts")
-        if count + len(left) > MAX_VALUES or depth > MAX_DEPTH:
-            raise UserError(f"{path} records arguments of over {MAX_VALUES} values or {MAX_DEPTH} levels")
-    return args
-
-
-def check_sums(path) -> None:
-    """Raise BadZipFile if a checksum is wrong. torch.save writes checksums, torch.load ignores them."""
-    if not zipfile.is_zipfile(path):  # written before PyTorch 1.6, without checksums
-        return
-    with zipfile.ZipFile(path) as file:
-        if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
-            raise zipfile.BadZipFile("it is compressed")
-        damaged = file.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"its record {damaged} is damaged")
 
 
 def load_latest(path) -> tuple[dict, Path] | tuple[None, None]:
@@ -179,14 +62,6 @@ def save(contents, path, keep_previous=False) -> None:
     """Write a checkpoint of tensors and plain values. `keep_previous` keeps the old file at `previous_path`."""
     with atomic_write(path, previous_path(path) if keep_previous else None) as temporary, temporary.open("wb") as file:
         torch.save(contents, file)
-
-
-def write_safetensors(tensors, path, metadata) -> None:
-    """Write tensors and metadata, a dictionary of strings, to a `.safetensors` file with default permissions."""
-    path.touch()
-    permissions = path.stat().st_mode
-    save_safetensors(tensors, path, metadata)  # creates a file that only its owner can read
-    path.chmod(permissions)
 
 
 def save_run(contents, output_dir, kept_epoch=None, keep_last=0) -> None:
@@ -369,7 +244,7 @@ def open_output(output_dir, args, defaults) -> tuple[dict, Path] | tuple[None, N
 
 
 def _form(value) -> str:
-    return f"{value.dtype} {list(value.shape)}".removeprefix("torch.") if torch.is_tensor(value) else shown(value)
+    return f"{value.dtype} {list(value.shape)}".removeprefix("torch.") if torch.is_tensor(value) else short_repr(value)
 
 
 def _check_form(found, own, name) -> None:
@@ -379,7 +254,7 @@ def _check_form(found, own, name) -> None:
     if isinstance(own, dict) and isinstance(found, dict):
         for key in {**own, **found}:
             if key not in own or key not in found:
-                raise ValueError(f"{name}.{shown(key)} {'is missing' if key in own else 'is not part of it'}")
+                raise ValueError(f"{name}.{short_repr(key)} {'is missing' if key in own else 'is not part of it'}")
             _check_form(found[key], own[key], f"{name}.{key}" if name else key)
     elif torch.is_tensor(own) and torch.is_tensor(found):
         if _form(found) != _form(own):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageOps
 
-from utils import UserError, first_line
+from utils import UserError, first_line, printable
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 2**26  # 8192×8192, 200 MB decoded; larger images are bad, see --on_bad_image
@@ -32,7 +32,7 @@ def opened(path, file=None) -> Iterator[Image.Image]:
                     raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
                 yield image
     except Exception as error:  # Pillow's decoders raise many kinds of errors for damaged files
-        raise UserError(f"cannot read image {shown(path)}: {first_line(error)}") from error
+        raise UserError(f"cannot read image {printable(path)}: {first_line(error)}") from error
 
 
 def read_image(path, min_side=None, upright=True, intensity_range=None, file=None) -> Image.Image:
@@ -120,8 +120,3 @@ def refuse_irregular(path) -> None:
     """Raise ValueError if a path is not a regular file. Reading a pipe or a device could wait forever."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")
-
-
-def shown(path) -> str:
-    """Return a path as it is shown in messages, with escapes if it has characters that are not printable."""
-    return str(path) if str(path).isprintable() else ascii(str(path))

@@ -13,9 +13,11 @@ import torch.distributed as dist
 
 from support.arguments import ArgumentParser, number
 from support.features import RawPixels, eval_transform, extract_features, whole_transform
-from support.sources import add_source_arguments, build_dataset, source
-from utils import UserError, make_folder, write_text
-from vision_transformer import ARCHITECTURES, MAX_SIDE, architecture, load_backbone
+from support.files import make_folder, write_text
+from support.sources import DataSpec, add_source_arguments, build_dataset, data_spec
+from support.weights import load_backbone
+from utils import UserError
+from vision_transformer import ARCHITECTURES, MAX_SIDE, architecture
 
 
 def model_parser(doc, other_weights="") -> ArgumentParser:
@@ -82,7 +84,7 @@ def add_computation_arguments(parser, batch_size=None, json_result=True) -> None
 
 
 def open_model(pretrained_weights, arch, patch_size, checkpoint_key, seed, img_size=None) -> tuple:
-    """Load a backbone with `vision_transformer.load_backbone` and choose the size of its images.
+    """Load a backbone with `support.weights.load_backbone` and choose the size of its images.
 
     Args:
         seed: seed of random weights, which equal the initial weights of `main_lgssl.py --seed` on all processes.
@@ -129,7 +131,7 @@ def open_classification(args, augmented=False) -> tuple:
     else:
         backbone, made_with, img_size = open_model(*model_options(args), args.seed, args.crop_size)
     plain = whole_transform(img_size) if pixels else eval_transform(img_size)
-    splits = open_splits(source(args, made_with), {"train": None if augmented else plain, "val": plain})
+    splits = open_splits(data_spec(args, made_with), {"train": None if augmented else plain, "val": plain})
     if pixels:
         train = copy.copy(splits["train"])
         train.transform = plain
@@ -137,11 +139,11 @@ def open_classification(args, augmented=False) -> tuple:
     return backbone, made_with, img_size, splits
 
 
-def open_splits(named, transforms) -> dict:
+def open_splits(spec: DataSpec, transforms) -> dict:
     """Open the training and validation images of a data set and check that they belong together.
 
     Args:
-        named: arguments of `build_dataset` that name the images.
+        spec: names the images.
         transforms: {"train": transform, "val": transform}.
 
     Returns:
@@ -150,8 +152,8 @@ def open_splits(named, transforms) -> dict:
     Raises:
         UserError: see `check_splits`.
     """
-    splits = {s: build_dataset(**named, split=s, transform=transforms[s]) for s in ("train", "val")}
-    check_splits(splits, named["data_path"] or named["dataset"])
+    splits = {s: build_dataset(spec, s, transforms[s]) for s in ("train", "val")}
+    check_splits(splits, spec.data_path or spec.dataset)
     return splits
 
 

@@ -27,8 +27,8 @@ from matplotlib.textpath import TextToPath
 from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-import utils
-from utils import UserError
+from support.files import atomic_write, make_folder
+from utils import UserError, first_line, printable, warn
 
 matplotlib.rcdefaults()  # a matplotlibrc may ask for LaTeX or for another layout
 # Color-blind safe palette of Okabe and Ito. Frames of views have other colors than matches.
@@ -70,7 +70,7 @@ def shown(name, width=WIDTH, size=8, lines=1) -> str:
     The middle of a longer name is replaced by `…`. `$` is escaped, since it would start mathematics. A leading `_` is
     preceded by a space, since matplotlib hides such legend entries.
     """
-    name = utils.printable(name)
+    name = printable(name)
     wrapped = [name]
     for kept in range(min(len(name), 300), 2, -1):
         text = name if kept == len(name) else f"{name[: -(-kept // 2)]}…{name[len(name) - kept // 2 :]}"
@@ -104,7 +104,7 @@ def check_output(path) -> None:
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"cannot write {path}: found the suffix {path.suffix!r}, expected {' or '.join(SUFFIXES)}")
-    utils.make_folder(path.parent, "the folder of --output")
+    make_folder(path.parent, "the folder of --output")
     try:
         with contextlib.suppress(FileNotFoundError):
             os.stat(f"{path}.tmp")  # fails if the name is too long
@@ -126,13 +126,13 @@ def save(pages, path) -> list[Path]:
     with rc_context({"pdf.fonttype": 42}), warnings.catch_warnings(record=True) as caught:  # fonts that can be edited
         for figure, file in zip(pages, paths, strict=True):
             check_output(file)
-            with utils.atomic_write(file) as temporary:
+            with atomic_write(file) as temporary:
                 figure.draw_without_rendering()  # ticks that the layout changes need the layout once more
                 figure.savefig(temporary, format=path.suffix[1:].lower())
-    texts = [utils.first_line(warning.message) for warning in caught]
+    texts = [first_line(warning.message) for warning in caught]
     texts = ["the font lacks characters of some names" if text.startswith("Glyph ") else text for text in texts]
     for text in dict.fromkeys(texts):
-        utils.warn(f"{path}: {text}")
+        warn(f"{path}: {text}")
     return paths
 
 
@@ -433,7 +433,7 @@ def draw_image_neighbours(images, similarities, names) -> list[Figure]:
     Returns:
         pages
     """
-    titles = ["query", *(f"{utils.printable(name)}\n{s:.3f}" for name, s in zip(names, similarities, strict=True))]
+    titles = ["query", *(f"{printable(name)}\n{s:.3f}" for name, s in zip(names, similarities, strict=True))]
     panels = list(zip(titles, images, strict=True))
     lines = [panels[start : start + 6] for start in range(0, len(panels), 6)]
     pages = _draw_panels(lines, "Query (orange frame) and its nearest images, by cosine of the CLS features")

@@ -6,11 +6,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import utils
 from support import index
-from support.decoding import refuse_irregular, shown
+from support.decoding import refuse_irregular
 from support.images import ImageList
-from utils import UserError
+from utils import UserError, printable, warn
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp")
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # names of splits in other layouts
@@ -105,10 +104,10 @@ def listed_folders(root, classes_file) -> list[Path]:
     missing = [name for name in names if name == ".." or Path(name).name != name or not os.path.isdir(root / name)]
     if missing:
         found = f"lacks {len(missing)} of the {len(names)} class folders in {classes_file}"
-        raise UserError(f"{root} {found}, the first is {shown(missing[0])}")
+        raise UserError(f"{root} {found}, the first is {printable(missing[0])}")
     twice = [name for i, name in enumerate(names) if name in names[:i]]
     if twice:
-        raise UserError(f"{classes_file} lists the class {shown(twice[0])} twice, expected each class once")
+        raise UserError(f"{classes_file} lists the class {printable(twice[0])} twice, expected each class once")
     return [root / name for name in names]
 
 
@@ -139,7 +138,7 @@ def walk(folder, others=frozenset(), unread=None) -> Iterator[tuple[str, list, l
     def warn_of(error):
         if unread is not None:
             unread.append(error.filename)
-        utils.warn(f"cannot read folder {shown(error.filename)}: {error.strerror}; skipping it")
+        warn(f"cannot read folder {printable(error.filename)}: {error.strerror}; skipping it")
 
     real = Path(os.path.realpath(folder))
     seen = {str(real), *map(str, real.parents)}
@@ -200,7 +199,7 @@ def read_list(source) -> tuple[list[str], list[str]]:
     names = [name.strip() for _, _, name in lines]
     have_class = sum(map(bool, names))
     if 0 < have_class < len(lines):
-        first = shown(next(path for path, _, name in lines if not name.strip()))
+        first = printable(next(path for path, _, name in lines if not name.strip()))
         found = f"{source} has a class after a tab for {have_class} of its {len(lines)} images, but not for {first}"
         raise UserError(f"{found}: expected a class in every line, or in none")
     folder = os.path.dirname(source)
@@ -208,7 +207,7 @@ def read_list(source) -> tuple[list[str], list[str]]:
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         found = f"{source} lists {len(paths)} images, {len(missing)} are missing"
-        raise UserError(f"{found}; the first: {shown(missing[0])}")
+        raise UserError(f"{found}; the first: {printable(missing[0])}")
     return paths, names if have_class else []
 
 
@@ -228,5 +227,5 @@ def read_lines(path, expected) -> list[str]:
             raise ValueError("it is empty")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or ("not text" if isinstance(error, UnicodeError) else error)
-        raise UserError(f"cannot read {shown(path)} ({reason}): expected {expected}") from error
+        raise UserError(f"cannot read {printable(path)} ({reason}): expected {expected}") from error
     return lines

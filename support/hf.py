@@ -8,9 +8,9 @@ from typing import BinaryIO, NoReturn
 
 import numpy as np
 
-from support.decoding import refuse_irregular, shown
+from support.decoding import refuse_irregular
 from support.images import ImageList, numbered_classes
-from utils import UserError, first_line, is_first_process
+from utils import UserError, first_line, is_first_process, printable
 
 # Names of the splits there, the preferred one first
 NAMES = {"train": ("train", "training"), "val": ("validation", "valid", "val", "dev", "test", "testing")}
@@ -56,7 +56,7 @@ class HuggingFaceImages(ImageList):
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"cannot read {shown(name)}: {shown(first_line(error))}") from error
+            raise UserError(f"cannot read {printable(name)}: {printable(first_line(error))}") from error
 
     def file(self, index) -> BinaryIO:
         try:
@@ -69,7 +69,9 @@ class HuggingFaceImages(ImageList):
                 contents = Path(value["path"]).read_bytes()
             return io.BytesIO(contents)
         except Exception as error:  # Arrow has its own for damaged files
-            raise UserError(f"cannot read image {shown(self.paths[index])}: {shown(first_line(error))}") from error
+            raise UserError(
+                f"cannot read image {printable(self.paths[index])}: {printable(first_line(error))}"
+            ) from error
 
     def keep(self, indices) -> None:
         super().keep(indices)
@@ -93,7 +95,9 @@ def open_rows(name, split) -> tuple:
         datasets.disable_progress_bars()
     path, is_local = Path(name), os.path.exists(name)
     if not is_local and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2):
-        raise UserError(f"no folder {shown(name)}: --dataset hf: takes a folder of parquet or Arrow files, or a name")
+        raise UserError(
+            f"no folder {printable(name)}: --dataset hf: takes a folder of parquet or Arrow files, or a name"
+        )
     level = datasets.logging.get_verbosity()
     if is_local:
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error is enough
@@ -110,7 +114,7 @@ def open_rows(name, split) -> tuple:
     except Exception as error:  # of many kinds, by the kind of the files and the state of the network
         reason = first_line(error.__cause__ or error)
         where = "" if is_local else ", which is no folder here, from the hub"
-        raise UserError(f"cannot open the data set {shown(name)}{where}: {shown(reason)}") from error
+        raise UserError(f"cannot open the data set {printable(name)}{where}: {printable(reason)}") from error
     finally:
         datasets.logging.set_verbosity(level)
     splits = dict(found) if isinstance(found, dict) else {str(found.split or "train"): found}
@@ -189,7 +193,7 @@ def choose(features, given, found, accepted, name, kind) -> str | None:
 
 def refuse(features, name, what, option) -> NoReturn:
     columns = ", ".join(f"{column} ({kind_of(feature)})" for column, feature in features.items())
-    raise UserError(f"{shown(name)} has {what}: its columns are {shown(columns)}; give {option}")
+    raise UserError(f"{printable(name)} has {what}: its columns are {printable(columns)}; give {option}")
 
 
 def read_labels(rows, column, shown_name) -> tuple[list[int], list[str]]:

@@ -10,11 +10,10 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-import utils
 from augment import resize
 from support import index
-from support.decoding import UnknownRange, gray_levels, opened, read_image, refuse_unknown_range, shown
-from utils import UserError
+from support.decoding import UnknownRange, gray_levels, opened, read_image, refuse_unknown_range
+from utils import UserError, is_first_process, printable, warn
 
 PROBED = 16  # number of images whose intensities are checked when a folder is opened
 MIN_LEVELS = 32  # gray levels; an image of more than 8 bits that keeps fewer causes a warning
@@ -85,7 +84,7 @@ class ImageList(LabeledImages):
         try:
             return (self.transform(image) if self.transform else image), self.labels[index]
         except UserError as error:
-            raise UserError(f"cannot use image {shown(self.paths[index])}: {error}") from error
+            raise UserError(f"cannot use image {printable(self.paths[index])}: {error}") from error
 
     def use_intensity_range(self, intensity_range, data_path) -> None:
         """Set the intensity range, and check on a few images that their intensities survive the conversion to 8 bits.
@@ -114,8 +113,8 @@ class ImageList(LabeledImages):
             if data_path not in WARNED and kept < MIN_LEVELS and kept < (found := len(np.unique(values))):
                 WARNED.add(data_path)
                 hint = f"see --intensity_range; its values are {values.min()} to {values.max()}"
-                if utils.is_first_process():
-                    utils.warn(f"{shown(path)} keeps {kept} of its {found} gray levels in 8 bits: {hint}")
+                if is_first_process():
+                    warn(f"{printable(path)} keeps {kept} of its {found} gray levels in 8 bits: {hint}")
 
     def keep(self, indices) -> None:
         """Keep only the images with these indices."""

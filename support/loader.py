@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-import utils
 from augment import View, normalize
 from patch_matching import Matches, match_views
-from utils import UserError
+from utils import DEAD_WORKER, UserError
 
 
 class Batch(NamedTuple):
@@ -146,6 +145,6 @@ def batches_on_device(loader, device) -> Iterator[Batch]:
             if str(error).startswith("Caught ") or getattr(loader, "num_workers", 1) == 0:
                 raise  # an error of the data set
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise another error during this one
-            raise UserError(f"{utils.DEAD_WORKER} ({type(error).__name__})") from error
+            raise UserError(f"{DEAD_WORKER} ({type(error).__name__})") from error
         views = [normalize(pixels.to(device, non_blocking=True)) for pixels in views]
         yield Batch(views, matches.to(device), bad_images)

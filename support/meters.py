@@ -6,8 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import utils
-from utils import UserError
+from utils import UserError, all_gather, all_reduce_mean, warn
 
 SAMPLE = 8  # number of images per batch whose outputs over all K prototypes are measured
 
@@ -76,7 +75,7 @@ class Meters:
         Args:
             network: network of the parameters whose gradient norms were recorded.
         """
-        records = utils.all_gather(torch.cat([self.bad, self.skipped[1:]])).tolist()
+        records = all_gather(torch.cat([self.bad, self.skipped[1:]])).tolist()
         step, kind, rank = min((bad[kind], kind, rank) for rank, bad in enumerate(records) for kind in (0, 1))
         if step < math.inf:
             what = "the loss"
@@ -103,7 +102,7 @@ class Meters:
         values = {"loss": self.loss / count, "matched_patches": self.matched / count, **values}
         if self.fp16:
             values["skipped_share"] = self.skipped[0] / count
-        means = utils.all_reduce_mean(torch.stack([value.float() for value in values.values()])).tolist()
+        means = all_reduce_mean(torch.stack([value.float() for value in values.values()])).tolist()
         means = {name: mean if math.isfinite(mean) else None for name, mean in zip(values, means, strict=True)}
         for name, mean in means.items():
             if mean is not None:
@@ -126,7 +125,7 @@ class Meters:
             dist.all_gather_object(gathered, self.new_bad_images)
         for i, message in sorted(item for bad in gathered for item in bad.items()):
             if i not in self.bad_images and (not dist.is_initialized() or dist.get_rank() == 0):
-                utils.warn(f"{message}; the next image is used instead")
+                warn(f"{message}; the next image is used instead")
             self.bad_images[i] = message
         self.new_bad_images = {}
         if len(self.bad_images) > self.max_bad_images:
@@ -148,7 +147,7 @@ class Meters:
         """Return the state of all processes. A collective call."""
         own = [self.loss, *self.skipped, self.matched, self.loss.new_tensor(self.steps)]
         own = torch.cat([torch.stack([x.double() for x in own]), self.matched_counts])
-        interval = utils.all_gather(own).cpu()
+        interval = all_gather(own).cpu()
         return {"interval": interval, "epoch": dict(self.epoch), "bad_images": dict(self.bad_images)}
 
     def load_state_dict(self, state, rank) -> None:

@@ -21,7 +21,7 @@ from support import features
 from support.evaluation import check_splits, classification_metrics, knn_votes
 from support.features import eval_transform, extract_features, normalized_cls
 from support.preemption import ignore_signals
-from support.sources import build_dataset
+from support.sources import DataSpec, build_dataset
 from utils import VERSION, UserError, warn
 
 NEIGHBOURS = 10
@@ -63,7 +63,7 @@ class OnlineKNN:
 
     Args:
         train: labeled training data set.
-        named: arguments of `build_dataset` that name the images, to open the validation images.
+        spec: names the images, to open the validation images.
         crop_size: side of the images in pixels.
         batch_size, num_workers: images per batch and data-loading workers.
 
@@ -71,18 +71,18 @@ class OnlineKNN:
         UserError: images have no labels, or training and validation images have different classes.
     """
 
-    def __init__(self, train, named, crop_size, batch_size, num_workers):
+    def __init__(self, train, spec: DataSpec, crop_size, batch_size, num_workers):
         train = copy.copy(train)
         train.transform, train.min_side = eval_transform(crop_size), None
         rng = np.random.default_rng(0)
-        data_path = named.get("data_path") or named.get("dataset")
-        if not train.has_splits and not named.get("tuning"):
+        data_path = spec.data_path or spec.dataset
+        if not train.has_splits and not spec.tuning:
             check_splits({"train": train}, data_path)
             shuffled = rng.permutation(len(train))
             held_out = min(MAX_QUERIES, max(len(train) // 5, 1))
             chosen = {"val": (train, shuffled[:held_out]), "train": (train, shuffled[held_out:][:MAX_REFERENCES])}
         else:
-            val = build_dataset(**named, split="val", transform=train.transform)
+            val = build_dataset(spec, "val", train.transform)
             check_splits({"train": train, "val": val}, data_path)
             limits = {"train": (train, MAX_REFERENCES), "val": (val, MAX_QUERIES)}
             chosen = {split: (x, rng.permutation(len(x))[:limit]) for split, (x, limit) in limits.items()}

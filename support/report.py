@@ -16,7 +16,8 @@ from collections import defaultdict
 import torch
 from tqdm import tqdm
 
-from utils import append_line, append_text, first_line, read_text, warn, write_text
+from support.files import append_line, append_text, read_text, write_text
+from utils import first_line, warn
 
 PATIENCE = 50  # reports in a row
 WATCH_FROM = 2000  # the watch for a collapse starts at this step, or at the end of the warm-up if that is earlier

@@ -4,15 +4,15 @@ import argparse
 import importlib
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-import utils
 from support import torchvision_sets
 from support.arguments import number
 from support.decoding import read_image
@@ -20,13 +20,8 @@ from support.folders import ImageFolder, open_folder
 from support.hf import HuggingFaceImages
 from support.images import ArrayImages, ImageList, LabeledImages
 from support.tar import TarImages
-from utils import UserError
+from utils import UserError, first_line
 
-# Options that name the images
-SOURCE = (
-    *("dataset", "data_path", "classes", "image_column", "label_column", "download", "train_images", "tuning"),
-    *("intensity_range", "rebuild_index"),
-)
 IMAGENET100_CLASSES = Path(__file__).parent.parent / "recipes" / "imagenet100_cmc.txt"
 # name: (package that ships the photograph, path inside the package)
 PHOTOGRAPHS = {name: ("sklearn.datasets", f"images/{name}.jpg") for name in ("china", "flower")} | {
@@ -40,7 +35,7 @@ CROPS = {"train": 100, "val": 20}  # crops per photograph
 
 
 def add_source_arguments(add, layout) -> None:
-    """Add the options of SOURCE to an argument group.
+    """Add the options of DataSpec to an argument group.
 
     Args:
         add: the group's `add_argument`.
@@ -68,41 +63,11 @@ def add_intensity_range(add) -> None:
         "evaluations: the pretraining's")  # fmt: skip
 
 
-def source(args, made_with=None) -> dict:
-    """Return the arguments of `build_dataset` that name the images, from parsed options.
+@dataclass(frozen=True)
+class DataSpec:
+    """Names the images of a data set: the options of `add_source_arguments`.
 
-    Args:
-        made_with: return value of `evaluation.open_model`. The pretraining's intensity range is the default.
-
-    Raises:
-        UserError: --train_images has no effect on the split that is opened.
-    """
-    if getattr(args, "split", None) == "val" and args.train_images and not args.tuning:
-        raise UserError("--train_images has no effect with --split val: use --split train, or omit --train_images")
-    named = {name: getattr(args, name) for name in SOURCE}
-    if made_with and "intensity_range" in find_source(args.dataset)[0].options:
-        named["intensity_range"] = args.intensity_range or made_with.get("intensity_range")
-    return named
-
-
-def build_dataset(
-    dataset,
-    data_path=None,
-    split="train",
-    transform=None,
-    classes=None,
-    download=False,
-    train_images=None,
-    tuning=False,
-    intensity_range=None,
-    min_side=None,
-    rebuild_index=False,
-    image_column=None,
-    label_column=None,
-) -> LabeledImages:
-    """Open a data set.
-
-    Args:
+    Attributes:
         dataset: a kind of SOURCES, with its name where it has one.
             "folder": all images in `data_path` and its subfolders. The classes are the direct subfolders, if any.
                 Or the images in a list, `data_path` itself, or train.txt and val.txt in it, see `folders.read_list`.
@@ -114,48 +79,86 @@ def build_dataset(
             "elpv": photographs of solar cells, see `solar_cells`.
             "digits": scikit-learn's 1,797 scanned digits of 8×8 pixels, 1,400 for training and 397 for validation.
             "photographs": crops of photographs that scikit-learn and scikit-image ship.
-        data_path: folder of the images. If it has subfolders `train` and `val`, only the subfolder `split` is read. For
-            "tar" also a pattern of paths.
-        split: "train" or "val".
-        transform: applied to the PIL image.
+        data_path: folder of the images. If it has subfolders `train` and `val`, only the subfolder of the split is
+            read. For "tar" also a pattern of paths.
         classes: file with one class folder per line. Default: no restriction; for "imagenet100" its own list.
+        image_column, label_column: see `hf.HuggingFaceImages`.
         download: let torchvision download the data set if it is missing.
         train_images: number of training images to use, drawn once. None: all.
         tuning: use only these training images, a fifth of them for validation and the others for training.
-        intensity_range, min_side: see `decoding.read_image`.
+        intensity_range: see `decoding.read_image`.
         rebuild_index: read a folder or tars even if there is an index of them.
-        image_column, label_column: see `hf.HuggingFaceImages`.
+    """
+
+    dataset: str
+    data_path: str | Path | None = None
+    classes: str | Path | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    download: bool = False
+    train_images: int | None = None
+    tuning: bool = False
+    intensity_range: Sequence[float] | None = None
+    rebuild_index: bool = False
+
+
+def data_spec(args: argparse.Namespace, made_with: dict[str, Any] | None = None) -> DataSpec:
+    """Return the data set that parsed options name.
+
+    Args:
+        made_with: return value of `evaluation.open_model`. The pretraining's intensity range is the default.
+
+    Raises:
+        UserError: --train_images has no effect on the split that is opened.
+    """
+    if getattr(args, "split", None) == "val" and args.train_images and not args.tuning:
+        raise UserError("--train_images has no effect with --split val: use --split train, or omit --train_images")
+    spec = DataSpec(**{field.name: getattr(args, field.name) for field in fields(DataSpec)})
+    if made_with and "intensity_range" in find_source(spec.dataset)[0].options:
+        spec = replace(spec, intensity_range=spec.intensity_range or made_with.get("intensity_range"))
+    return spec
+
+
+def build_dataset(
+    spec: DataSpec, split: str = "train", transform: Callable | None = None, min_side: int | None = None
+) -> LabeledImages:
+    """Open a split of a data set.
+
+    Args:
+        spec: names the images.
+        split: "train" or "val".
+        transform: applied to the PIL image.
+        min_side: see `decoding.read_image`.
 
     Raises:
         UserError: an argument has no effect on the data set, the folder or a class is missing, the subfolders are named
             like splits, there are no images, or fewer than `train_images`.
     """
-    opened = "train" if tuning else split
-    source, name = find_source(dataset)
-    given = {
-        **{"data_path": data_path, "classes": classes, "download": download, "intensity_range": intensity_range},
-        **{"rebuild_index": rebuild_index, "image_column": image_column, "label_column": label_column},
-    }
-    for option in given:
-        if given[option] and option not in source.options:
-            raise UserError(f"--{option} has no effect with --dataset {dataset}: omit it, or give another --dataset")
-    if "data_path" in source.options and not data_path:
-        raise UserError(f"--dataset {dataset} needs --data_path, the folder of the images")
+    opened = "train" if spec.tuning else split
+    source, name = find_source(spec.dataset)
+    given = {name: value for name, value in vars(spec).items() if name not in ("dataset", "train_images", "tuning")}
+    for option, value in given.items():
+        if value and option not in source.options:
+            raise UserError(
+                f"--{option} has no effect with --dataset {spec.dataset}: omit it, or give another --dataset"
+            )
+    if "data_path" in source.options and not spec.data_path:
+        raise UserError(f"--dataset {spec.dataset} needs --data_path, the folder of the images")
     options = {option: given[option] for option in source.options if option != "intensity_range"}
     images = source.open(split=opened, **options, **({"name": name} if name else {}))
     if not len(images):
-        raise UserError(f"--dataset {dataset} has no {opened} images")
+        raise UserError(f"--dataset {spec.dataset} has no {opened} images")
     if "intensity_range" in source.options:
-        images.use_intensity_range(intensity_range, data_path or name)
+        images.use_intensity_range(spec.intensity_range, spec.data_path or name)
     images.transform, images.min_side = transform, min_side
-    if opened == "train" and (train_images or tuning):
-        count = train_images or len(images)
+    if opened == "train" and (spec.train_images or spec.tuning):
+        count = spec.train_images or len(images)
         if count > len(images):
             raise UserError(f"--train_images {count} is more than the {len(images)} training images")
-        if tuning and count < 5:
+        if spec.tuning and count < 5:
             raise UserError(f"--tuning holds out a fifth of the training images, found {count}, expected at least 5")
         chosen = np.random.default_rng(0).permutation(len(images))[:count]
-        if tuning:
+        if spec.tuning:
             chosen = chosen[: count // 5] if split == "val" else chosen[count // 5 :]
         images.keep(sorted(chosen.tolist()))
     return images
@@ -201,7 +204,7 @@ def solar_cells(split) -> ImageList:
             raise ValueError("a probability that is not in [0, 1]")
     except (OSError, ValueError) as error:
         expected = "expected lines of path, probability and type; install elpv-dataset again"
-        raise UserError(f"cannot read {root / 'labels.csv'} ({utils.first_line(error)}): {expected}") from error
+        raise UserError(f"cannot read {root / 'labels.csv'} ({first_line(error)}): {expected}") from error
     chosen, labels = [], [int(probability >= 0.5) for probability in probabilities]
     for i, group in enumerate(itertools.product((0, 1), ("mono", "poly"))):
         members = [index for index, found in enumerate(zip(labels, kinds, strict=True)) if found == group]

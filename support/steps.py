@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.checkpoints import may_change
+from support.files import read_json
 from support.report import read_log
-from utils import UserError, read_json
+from utils import UserError
 
 ROOT = Path(__file__).parent.parent
 # column: (title, evaluation, function from the evaluation's result to the number, format)

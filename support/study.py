@@ -16,9 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 import main_lgssl
-import utils
 from support.steps import COLUMNS, ROOT, Step, differences, mark, markdown, read_result, score
-from utils import UserError
+from utils import UserError, first_line
 
 
 class Row(NamedTuple):
@@ -360,4 +359,4 @@ def read_trials(path) -> list:
         entries = [json.loads(line) for line in path.read_text().splitlines()]
         return [entry for entry in entries if {*entry} >= {"method", "trial", "linear", "knn10", "options"}]
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read the trials in {path}: {utils.first_line(error)}") from error
+        raise UserError(f"cannot read the trials in {path}: {first_line(error)}") from error

@@ -16,12 +16,11 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-import utils
-from support.decoding import refuse_irregular, shown
+from support.decoding import refuse_irregular
 from support.folders import IMAGE_SUFFIXES, SPLITS, refuse_other_splits
 from support.images import ImageList, numbered_classes
 from support.index import cached, save
-from utils import UserError, first_line
+from utils import UserError, first_line, is_first_process, printable, warn
 
 MAX_FILES = 128  # tars that a process holds open
 MAX_SHARDS = 2**20  # tars of a pattern
@@ -51,7 +50,7 @@ class TarImages(ImageList):
 
     def __init__(self, data_path, split="train", rebuild_index=False):
         self.root, self.shards, self.has_splits = find_shards(data_path, split)
-        quiet = not utils.is_first_process() or not sys.stderr.isatty()
+        quiet = not is_first_process() or not sys.stderr.isatty()
         indexes = [
             open_index(shard, rebuild_index) for shard in tqdm(self.shards, "reading tars", delay=1, disable=quiet)
         ]
@@ -79,7 +78,7 @@ class TarImages(ImageList):
                 raise ValueError("its tar is shorter than before")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot read image {shown(self.paths[index])}: {reason}") from error
+            raise UserError(f"cannot read image {printable(self.paths[index])}: {reason}") from error
         return io.BytesIO(contents)
 
     def open(self, number) -> BinaryIO:
@@ -224,10 +223,10 @@ def open_index(path, rebuild=False) -> Index:
             if version_of(file) != version:
                 raise ValueError("it was changed meanwhile")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {shown(path)}: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"cannot read {printable(path)}: {getattr(error, 'strerror', None) or error}") from error
     if not save(index.to_bytes(), places):
         found = " or ".join(map(str, places))
-        utils.warn(f"cannot save the index of {shown(path)} as {found}: each start builds it again")
+        warn(f"cannot save the index of {printable(path)} as {found}: each start builds it again")
     return index
 
 
@@ -268,7 +267,9 @@ def build_index(path, file) -> Index:
     file.seek(0)
     kind = next((name for magic, name in COMPRESSED.items() if start.startswith(magic)), None)
     if kind:
-        raise UserError(f"{shown(path)} is compressed with {kind}: images are read in any order, unpack it to a .tar")
+        raise UserError(
+            f"{printable(path)} is compressed with {kind}: images are read in any order, unpack it to a .tar"
+        )
     images, labels = {}, {}  # {sample: (offset, size, name)}, {sample: label}
     for member in members(path, file, version[0]):
         folder, _, name = member.name.rpartition("/")
@@ -276,7 +277,7 @@ def build_index(path, file) -> Index:
         is_image, is_label = f".{ending}".lower() in IMAGE_SUFFIXES, ending == "cls"
         if not key or not (is_image or is_label) or member.isdir() or member.isdev():
             continue
-        shown_name = shown(f"{path}/{member.name}")
+        shown_name = printable(f"{path}/{member.name}")
         if member.islnk() or member.issym() or member.issparse():
             kind = "sparse" if member.issparse() else "a link"
             raise UserError(f"{shown_name} is {kind}: pack plain files, with tar --dereference --hard-dereference")
@@ -326,7 +327,9 @@ def members(path, file, size) -> Iterator[tarfile.TarInfo]:
     except Exception as error:  # tarfile raises many kinds of errors for damaged files
         after = f", after {name}" if name else ""
         if isinstance(error, EOFError) or any(text in str(error) for text in ("unexpected end", "truncated", "empty")):
-            raise UserError(f"{shown(path)} is cut short{shown(after)}: {shown(first_line(error))}") from error
+            raise UserError(
+                f"{printable(path)} is cut short{printable(after)}: {printable(first_line(error))}"
+            ) from error
         raise UserError(
-            f"cannot read {shown(path)}{shown(after)}: {shown(first_line(error))}; expected a tar"
+            f"cannot read {printable(path)}{printable(after)}: {printable(first_line(error))}; expected a tar"
         ) from error

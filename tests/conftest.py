@@ -21,8 +21,15 @@ from digits_run import RUN, torchrun
 from PIL import Image, ImageEnhance, ImageFilter
 from sklearn.datasets import load_sample_image
 
+from support.sources import DataSpec, build_dataset
+
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def open_dataset(dataset, data_path=None, split="train", transform=None, min_side=None, **options):
+    """Open a data set by the names of its options, see DataSpec and build_dataset."""
+    return build_dataset(DataSpec(dataset, data_path, **options), split, transform, min_side)
 
 
 @pytest.fixture(scope="session")

@@ -32,14 +32,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import eval_image_retrieval
 import main_lgssl
 import plot_runs
-import utils
 from support import steps
-from support.checkpoints import load_file, open_output, refuse_diverged, restore
+from support.checkpoints import open_output, refuse_diverged, restore
 from support.decoding import read_image
 from support.meters import Meters
 from support.plain_pickle import read_plain_pickle
-from utils import UserError
-from vision_transformer import load_backbone, vit_micro
+from support.weights import load_backbone, load_file
+from utils import UserError, launched_as
+from vision_transformer import vit_micro
 
 FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect")
 # Files that are text, or that a command reads as a whole
@@ -304,7 +304,7 @@ def read_small_file(kind, path):
         words = path.read_bytes().replace(b"\0", b"").split()
         environment = dict(word.split(b"=", 1) for word in words if b"=" in word[1:])
         with unittest.mock.patch.dict(os.environb, environment), contextlib.redirect_stderr(io.StringIO()):
-            utils.launched_as()
+            launched_as()
     elif kind == "result":
         steps.score("knn10", steps.Step("knn", [], path))
     else:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from support import checkpoints
+from support.weights import load_backbone, load_file
 from utils import UserError
-from vision_transformer import load_backbone, vit_micro
+from vision_transformer import vit_micro
 
 
 class Hostile:
@@ -52,7 +53,7 @@ def test_dinos_full_checkpoints_are_read(tmp_path, form, numpy_module):
     else:
         path.write_bytes(path.read_bytes().replace(b"numpy._core.multiarray", numpy_module))
     assert numpy_module in path.read_bytes()
-    read = checkpoints.load_file(path)
+    read = load_file(path)
     assert read["optimizer"]["param_groups"][0]["lr"] == 0.0005
     backbone, made_with = load_backbone(path)
     assert (made_with["epoch"], made_with["out_dim"]) == (800, 65536)
@@ -63,7 +64,7 @@ def test_dinos_full_checkpoints_are_read(tmp_path, form, numpy_module):
 def test_nothing_else_is_admitted(tmp_path, value):
     torch.save({"teacher": {}, "value": value}, tmp_path / "c.pth")
     with pytest.raises(UserError, match="cannot be read as a checkpoint of tensors and plain values"):
-        checkpoints.load_file(tmp_path / "c.pth")
+        load_file(tmp_path / "c.pth")
 
 
 def test_a_changed_bit_is_found(tmp_path):
@@ -72,14 +73,14 @@ def test_a_changed_bit_is_found(tmp_path):
     place = whole.index(bytes(64)) + 400
     (tmp_path / "c.pth").write_bytes(whole[:place] + b"\1" + whole[place + 1 :])
     with pytest.raises(UserError, match="its record .*/data/0 is damaged"):
-        checkpoints.load_file(tmp_path / "c.pth")
+        load_file(tmp_path / "c.pth")
 
 
 def test_a_save_that_fails_leaves_the_last_checkpoint(tmp_path):
     checkpoints.save({"epoch": 1}, tmp_path / "checkpoint.pth")
     with pytest.raises((AttributeError, pickle.PicklingError)):
         checkpoints.save({"epoch": lambda: 2}, tmp_path / "checkpoint.pth")
-    assert checkpoints.load_file(tmp_path / "checkpoint.pth") == {"epoch": 1}
+    assert load_file(tmp_path / "checkpoint.pth") == {"epoch": 1}
 
 
 def test_what_differs_from_an_earlier_run_is_named():

@@ -21,7 +21,7 @@ import patch_matching
 import reproduce
 import vision_transformer
 from support import sources, study
-from support.checkpoints import load_file
+from support.weights import load_file
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("docs/*.md")}

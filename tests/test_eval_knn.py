@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import open_dataset
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score, top_k_accuracy_score
 from test_images import noise_folder, write_elpv, write_fashion_mnist
@@ -15,7 +16,6 @@ import eval_knn
 from augment import MEAN, STD
 from support.evaluation import classification_metrics, knn_votes
 from support.features import eval_transform, whole_transform
-from support.sources import build_dataset
 from utils import UserError
 from vision_transformer import vit_micro
 
@@ -183,7 +183,7 @@ def features_and_labels(network, *source, **options):
     """Return train features, train labels, val features, val labels."""
     arrays = []
     for split in ("train", "val"):
-        dataset = build_dataset(*source, split=split, transform=eval_transform(32), **options)
+        dataset = open_dataset(*source, split=split, transform=eval_transform(32), **options)
         with torch.no_grad():
             features = torch.cat([F.normalize(network(image[None])[:, 0]) for image, _ in dataset])
         arrays += [features.numpy(), np.array(dataset.labels)]
@@ -306,7 +306,7 @@ def test_neighbours_are_searched_where_use_cuda_says(photo_folder, tmp_path, mon
     monkeypatch.setattr(eval_knn, "knn_votes", record(None))
     monkeypatch.setattr(eval_knn, "classification_metrics", record({"top1": 0.0}))
     monkeypatch.setattr(eval_knn.evaluation, "features_of_all", features_of_all)
-    monkeypatch.setattr(eval_knn.utils, "init_distributed", lambda _: (0, 1, torch.device("meta")))
+    monkeypatch.setattr(eval_knn, "init_distributed", lambda _: (0, 1, torch.device("meta")))
     options = (
         f"--data_path {photo_folder} --pretrained_weights none --arch vit_micro --output_dir {tmp_path} --nb_knn 5"
     )

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import open_dataset
 from PIL import Image
 from test_images import noise_folder, write_elpv
 from torch.utils.data import DataLoader
@@ -16,7 +17,6 @@ from augment import MEAN, STD
 from eval_linear import AugmentedBatches, cached_batches, linear_features, new_classifier, train_one_epoch, validate
 from support.features import eval_transform, whole_transform
 from support.loader import BatchSampler
-from support.sources import build_dataset
 from utils import UserError
 from vision_transformer import vit_micro
 
@@ -107,7 +107,7 @@ def test_validation_ranks_the_logits(scale):
 
 
 def test_augmentation_depends_on_seed_epoch_and_image_alone(photo_folder):
-    dataset = build_dataset("folder", photo_folder)
+    dataset = open_dataset("folder", photo_folder)
     batches = AugmentedBatches(dataset, 32, 0.5, seed=3)
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -179,7 +179,7 @@ def test_cached_features_are_those_of_unaugmented_images(photo_folder, weights):
     network.load_state_dict(torch.load(weights, weights_only=True)["teacher"])
     features, labels = {}, {}
     for split in ("train", "val"):
-        dataset = build_dataset("folder", photo_folder, split, eval_transform(32))
+        dataset = open_dataset("folder", photo_folder, split, eval_transform(32))
         with torch.no_grad():
             features[split] = torch.cat([linear_features(network, image[None], 4, False) for image, _ in dataset])
         labels[split] = torch.tensor(dataset.labels)
@@ -312,7 +312,7 @@ def test_vit_base_has_its_own_features():
 
 
 def test_training_images_are_flipped_as_asked(photo_folder):
-    dataset = build_dataset("folder", photo_folder)
+    dataset = open_dataset("folder", photo_folder)
     never, always = (AugmentedBatches(dataset, 32, p, seed=3)[(0, 0, [4, 7])][0] for p in (0.0, 1.0))
     torch.testing.assert_close(never.flip(-1), always, rtol=0, atol=0.05)
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from timm.data import resolve_data_config
 
 import export
+from support.weights import load_backbone
 from utils import UserError
-from vision_transformer import ARCHITECTURES, load_backbone, vit_micro
+from vision_transformer import ARCHITECTURES, vit_micro
 
 
 def saved(network, path):

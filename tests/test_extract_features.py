@@ -14,7 +14,7 @@ from test_images import noise_folder, write_elpv
 
 import eval_knn
 import extract_features
-import utils
+from support import files
 from support.evaluation import classification_metrics, knn_votes
 from support.features import eval_transform
 from utils import UserError
@@ -144,7 +144,7 @@ def test_bad_input_is_named_before_any_work(photo_folder, weights, tmp_path, mon
     monkeypatch.setattr(extract_features, "MAX_METADATA", 300)
     assert "the paths of 12 images exceed the header of" in message(tmp_path / "g.safetensors")
     refuse = mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
-    monkeypatch.setattr(utils.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
     assert f"cannot write to the folder of --output {tmp_path}: Permission" in message(tmp_path / "g.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]
 

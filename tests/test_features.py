@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import open_dataset
 from PIL import Image
 from sklearn.decomposition import PCA
 
@@ -13,7 +14,6 @@ from support.features import (
     patch_features,
     principal_colors,
 )
-from support.sources import build_dataset
 from vision_transformer import vit_micro
 
 
@@ -47,7 +47,7 @@ def test_eval_transform_is_dinos(photographs):
 
 
 def test_features_keep_the_order_of_the_data_set(photo_folder):
-    dataset = build_dataset("folder", photo_folder, "train", eval_transform(32))
+    dataset = open_dataset("folder", photo_folder, "train", eval_transform(32))
     features = extract_features(lambda x: x.mean((2, 3)), dataset, torch.device("cpu"), batch_size=5, num_workers=0)
     expected = torch.stack([image.mean((1, 2)) for image, _ in dataset])
     torch.testing.assert_close(features, expected)

@@ -11,7 +11,6 @@ from matplotlib.patches import ConnectionPatch, Rectangle
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-import utils
 from patch_matching import match_patches
 from support import figures
 from support.figures import (
@@ -36,7 +35,7 @@ from support.figures import (
     shown,
     text_width,
 )
-from utils import UserError
+from utils import UserError, printable
 
 LONG = [
     "a name of two hundred characters " * 6,
@@ -314,8 +313,8 @@ def test_names_are_shortened_in_the_middle_and_shown_literally(name):
         assert text_width(text.replace(r"\$", "$").lstrip(), 8) <= width
         assert "\n" not in text
         first, *last = text.replace(r"\$", "$").strip().split("…")
-        assert utils.printable(name).strip().startswith(first.strip())
-        assert not last or utils.printable(name).strip().endswith(last[0])
+        assert printable(name).strip().startswith(first.strip())
+        assert not last or printable(name).strip().endswith(last[0])
     assert shown("short", 3) == "short"
 
 

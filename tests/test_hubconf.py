@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from vision_transformer import ARCHITECTURES, load_backbone, vit_micro
+from support.weights import load_backbone
+from vision_transformer import ARCHITECTURES, vit_micro
 
 OWN = ("vision_transformer", "support", "utils")
 

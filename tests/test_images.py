@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2 as T
-from conftest import ROOT
+from conftest import ROOT, open_dataset
 from PIL import Image
 from torchvision.datasets import FashionMNIST
 from torchvision.transforms import InterpolationMode
@@ -29,7 +29,7 @@ from support.evaluation import open_splits
 from support.features import eval_transform, to_pixels
 from support.folders import listed_images
 from support.images import ResizedArray
-from support.sources import IMAGENET100_CLASSES, build_dataset
+from support.sources import IMAGENET100_CLASSES, DataSpec
 from utils import UserError
 
 
@@ -89,14 +89,14 @@ def test_exif_rotation(tmp_path, gradient):
 def test_unreadable_image_is_named(tmp_path, content):
     (tmp_path / "broken.png").write_bytes(content)
     with pytest.raises(UserError, match="cannot read image .*broken.png"):
-        build_dataset("folder", tmp_path)[0]
+        open_dataset("folder", tmp_path)[0]
 
 
 def test_truncated_image_is_named(tmp_path, photographs):
     photographs[0].save(tmp_path / "i.jpg")
     (tmp_path / "i.jpg").write_bytes((tmp_path / "i.jpg").read_bytes()[:20000])
     with pytest.raises(UserError, match=r"i.jpg: .*truncated"):
-        build_dataset("folder", tmp_path)[0]
+        open_dataset("folder", tmp_path)[0]
 
 
 def png_header(width, height):
@@ -158,10 +158,10 @@ def test_folders_flat_nested_and_split(tmp_path, gradient):
     for name in ("flat/b.png", "flat/a.jpg", "classes/x/1.png", "classes/y/deep/er/2.PNG", "classes/top.png"):
         save(tmp_path / name, gradient)
     (tmp_path / "flat" / "notes.txt").write_text("no image")
-    flat = build_dataset("folder", tmp_path / "flat")
+    flat = open_dataset("folder", tmp_path / "flat")
     assert [Path(path).name for path in flat.paths] == ["a.jpg", "b.png"]
     assert flat.labels == [-1, -1]
-    classes = build_dataset("folder", tmp_path / "classes")
+    classes = open_dataset("folder", tmp_path / "classes")
     assert [(Path(path).name, label) for path, label in zip(classes.paths, classes.labels, strict=True)] == [
         ("top.png", -1),
         ("1.png", 0),
@@ -170,17 +170,17 @@ def test_folders_flat_nested_and_split(tmp_path, gradient):
     assert classes.classes == ["x", "y"]
     for name in ("split/train/x/1.png", "split/val/x/2.png", "train/1.png", "other/2.png"):
         save(tmp_path / name, gradient)
-    assert [Path(p).name for p in build_dataset("folder", tmp_path / "split", "train").paths] == ["1.png"]
-    assert [Path(p).name for p in build_dataset("folder", tmp_path / "split", "val").paths] == ["2.png"]
+    assert [Path(p).name for p in open_dataset("folder", tmp_path / "split", "train").paths] == ["1.png"]
+    assert [Path(p).name for p in open_dataset("folder", tmp_path / "split", "val").paths] == ["2.png"]
 
 
 def test_images_are_resized_to_a_square_or_kept(tmp_path, gradient):
     save(tmp_path / "i.png", gradient)
-    image, _ = build_dataset("folder", tmp_path, transform=ResizedArray(20))[0]
+    image, _ = open_dataset("folder", tmp_path, transform=ResizedArray(20))[0]
     expected = np.asarray(Image.fromarray(gradient).resize((20, 20), Image.Resampling.BILINEAR))
     assert np.abs(image.astype(int) - expected).max() <= 1
     assert (image.shape, image.dtype) == ((20, 20, 3), np.uint8)
-    image, _ = build_dataset("folder", tmp_path, transform=ResizedArray(0))[0]
+    image, _ = open_dataset("folder", tmp_path, transform=ResizedArray(0))[0]
     assert np.array_equal(image, gradient)
 
 
@@ -196,20 +196,20 @@ def test_a_large_jpeg_is_decoded_at_reduced_size(tmp_path, photographs):
     # Decoded at a quarter and then halved, a picture is what it is decoded whole and resized.
     resize = ResizedArray(53)
     unreduced = resize(read_image(tmp_path / "i.jpg"))
-    (reduced, _), *_ = build_dataset("folder", tmp_path, transform=resize, min_side=106)
+    (reduced, _), *_ = open_dataset("folder", tmp_path, transform=resize, min_side=106)
     assert not np.array_equal(reduced, unreduced)
     assert np.abs(reduced.astype(int) - unreduced).mean() < 2
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):
     with pytest.raises(UserError, match="no folder .*nowhere"):
-        build_dataset("folder", tmp_path / "nowhere")
+        open_dataset("folder", tmp_path / "nowhere")
     with pytest.raises(UserError, match="no images below"):
-        build_dataset("folder", tmp_path)
+        open_dataset("folder", tmp_path)
     with pytest.raises(UserError, match="needs --data_path"):
-        build_dataset("folder")
+        open_dataset("folder")
     with pytest.raises(UserError, match="no CIFAR10 in .*--download"):
-        build_dataset("cifar10", tmp_path)
+        open_dataset("cifar10", tmp_path)
 
 
 def test_subset_by_a_list_of_classes(tmp_path, gradient):
@@ -217,16 +217,16 @@ def test_subset_by_a_list_of_classes(tmp_path, gradient):
         save(tmp_path / "train" / name / "1.png", gradient)
         save(tmp_path / "val" / name / "1.png", gradient)
     (tmp_path / "list.txt").write_text("n03\nn01\n")
-    subset = build_dataset("folder", tmp_path, "val", classes=tmp_path / "list.txt")
+    subset = open_dataset("folder", tmp_path, "val", classes=tmp_path / "list.txt")
     assert [Path(path).parent.name for path in subset.paths] == ["n03", "n01"]
     assert subset.classes == ["n03", "n01"]
     with pytest.raises(UserError, match="lacks 100 of the 100 class folders .* the first is n01558993"):
-        build_dataset("imagenet100", tmp_path)
+        open_dataset("imagenet100", tmp_path)
     assert len(set(IMAGENET100_CLASSES.read_text().split())) == 100
 
 
 def test_cifar10_in_its_own_format(cifar10_folder):
-    train, val = (build_dataset("cifar10", cifar10_folder, split) for split in ("train", "val"))
+    train, val = (open_dataset("cifar10", cifar10_folder, split) for split in ("train", "val"))
     assert (len(train), len(val)) == (60, 12)
     with open(cifar10_folder / "cifar-10-batches-py/data_batch_2", "rb") as file:
         batch = pickle.load(file)
@@ -236,7 +236,7 @@ def test_cifar10_in_its_own_format(cifar10_folder):
 
 
 def test_digits_are_a_fixed_split_of_all_images():
-    train, val = build_dataset("digits", split="train"), build_dataset("digits", split="val")
+    train, val = open_dataset("digits", split="train"), open_dataset("digits", split="val")
     assert (len(train), len(val)) == (1400, 397)
     image, label = train[0]
     assert image.size == (8, 8)
@@ -280,7 +280,7 @@ def assert_stratified(data):
     """Compare elpv with its labels.csv and return the sizes of the splits."""
     rows = [line.split() for line in (data / "labels.csv").read_text().splitlines()]
     described = {str(data / name): (int(float(probability) > 0.4999), kind) for name, probability, kind in rows}
-    train, val = (build_dataset("elpv", split=split) for split in ("train", "val"))
+    train, val = (open_dataset("elpv", split=split) for split in ("train", "val"))
     assert sorted([*train.paths, *val.paths]) == sorted(described)
     groups = []
     for dataset in (train, val):
@@ -292,7 +292,7 @@ def assert_stratified(data):
     for group, count in counts.items():
         assert abs(groups[0][group] - 0.75 * count) <= 0.5
         assert abs(groups[1][group] - 0.25 * count) <= 0.5
-    assert build_dataset("elpv", split="val").paths == val.paths
+    assert open_dataset("elpv", split="val").paths == val.paths
     image, _ = val[0]
     assert (image.size, image.mode) == ((300, 300), "RGB")
     assert np.array_equal(np.asarray(image)[..., 1], np.asarray(Image.open(val.paths[0])))
@@ -303,7 +303,7 @@ def assert_stratified(data):
 def test_solar_cells_are_split_with_equal_proportions():
     data = Path(importlib.util.find_spec("elpv_dataset").origin).parent / "data"
     assert assert_stratified(data) == (1969, 655)
-    names = [Path(path).stem for path in build_dataset("elpv", split="val").paths]
+    names = [Path(path).stem for path in open_dataset("elpv", split="val").paths]
     assert names[:4] == ["cell0002", "cell0003", "cell0005", "cell0009"]  # the split of published results
 
 
@@ -321,7 +321,7 @@ def test_broken_labels_of_solar_cells_are_named(elpv_package, contents):
     if contents is not None:
         path.write_bytes(contents)
     with pytest.raises(UserError, match=rf"cannot read {path} \(.*install elpv-dataset") as error:
-        build_dataset("elpv")
+        open_dataset("elpv")
     assert "\n" not in str(error.value)
 
 
@@ -330,7 +330,7 @@ def test_solar_cells_need_their_package(monkeypatch, spec):
     """A folder without __init__.py has a spec without origin."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name != "elpv_dataset" else spec)
     with pytest.raises(UserError, match="^--dataset elpv needs .*: pip install elpv-dataset$"):
-        build_dataset("elpv")
+        open_dataset("elpv")
 
 
 FASHION = "torchvision:FashionMNIST"
@@ -361,7 +361,7 @@ def test_fashion_mnist_is_that_of_torchvision(tmp_path, below, gzipped):
     write_fashion_mnist(tmp_path / "own" / below, gzipped)
     for split, count in (("train", 30), ("val", 12)):
         theirs = FashionMNIST(tmp_path / "theirs", train=split == "train")
-        own = build_dataset(FASHION, tmp_path / "own", split)
+        own = open_dataset(FASHION, tmp_path / "own", split)
         assert len(own) == len(theirs) == count
         assert (own.classes, own.labels) == (theirs.classes, theirs.targets.tolist())
         for (image, label), (expected, expected_label) in zip(own, theirs, strict=True):
@@ -402,17 +402,17 @@ def test_damaged_fashion_mnist_is_named(tmp_path, name, change, message):
     else:
         path.unlink()
     with pytest.raises(UserError) as error:
-        build_dataset(FASHION, tmp_path)
+        open_dataset(FASHION, tmp_path)
     assert message.format(path, name=name, folder=tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
-    assert len(build_dataset(FASHION, tmp_path, "val")) == 12
+    assert len(open_dataset(FASHION, tmp_path, "val")) == 12
 
 
 def test_fashion_mnist_is_downloaded_by_torchvision(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no train-images-idx3-ubyte in .*--download"):
-        build_dataset(FASHION, tmp_path)
+        open_dataset(FASHION, tmp_path)
     monkeypatch.setattr(FashionMNIST, "download", lambda self: write_fashion_mnist(Path(self.raw_folder)))
-    assert len(build_dataset(FASHION, tmp_path, download=True)) == 30
+    assert len(open_dataset(FASHION, tmp_path, download=True)) == 30
     assert (tmp_path / "FashionMNIST/raw" / IMAGES).is_file()
 
 
@@ -422,7 +422,7 @@ def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
     with pytest.raises(UserError, match=f"^cannot download FashionMNIST to {tmp_path}: Error downloading ") as error:
-        build_dataset(FASHION, tmp_path, download=True)
+        open_dataset(FASHION, tmp_path, download=True)
     assert "\n" not in str(error.value)
 
 
@@ -450,7 +450,7 @@ def test_training_images_are_limited_and_tuned_on(tmp_path, source):
         path = write_fashion_mnist(tmp_path)
 
     def opened(split, **options):
-        return contents(build_dataset(dataset, path, split, **options))
+        return contents(open_dataset(dataset, path, split, **options))
 
     whole, val = opened("train"), opened("val")
     n = sum(whole.values())
@@ -472,7 +472,7 @@ def test_training_images_are_limited_and_tuned_on(tmp_path, source):
 
 
 def test_items_keep_their_labels_in_a_limited_set(tmp_path):
-    limited = build_dataset("folder", noise_folder(tmp_path), train_images=10)
+    limited = open_dataset("folder", noise_folder(tmp_path), train_images=10)
     assert [Path(path).parent.name for path in limited.paths] == [limited.classes[label] for label in limited.labels]
     assert limited.paths == sorted(limited.paths)
 
@@ -483,8 +483,8 @@ def test_splits_share_no_image(tmp_path):
     named = {"dataset": "folder", "data_path": noise_folder(tmp_path, [("train", 12)]) / "train"}
     for train_images in (None, 10):
         with pytest.raises(UserError, match="has no subfolders train and val"):
-            open_splits({**named, "train_images": train_images}, transforms)
-    splits = open_splits({**named, "tuning": True}, transforms)
+            open_splits(DataSpec(**{**named, "train_images": train_images}), transforms)
+    splits = open_splits(DataSpec(**{**named, "tuning": True}), transforms)
     assert [len(splits[split]) for split in ("train", "val")] == [20, 4]
     assert not set(splits["train"].paths) & set(splits["val"].paths)
 
@@ -502,7 +502,7 @@ def test_lists_of_images(tmp_path, gradient):
 
 
 def test_photographs_are_those_of_scikit_learn_and_scikit_image():
-    train, val = (build_dataset("photographs", split=split) for split in ("train", "val"))
+    train, val = (open_dataset("photographs", split=split) for split in ("train", "val"))
     assert train.classes == val.classes
     assert {"china", "flower", "chelsea"} < set(train.classes)
     for dataset, each in ((train, 100), (val, 20)):
@@ -518,7 +518,7 @@ def test_crops_for_validation_do_not_overlap_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "photograph", lambda name: tmp_path / f"{name}.png")
     columns = {}
     for split in ("train", "val"):
-        dataset = build_dataset("photographs", split=split, transform=np.asarray)
+        dataset = open_dataset("photographs", split=split, transform=np.asarray)
         assert dataset.classes == ["a", "b"]
         columns[split] = [2 * image[0, :, 0].astype(int) + image[0, :, 1] for image, _ in dataset]
         assert all((np.diff(own) == 1).all() for own in columns[split])
@@ -529,7 +529,7 @@ def test_crops_for_validation_do_not_overlap_the_others(tmp_path, monkeypatch):
 def test_photographs_need_scikit_image(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage.data", None)
     with pytest.raises(UserError, match="comes with scikit-image: pip install scikit-image"):
-        build_dataset("photographs")
+        open_dataset("photographs")
 
 
 # Names by which other packages are imported in projects like this one
@@ -586,8 +586,8 @@ def test_unknown_intensities_are_refused_before_the_first_batch(tmp_path, gradie
         Image.fromarray(gradient[..., 0].astype(kind)).save(tmp_path / split / name)
     for split in ("train", "val"):
         with pytest.raises(UserError, match=f"{split}/{name}: its values are .* give --intensity_range LOW HIGH"):
-            build_dataset("folder", tmp_path, split)
-        dataset = build_dataset("folder", tmp_path, split, intensity_range=[0, 255])
+            open_dataset("folder", tmp_path, split)
+        dataset = open_dataset("folder", tmp_path, split, intensity_range=[0, 255])
         assert np.array_equal(np.asarray(dataset[3][0])[..., 2], gradient[..., 0])
 
 
@@ -599,12 +599,12 @@ def test_lost_gray_levels_are_a_warning_once_per_data_set(tmp_path, capsys):
             (tmp_path / split / name).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(tmp_path / split / f"{name}.png")
     for split in ("train", "val"):
-        build_dataset("folder", tmp_path, split)
+        open_dataset("folder", tmp_path, split)
     (line,) = capsys.readouterr().err.splitlines()
     expected = "a/0.png keeps 1 of its 200 gray levels in 8 bits: see --intensity_range; its values are 0 to 199"
     assert line == f"warning: {tmp_path}/train/{expected}"
-    build_dataset("folder", tmp_path / "train" / "b")
-    build_dataset("folder", tmp_path / "val", intensity_range=[0, 199])
+    open_dataset("folder", tmp_path / "train" / "b")
+    open_dataset("folder", tmp_path / "val", intensity_range=[0, 199])
     assert not capsys.readouterr().err
 
 
@@ -627,7 +627,7 @@ def test_each_folder_is_read_once(tmp_path, gradient):
     (tmp_path / "top/b/again").symlink_to("../../elsewhere/below")
     (tmp_path / "elsewhere/up").symlink_to("../top")
     (tmp_path / "top/c").symlink_to("../elsewhere/below")
-    dataset = build_dataset("folder", tmp_path / "top")
+    dataset = open_dataset("folder", tmp_path / "top")
     found = [
         (Path(path).name, dataset.classes[label]) for path, label in zip(dataset.paths, dataset.labels, strict=True)
     ]
@@ -637,13 +637,13 @@ def test_each_folder_is_read_once(tmp_path, gradient):
 def test_elongated_images_are_named_and_others_resized_as_by_torchvision(tmp_path, gradient):
     save(tmp_path / "i.png", gradient)
     transform = eval_transform(14)
-    image, _ = build_dataset("folder", tmp_path, transform=transform)[0]
+    image, _ = open_dataset("folder", tmp_path, transform=transform)[0]
     resized = T.Resize(16, InterpolationMode.BICUBIC)(Image.fromarray(gradient))
     assert torch.equal(image, to_pixels()(T.CenterCrop(14)(resized)))
     Image.new("L", (1, 70000)).save(tmp_path / "i.png")
     with pytest.raises(UserError, match=f"cannot use image {tmp_path}/i.png: 1x70000 pixels are too elongated"):
-        build_dataset("folder", tmp_path, transform=eval_transform(224))[0]
-    assert build_dataset("folder", tmp_path, transform=pickle.loads(pickle.dumps(transform)))[0][0].shape == (3, 14, 14)
+        open_dataset("folder", tmp_path, transform=eval_transform(224))[0]
+    assert open_dataset("folder", tmp_path, transform=pickle.loads(pickle.dumps(transform)))[0][0].shape == (3, 14, 14)
 
 
 def test_the_intensity_range_of_the_pretraining_is_taken_over(tmp_path, capsys):

@@ -1,11 +1,11 @@
 import pytest
 import torch
+from conftest import open_dataset
 from torch.utils.data import DataLoader
 
 from augment import MultiCrop, normalize
 from support.images import ResizedArray
 from support.loader import BatchSampler, ViewBatches, batches_on_device
-from support.sources import build_dataset
 from utils import UserError
 
 
@@ -47,7 +47,7 @@ def tensors(batch):
 
 @pytest.mark.parametrize("geometry", ["batch", "image"])
 def test_views_do_not_depend_on_the_workers(photo_folder, geometry):
-    dataset = build_dataset("folder", photo_folder, "train", ResizedArray(64))
+    dataset = open_dataset("folder", photo_folder, "train", ResizedArray(64))
     batches = ViewBatches(dataset, MultiCrop(32, 16, local_number=2, geometry=geometry), 8, "paper", 0)
     keys = [(0, step, [step, 3, 7]) for step in range(4)]
     alone = [batches[key] for key in keys]

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, open_dataset
 from PIL import Image
 from timm.models.vision_transformer import Block
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,19 +19,11 @@ from augment import MultiCrop, normalize
 from losses import LocalGlobalLoss, plain_loss
 from main_lgssl import build_optimizer, parse_arguments
 from patch_matching import match_patches
-from support.backbone import VisionTransformer
 from support.images import ResizedArray
 from support.loader import BatchSampler, ViewBatches
-from support.sources import build_dataset
+from support.weights import load_backbone
 from utils import UserError, clip_each_gradient, multiply_each, seed_networks
-from vision_transformer import (
-    ARCHITECTURES,
-    BackboneWithHead,
-    DINOHead,
-    Teacher,
-    load_backbone,
-    vit_micro,
-)
+from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead, Teacher, VisionTransformer, vit_micro
 
 TINY = [
     "--arch",
@@ -114,7 +106,7 @@ def naive_loss(student, teacher, views, rule, temperature, loss, center):
 @pytest.mark.parametrize("loss", [("cls", 0), ("mean", 0), ("sum", 0), ("lambda", 0.2)])
 def test_loss_gradient_and_center_of_a_batch_equal_algorithm_1(photo_folder, loss, geometry):
     torch.manual_seed(0)
-    dataset = build_dataset("folder", photo_folder, "train", ResizedArray(64))
+    dataset = open_dataset("folder", photo_folder, "train", ResizedArray(64))
     crop = MultiCrop(32, 16, local_scale=(0.05, 0.3), local_number=3, geometry=geometry)
     rule = None if loss[0] == "cls" else "paper"
     batches = ViewBatches(dataset, crop, 8, rule, 0)
@@ -232,7 +224,7 @@ def test_three_steps_are_dinos(photo_folder, tmp_path):
     named = [(n, p) for n, p in student.named_parameters() if p.requires_grad]
     groups = [{"params": [p for n, p in named if p.ndim > 1]}, {"params": [p for n, p in named if p.ndim == 1]}]
     optimizer = torch.optim.AdamW(groups, foreach=False)
-    dataset = build_dataset("folder", photo_folder, "train", ResizedArray(40), min_side=80)
+    dataset = open_dataset("folder", photo_folder, "train", ResizedArray(40), min_side=80)
     batches = ViewBatches(dataset, MultiCrop(32, 16, local_number=2), 8, "paper", 0)
     center = torch.zeros(17, 24, dtype=torch.float64)
     half_cosine = (1 + np.cos(np.pi * np.arange(3) / 3)) / 2
@@ -838,7 +830,7 @@ def test_every_option_reaches_what_it_is_for(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(torch.amp.GradScaler, "step", step)
     monkeypatch.setattr(main_lgssl, "cosine_schedule", schedule)
-    monkeypatch.setattr(main_lgssl.utils, "init_distributed", join)
+    monkeypatch.setattr(main_lgssl, "init_distributed", join)
     words = (
         "--dataset digits --loss lambda --lambda_cls 0.3 --matching nearest --geometry image --center shared --seed 7 "
         "--arch vit_micro --patch_size 4 --out_dim 30 --norm_last_layer false --use_bn_in_head false "

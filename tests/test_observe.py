@@ -5,6 +5,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from conftest import open_dataset
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_main_lgssl import TINY, read, train
@@ -19,7 +20,7 @@ from support.images import ResizedArray
 from support.loader import ViewBatches
 from support.meters import Meters
 from support.observe import OnlineKNN, environment, is_due, training_pictures
-from support.sources import build_dataset
+from support.sources import DataSpec
 from utils import UserError
 from vision_transformer import vit_micro
 
@@ -54,8 +55,8 @@ def test_knn_is_that_of_the_evaluation(photo_folder, tmp_path, capsys):
 
 def test_knn_holds_out_training_images_where_there_are_no_others(photo_folder):
     train_folder = photo_folder / "train"
-    dataset = build_dataset("folder", train_folder, "train", ResizedArray(40))
-    knn = OnlineKNN(dataset, {"dataset": "folder", "data_path": train_folder}, **KNN)
+    dataset = open_dataset("folder", train_folder, "train", ResizedArray(40))
+    knn = OnlineKNN(dataset, DataSpec("folder", train_folder), **KNN)
     references, queries = (set(knn.splits[split].dataset.indices) for split in ("train", "val"))
     assert (len(references), len(queries)) == (10, 2)
     assert references | queries == set(range(12))
@@ -69,8 +70,8 @@ def test_knn_holds_out_training_images_where_there_are_no_others(photo_folder):
 def test_knn_takes_the_images_held_out_for_tuning(photo_folder, below):
     """With and without validation images, which are not used."""
     named = {"dataset": "folder", "data_path": photo_folder / below, "train_images": 11, "tuning": True}
-    dataset, held_out = (build_dataset(**named, split=split) for split in ("train", "val"))
-    knn = OnlineKNN(dataset, named, **KNN)
+    dataset, held_out = (open_dataset(**named, split=split) for split in ("train", "val"))
+    knn = OnlineKNN(dataset, DataSpec(**named), **KNN)
     paths = {}
     for split, images in knn.splits.items():
         subset = images.dataset
@@ -99,7 +100,7 @@ def test_a_run_trains_on_limited_images_and_is_tuned_on_others(photo_folder, tmp
 def test_knn_is_bounded(monkeypatch):
     monkeypatch.setattr(observe, "MAX_REFERENCES", 50)
     monkeypatch.setattr(observe, "MAX_QUERIES", 20)
-    knn = OnlineKNN(build_dataset("digits"), {"dataset": "digits"}, **KNN)
+    knn = OnlineKNN(open_dataset("digits"), DataSpec("digits"), **KNN)
     assert [len(knn.splits[split]) for split in ("train", "val")] == [50, 20]
     assert len(set(knn.labels["train"].tolist())) > 5
     # Features that are the labels: all right, and none where the queries' labels are other ones.
@@ -154,7 +155,7 @@ def test_watching_changes_no_weight(photo_folder, tmp_path):
 @pytest.mark.parametrize("loss", ["mean", "cls"])
 def test_pictures_show_the_matched_patches(photo_folder, loss):
     rule = None if loss == "cls" else "paper"
-    dataset = build_dataset("folder", photo_folder, "train", ResizedArray(64))
+    dataset = open_dataset("folder", photo_folder, "train", ResizedArray(64))
     batches = ViewBatches(dataset, MultiCrop(32, 16, local_number=2, geometry="image"), 8, rule, 0)
     views, _ = batches.make_views((3, 7, [0]))
     pictures = training_pictures(vit_micro(8, img_size=32).eval(), batches, (3, 7, [0]))

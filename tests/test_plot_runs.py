@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 import plot_runs
-import utils
 from support import figures
-from utils import UserError
+from utils import UserError, one_line_errors
 
 
 @pytest.fixture
@@ -172,7 +171,7 @@ def test_bad_input_is_refused_in_one_line(write_run, tmp_path, capsys):
     ]:
         with pytest.raises(UserError, match=message):
             plot_runs.main(list(map(str, words)))
-    with pytest.raises(SystemExit) as ended, utils.one_line_errors():
+    with pytest.raises(SystemExit) as ended, one_line_errors():
         plot_runs.main([str(empty)])
     assert (ended.value.code, capsys.readouterr().err.count("\n")) == (2, 1)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision
-from conftest import ROOT
+from conftest import ROOT, open_dataset
 from kill_and_resume import fingerprint, wait_for
 from PIL import Image
 from scipy.io import savemat
@@ -28,7 +28,7 @@ from benchmarks import bench_index
 from support import folders, index, sources, torchvision_sets
 from support.checkpoints import hash_of_names
 from support.evaluation import check_splits
-from support.sources import build_dataset, dataset_name, find_source
+from support.sources import dataset_name, find_source
 from utils import UserError
 
 RNG = np.random.default_rng(0)
@@ -127,7 +127,7 @@ def test_images_and_labels_are_those_of_torchvision(tmp_path, no_checksums, name
     write, test_split, classes = WRITERS[name]
     write(tmp_path)
     kind = getattr(torchvision.datasets, name)
-    splits = {split: build_dataset(f"torchvision:{name}", str(tmp_path), split) for split in ("train", "val")}
+    splits = {split: open_dataset(f"torchvision:{name}", str(tmp_path), split) for split in ("train", "val")}
     for split, theirs in (("train", kind(tmp_path)), ("val", kind(tmp_path, **test_split))):
         own = splits[split]
         assert len(own) == len(theirs) == {"train": 8, "val": 4}[split]
@@ -149,7 +149,7 @@ def test_images_and_labels_are_those_of_torchvision(tmp_path, no_checksums, name
 
 def test_a_bad_image_of_torchvision_is_a_bad_image(tmp_path):
     write_dtd(tmp_path)
-    dataset = build_dataset("torchvision:DTD", tmp_path)
+    dataset = open_dataset("torchvision:DTD", tmp_path)
     path = Path(dataset.paths[2])
     path.write_bytes(path.read_bytes()[:1000])
     assert path.name == "woven_0002.jpg"
@@ -167,7 +167,7 @@ def test_digits_in_the_format_of_mnist(tmp_path, name, below):
         (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(pixels[chosen]))
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.arange(6, dtype=np.uint8)[chosen]))
     for split, chosen in (("train", slice(4)), ("val", slice(4, 6))):
-        dataset = build_dataset(f"torchvision:{name}", tmp_path, split)
+        dataset = open_dataset(f"torchvision:{name}", tmp_path, split)
         assert dataset.labels == list(range(6))[chosen]
         assert len(dataset.classes) == 10
         assert np.array_equal([np.asarray(image)[..., 1] for image, _ in dataset], pixels[chosen])
@@ -178,7 +178,7 @@ def test_digits_in_the_format_of_mnist(tmp_path, name, below):
 def test_each_missing_data_set_is_one_line(tmp_path, name, split):
     """Each has a constructor that fits: another call would be a TypeError, and another split a ValueError."""
     with pytest.raises(UserError, match=f"^no {name} in {tmp_path}, expected intact files as torchvision ") as error:
-        build_dataset(f"torchvision:{name}", tmp_path, split)
+        open_dataset(f"torchvision:{name}", tmp_path, split)
     assert isinstance(error.value.__cause__, (RuntimeError, OSError))
     assert "\n" not in str(error.value)
 
@@ -188,25 +188,25 @@ def test_data_sets_with_classes_and_a_split_are_known():
     assert {"GTSRB", "OxfordIIITPet", "FGVCAircraft", "Country211"} < set(torchvision_sets.names())
     for name in ("EuroSAT", "ImageFolder", "CelebA", "VOCDetection", "Kitti", "FakeData"):
         with pytest.raises(UserError, match=f"{name} has no classes, or no split .* expected one of CIFAR10, "):
-            build_dataset(f"torchvision:{name}", "x")
+            open_dataset(f"torchvision:{name}", "x")
     with pytest.raises(UserError, match="ImageNet1K is unknown; expected one of CIFAR10, "):
-        build_dataset("torchvision:ImageNet1K", "x")
+        open_dataset("torchvision:ImageNet1K", "x")
 
 
 def test_downloads_are_those_of_torchvision(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.DTD._download", lambda self: write_dtd(Path(self.root)))
     with pytest.raises(UserError, match="no DTD in .*--download fetches"):
-        build_dataset("torchvision:DTD", tmp_path)
-    assert len(build_dataset("torchvision:DTD", tmp_path, download=True)) == 8
+        open_dataset("torchvision:DTD", tmp_path)
+    assert len(open_dataset("torchvision:DTD", tmp_path, download=True)) == 8
 
     def no_network(self):
         raise OSError("no network\nfor a reason")
 
     monkeypatch.setattr("torchvision.datasets.DTD._download", no_network)
     with pytest.raises(UserError, match=f"^cannot download DTD to {tmp_path}: no network$"):
-        build_dataset("torchvision:DTD", tmp_path, download=True)
+        open_dataset("torchvision:DTD", tmp_path, download=True)
     with pytest.raises(UserError, match="torchvision cannot download FER2013"):
-        build_dataset("torchvision:FER2013", tmp_path, download=True)
+        open_dataset("torchvision:FER2013", tmp_path, download=True)
 
 
 @pytest.mark.parametrize("text", ["", "cifar", "torchvision", "torchvision:", "folder:x", "folder:", "TORCHVISION:DTD"])
@@ -231,29 +231,29 @@ def test_lists_with_and_without_classes(tmp_path):
         save(tmp_path / "data" / name, PIXELS[i])
     path = tmp_path / "data" / "list.txt"
     path.write_text(f"b/1.png\n\n{tmp_path}/data/a/2.png\nwith space.png\nb/ü.png\n", encoding="utf-8")
-    dataset = build_dataset("folder", path)
+    dataset = open_dataset("folder", path)
     assert (dataset.labels, dataset.classes) == ([-1] * 4, [])
     for i, (image, _) in enumerate(dataset):
         assert np.array_equal(np.asarray(image), PIXELS[i])
     lines = ["b/1.png\tzebra", "a/2.png\tbig cat", "with space.png\tzebra", "b/ü.png\tant"]
     path.write_text("\n".join(lines), encoding="utf-8-sig")
-    dataset = build_dataset("folder", str(path))
+    dataset = open_dataset("folder", str(path))
     assert (dataset.labels, dataset.classes) == ([2, 1, 2, 0], ["ant", "big cat", "zebra"])
     assert np.array_equal(np.asarray(dataset[3][0]), PIXELS[3])
-    assert len(build_dataset("folder", path, train_images=2)) == 2
+    assert len(open_dataset("folder", path, train_images=2)) == 2
 
 
 def test_a_list_moves_with_its_images(tmp_path, monkeypatch):
     for folder in ("here", "there"):
         save(tmp_path / folder / "a/1.png")
         (tmp_path / folder / "list.txt").write_text("a/1.png\n")
-    names = [hash_of_names(build_dataset("folder", tmp_path / folder / "list.txt")) for folder in ("here", "there")]
+    names = [hash_of_names(open_dataset("folder", tmp_path / folder / "list.txt")) for folder in ("here", "there")]
     monkeypatch.chdir(tmp_path / "here")
-    names.append(hash_of_names(build_dataset("folder", "./list.txt")))
+    names.append(hash_of_names(open_dataset("folder", "./list.txt")))
     assert names[0] == names[1]
     save(tmp_path / "there/b/1.png")
     (tmp_path / "there/list.txt").write_text("b/1.png\n")
-    assert hash_of_names(build_dataset("folder", tmp_path / "there/list.txt")) != names[0]
+    assert hash_of_names(open_dataset("folder", tmp_path / "there/list.txt")) != names[0]
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_bad_lists_are_named(tmp_path, contents, message):
     save(tmp_path / "b.png")
     (tmp_path / "list.txt").write_bytes(contents)
     with pytest.raises(UserError, match=message) as error:
-        build_dataset("folder", tmp_path / "list.txt")
+        open_dataset("folder", tmp_path / "list.txt")
     assert "\n" not in str(error.value)
 
 
@@ -281,18 +281,18 @@ def test_lists_for_training_and_validation(tmp_path):
     for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
         save(tmp_path / name)
     (tmp_path / "train.txt").write_text("a/1.png\tx\nb/1.png\ty\n")
-    assert len(build_dataset("folder", tmp_path)) == 4  # no val.txt
+    assert len(open_dataset("folder", tmp_path)) == 4  # no val.txt
     (tmp_path / "val.txt").write_text("a/2.png\tx\nb/2.png\tz\n")
-    splits = {split: build_dataset("folder", tmp_path, split) for split in ("train", "val")}
+    splits = {split: open_dataset("folder", tmp_path, split) for split in ("train", "val")}
     assert [Path(path).name for path in splits["val"].paths] == ["2.png"] * 2
     with pytest.raises(UserError, match=r"differ, 1 only in train \(y\) and 1 only in val \(z\)"):
         check_splits(splits, tmp_path)
     (tmp_path / "val.txt").write_text("a/2.png\tx\nb/2.png\ty\n")
-    check_splits({split: build_dataset("folder", tmp_path, split) for split in ("train", "val")}, tmp_path)
+    check_splits({split: open_dataset("folder", tmp_path, split) for split in ("train", "val")}, tmp_path)
     for option in ("classes", "rebuild_index"):
         with pytest.raises(UserError, match=f"--{option} has no effect with a list of images"):
-            build_dataset("folder", tmp_path, **{option: "x"})
-    one = {split: build_dataset("folder", tmp_path / "train.txt", split) for split in ("train", "val")}
+            open_dataset("folder", tmp_path, **{option: "x"})
+    one = {split: open_dataset("folder", tmp_path / "train.txt", split) for split in ("train", "val")}
     with pytest.raises(UserError, match="or they hold the same files"):
         check_splits(one, tmp_path / "train.txt")
 
@@ -337,7 +337,7 @@ def opened(root, **options):
     with pytest.MonkeyPatch.context() as patch:
         original = folders.list_folder
         patch.setattr(folders, "list_folder", lambda *args: calls.append(1) or original(*args))
-        dataset = build_dataset("folder", root, **options)
+        dataset = open_dataset("folder", root, **options)
     found = {"paths": list(dataset.paths), "labels": dataset.labels, "classes": dataset.classes}
     return {**found, "names": hash_of_names(dataset)}, bool(calls)
 
@@ -432,7 +432,7 @@ def test_no_index_is_written(large_folder, monkeypatch, tmp_path, reason):
         options["classes"] = tmp_path / "list.txt"
     else:
         monkeypatch.setenv("LOCAL_RANK", "1")
-    build_dataset("folder", large_folder, **options)
+    open_dataset("folder", large_folder, **options)
     assert not [path for path in (*large_folder.parent.iterdir(), tmp_path / "cache") if "index" in path.name]
     assert not (tmp_path / "cache").exists()
 
@@ -551,7 +551,7 @@ def test_a_file_that_is_gone_although_no_folder_changed_is_a_bad_image(large_fol
     mtime = folder.stat().st_mtime_ns
     (folder / "1.png").unlink()
     os.utime(folder, ns=(mtime, mtime))
-    dataset = build_dataset("folder", large_folder)
+    dataset = open_dataset("folder", large_folder)
     with pytest.raises(UserError, match="cannot read image .*x/1.png: .*No such file"):
         dataset[1]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, open_dataset
 from PIL import Image, ImageFile
 from test_images import save
 from test_main_lgssl import TINY
@@ -25,7 +25,7 @@ from support import tar
 from support.evaluation import open_splits
 from support.images import ResizedArray
 from support.loader import ViewBatches
-from support.sources import build_dataset
+from support.sources import DataSpec
 from utils import UserError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -105,7 +105,7 @@ def test_images_and_labels_of_a_tar_are_those_of_its_members(tmp_path, form):
         files["ü" * 150 + ".png"], files["ü" * 150 + ".cls"] = encoded(4), b"3"
     pack(tmp_path / "data/0.tar", files, FORMATS[form])
     for _ in range(2):  # without and with an index
-        dataset = build_dataset("tar", tmp_path / "data/0.tar")
+        dataset = open_dataset("tar", tmp_path / "data/0.tar")
         names = ["a/0.png", "a/1.PNG", "b/1.jpg", f"{long}.png", "ü" * 150 + ".png"][: len(dataset)]
         assert dataset.paths == [f"{tmp_path}/data/0.tar/{name}" for name in names]
         assert len(dataset) == (4 if form == "ustar" else 5)
@@ -121,12 +121,12 @@ def test_a_tar_has_the_pixels_and_labels_of_a_folder_of_the_same_files(tmp_path,
         files[f"{i}.jpg"], files[f"{i}.cls"] = path.read_bytes(), str(int(path.parent.name == "flower")).encode()
     pack(tmp_path / "0.tar", files)
     transform = ResizedArray(40)
-    found = build_dataset("tar", tmp_path, transform=transform, min_side=80)
-    expected = build_dataset("folder", photo_folder, transform=transform, min_side=80)
+    found = open_dataset("tar", tmp_path, transform=transform, min_side=80)
+    expected = open_dataset("folder", photo_folder, transform=transform, min_side=80)
     assert found.labels == expected.labels
     for own, other in zip(found, expected, strict=True):
         assert np.array_equal(own[0], other[0])
-    assert not np.array_equal(found[0][0], build_dataset("tar", tmp_path, transform=transform)[0][0])  # min_side counts
+    assert not np.array_equal(found[0][0], open_dataset("tar", tmp_path, transform=transform)[0][0])  # min_side counts
 
 
 def test_names_of_tars(tmp_path, monkeypatch):
@@ -137,7 +137,7 @@ def test_names_of_tars(tmp_path, monkeypatch):
     pack(tmp_path / "shards/.hidden.tar", samples([21]))
 
     def tars(pattern):
-        dataset = build_dataset("tar", f"{tmp_path}/{pattern}")
+        dataset = open_dataset("tar", f"{tmp_path}/{pattern}")
         return [Path(path).parent.name for path in dataset.paths]
 
     numbers = [f"{i:03}.tar" for i in range(12)]
@@ -154,7 +154,7 @@ def test_names_of_tars(tmp_path, monkeypatch):
     assert list(tar.expand_braces("{8..11}")) == ["8", "9", "10", "11"]
     assert list(tar.expand_braces("{008..1001}"))[::993] == ["0008", "1001"]
     monkeypatch.chdir(tmp_path / "shards")
-    assert members_of(build_dataset("tar", "00{1,2}.tar")) == ["001.tar/0001.png", "002.tar/0002.png"]
+    assert members_of(open_dataset("tar", "00{1,2}.tar")) == ["001.tar/0001.png", "002.tar/0002.png"]
     for pattern, message in {
         "shards/{000..013}.tar": "no tar .*/shards/012.tar, one of 2 missing among 14: --data_path takes",
         "shards/none*.tar": "no tar .*/shards/none",
@@ -173,20 +173,20 @@ def test_tars_of_splits(tmp_path):
         pack(tmp_path / f"mixed/data-{split}-0.tar", samples(numbers))
         pack(tmp_path / f"upper/{split.upper()}/0.tar", samples(numbers))
     transforms = {"train": None, "val": None}
-    splits = open_splits({"dataset": "tar", "data_path": tmp_path / "split"}, transforms)
+    splits = open_splits(DataSpec(**{"dataset": "tar", "data_path": tmp_path / "split"}), transforms)
     assert [members_of(splits[split]) for split in ("train", "val")] == [
         [f"0.tar/{i:04}.png" for i in numbers] for numbers in (range(6), range(6, 9))
     ]
     with pytest.raises(UserError, match="has tars of the splits train, val: move them to folders train and val"):
-        build_dataset("tar", tmp_path / "mixed")
+        open_dataset("tar", tmp_path / "mixed")
     with pytest.raises(UserError, match="has TRAIN, VAL, expected train and val"):
-        build_dataset("tar", tmp_path / "upper")
+        open_dataset("tar", tmp_path / "upper")
     for path in ("split/train", "split/train/0.tar"):
         with pytest.raises(UserError, match="no subfolders train and val"):
-            open_splits({"dataset": "tar", "data_path": tmp_path / path}, transforms)
-    tuned = open_splits({"dataset": "tar", "data_path": tmp_path / "split", "tuning": True}, transforms)
+            open_splits(DataSpec(**{"dataset": "tar", "data_path": tmp_path / path}), transforms)
+    tuned = open_splits(DataSpec(**{"dataset": "tar", "data_path": tmp_path / "split", "tuning": True}), transforms)
     assert sorted([*tuned["train"].paths, *tuned["val"].paths]) == list(splits["train"].paths)
-    kept = build_dataset("tar", tmp_path / "split", train_images=3)
+    kept = open_dataset("tar", tmp_path / "split", train_images=3)
     numbers = [int(Path(path).stem) for path in kept.paths]
     assert pixels_of(kept) == expected_pixels(numbers)
     assert [int(kept.classes[label]) for label in kept.labels] == [i % 3 for i in numbers]
@@ -201,9 +201,9 @@ def test_labels_in_some_samples_or_in_one_split_only(tmp_path):
     for name, found in {"some": "2 of the 8 train images", "one": "the val images"}.items():
         data = tmp_path / name
         with pytest.raises(UserError, match=rf"^{found} of {data} have no labels, expected .*\.cls") as error:
-            open_splits({"dataset": "tar", "data_path": data}, transforms)
+            open_splits(DataSpec(**{"dataset": "tar", "data_path": data}), transforms)
         assert "\n" not in str(error.value)
-    assert build_dataset("tar", tmp_path / "some").labels == [0, 1, 2, 0, 1, 2, -1, -1]  # enough for a training
+    assert open_dataset("tar", tmp_path / "some").labels == [0, 1, 2, 0, 1, 2, -1, -1]  # enough for a training
 
 
 def entry(name, kind, **fields):
@@ -234,7 +234,7 @@ def entry(name, kind, **fields):
 def test_unsuitable_members_are_named(tmp_path, files, message, form):
     pack(tmp_path / "0.tar", files, FORMATS[form])
     with pytest.raises(UserError, match=message) as error:
-        build_dataset("tar", tmp_path)
+        open_dataset("tar", tmp_path)
     assert "\n" not in str(error.value)
     assert os.listdir(tmp_path) in (["0.tar"], ["0.tar", "0.tar.index"], ["0.tar.index", "0.tar"])
 
@@ -249,7 +249,7 @@ def test_sparse_members_are_named(tmp_path):
         member.size = len(contents)
         archive.addfile(member, io.BytesIO(contents))
     with pytest.raises(UserError, match="0.png is sparse: pack plain files"):
-        build_dataset("tar", tmp_path)
+        open_dataset("tar", tmp_path)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -266,18 +266,18 @@ def test_a_tar_that_is_cut_short_anywhere_is_named(tmp_path, form):
     for length in sorted(length for length in lengths if length < end):
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match=f"^{path} is cut short.*") as error:
-            build_dataset("tar", path)
+            open_dataset("tar", path)
         assert "\n" not in str(error.value)
         assert not path.with_name("0.tar.index").exists()
     assert "after a.png: its member xxx" in cut_message(path, whole[: starts[1] + 600])
     path.write_bytes(whole)
-    assert len(build_dataset("tar", path)) == 3
+    assert len(open_dataset("tar", path)) == 3
 
 
 def cut_message(path, contents):
     path.write_bytes(contents)
     with pytest.raises(UserError) as error:
-        build_dataset("tar", path)
+        open_dataset("tar", path)
     return str(error.value)
 
 
@@ -286,7 +286,7 @@ def test_compressed_tars_are_refused(tmp_path, compress):
     plain = pack(tmp_path / "plain/0.tar", samples(range(2)))
     (tmp_path / "0.tar").write_bytes(compress(plain.read_bytes()))
     with pytest.raises(UserError, match="0.tar is compressed with (gzip|bzip2|xz): .*unpack it to a .tar"):
-        build_dataset("tar", tmp_path)
+        open_dataset("tar", tmp_path)
 
 
 def test_what_is_no_tar_is_named(tmp_path):
@@ -306,12 +306,12 @@ def test_what_is_no_tar_is_named(tmp_path):
     for message, contents in cases.items():
         path.write_bytes(contents)
         with pytest.raises(UserError, match=message) as error:
-            build_dataset("tar", path)
+            open_dataset("tar", path)
         assert "\n" not in str(error.value)
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(UserError, match="cannot read .*0.tar: not a regular file"):
-        build_dataset("tar", path)
+        open_dataset("tar", path)
 
 
 def test_mutated_tars_are_read_or_refused(tmp_path):
@@ -332,7 +332,7 @@ def test_mutated_tars_are_read_or_refused(tmp_path):
                 contents[start + 148 : start + 156] = b"%06o\0 " % sum(header)
             (tmp_path / "0.tar").write_bytes(contents)
             try:
-                dataset = build_dataset("tar", tmp_path / "0.tar")
+                dataset = open_dataset("tar", tmp_path / "0.tar")
                 for i in range(len(dataset)):
                     dataset.file(i)
             except UserError as error:
@@ -355,27 +355,27 @@ def test_an_index_is_built_once_and_again_for_another_tar(tmp_path, monkeypatch)
     built = counted(monkeypatch)
     path = pack(tmp_path / "0.tar", samples(range(3)))
     for _ in range(2):
-        assert pixels_of(build_dataset("tar", path)) == expected_pixels(range(3))
+        assert pixels_of(open_dataset("tar", path)) == expected_pixels(range(3))
     assert built == ["0.tar"]
     assert sorted(os.listdir(tmp_path)) == ["0.tar", "0.tar.index"]
     before = path.stat()
     pack(path, samples(range(9)))  # of another size
     assert path.stat().st_size > before.st_size
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert pixels_of(build_dataset("tar", path)) == expected_pixels(range(9))
+    assert pixels_of(open_dataset("tar", path)) == expected_pixels(range(9))
     before = path.stat()
     pack(path, samples([3, 0, 1, 2, *range(4, 9)]))  # of the same size
     assert path.stat().st_size == before.st_size
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns - 1))  # older than its index
-    assert pixels_of(build_dataset("tar", path)) == expected_pixels([3, 0, 1, 2, *range(4, 9)])
+    assert pixels_of(open_dataset("tar", path)) == expected_pixels([3, 0, 1, 2, *range(4, 9)])
     assert len(built) == 3
-    build_dataset("tar", path, rebuild_index=True)
+    open_dataset("tar", path, rebuild_index=True)
     assert len(built) == 4
 
 
 def test_a_damaged_or_hostile_index_is_built_again(tmp_path, monkeypatch):
     path = pack(tmp_path / "0.tar", samples(range(3)))
-    expected = build_dataset("tar", path)
+    expected = open_dataset("tar", path)
     index = tmp_path / "0.tar.index"
     whole, entries = index.read_bytes(), tar.open_index(path)
     built = counted(monkeypatch)
@@ -398,7 +398,7 @@ def test_a_damaged_or_hostile_index_is_built_again(tmp_path, monkeypatch):
     contents += [pickle.dumps(print), whole[:24] + b"\xff" * 8 + whole[32:]]
     for i, content in enumerate(contents, start=1):
         index.write_bytes(content)
-        dataset = build_dataset("tar", path)
+        dataset = open_dataset("tar", path)
         assert (dataset.paths, dataset.labels) == (expected.paths, expected.labels)
         assert np.array_equal(dataset.places, expected.places)
         assert len(built) == i
@@ -406,7 +406,7 @@ def test_a_damaged_or_hostile_index_is_built_again(tmp_path, monkeypatch):
     for replace in (lambda: os.mkfifo(index), lambda: index.symlink_to("/dev/zero")):
         index.unlink()
         replace()
-        assert build_dataset("tar", path).paths == expected.paths
+        assert open_dataset("tar", path).paths == expected.paths
         assert index.read_bytes() == whole  # replaced
 
 
@@ -415,7 +415,7 @@ def test_where_the_tars_are_read_only_the_index_is_in_the_home_folder(tmp_path, 
     path = pack(tmp_path / "0.tar", samples(range(3)))
     (tmp_path / "0.tar.index").mkdir()  # cannot be replaced by a file, even by root
     for _ in range(2):
-        assert pixels_of(build_dataset("tar", path)) == expected_pixels(range(3))
+        assert pixels_of(open_dataset("tar", path)) == expected_pixels(range(3))
     assert built == ["0.tar"]
     (index,) = (home / ".cache/lgssl").iterdir()
     assert index.name.endswith(".tar.index")
@@ -424,7 +424,7 @@ def test_where_the_tars_are_read_only_the_index_is_in_the_home_folder(tmp_path, 
     index.parent.touch()  # nor can this
     assert not capsys.readouterr().err
     for _ in range(2):
-        assert len(build_dataset("tar", path)) == 3
+        assert len(open_dataset("tar", path)) == 3
     assert len(built) == 3
     assert capsys.readouterr().err.count(f"warning: cannot save the index of {path}") == 2
     assert not list(tmp_path.glob("*.tmp"))
@@ -436,7 +436,7 @@ def test_several_processes_may_build_an_index_at_once(tmp_path):
 
     def build():
         barrier.wait()
-        found.append(build_dataset("tar", path).paths)
+        found.append(open_dataset("tar", path).paths)
 
     for _ in range(5):
         threads = [threading.Thread(target=build) for _ in range(8)]
@@ -451,7 +451,7 @@ def test_several_processes_may_build_an_index_at_once(tmp_path):
 
 def test_a_bad_image_in_a_tar_is_named_and_replaced(tmp_path):
     path = pack(tmp_path / "0.tar", samples(range(2)) | {"x/0002.jpg": b"no image", "0003.png": encoded(3)[:60]})
-    dataset = build_dataset("tar", path, transform=ResizedArray(0))
+    dataset = open_dataset("tar", path, transform=ResizedArray(0))
     with pytest.raises(UserError, match=f"^cannot read image {path}/x/0002.jpg: cannot identify"):
         dataset[2]
     image, bad = ViewBatches(dataset, None, 8, None, 0, skip_bad=True).read_image(2)
@@ -463,7 +463,7 @@ def test_a_bad_image_in_a_tar_is_named_and_replaced(tmp_path):
 def test_a_tar_that_changes_during_a_run_is_named(tmp_path):
     path = pack(tmp_path / "0.tar", samples(range(3)))
     pack(tmp_path / "1.tar", samples(range(3)))
-    dataset, other = build_dataset("tar", tmp_path), build_dataset("tar", tmp_path)
+    dataset, other = open_dataset("tar", tmp_path), open_dataset("tar", tmp_path)
     other.files.clear()  # opened at the start to look at intensities
     with path.open("r+b") as file:
         file.truncate(dataset.places[1][1] + 10)
@@ -482,7 +482,7 @@ def test_few_tars_are_open_and_each_process_reads_its_own(tmp_path, monkeypatch)
     for i in range(5):
         pack(tmp_path / f"{i}.tar", samples([i, i + 10]))
     numbers = [0, 10, 1, 11, 2, 12, 3, 13, 4, 14]
-    dataset = build_dataset("tar", tmp_path, transform=np.asarray)
+    dataset = open_dataset("tar", tmp_path, transform=np.asarray)
     assert pixels_of(dataset) == expected_pixels(numbers)
     assert list(dataset.files) == [3, 4]
     dataset.image(6)
@@ -501,8 +501,8 @@ def test_intensities_in_a_tar(tmp_path):
     Image.fromarray(np.array([[0, 0.5, 1]], np.float32)).save(file, "TIFF")
     pack(tmp_path / "0.tar", {"0.tif": file.getvalue()})
     with pytest.raises(UserError, match="0.tar/0.tif: its values are floats; give --intensity_range"):
-        build_dataset("tar", tmp_path)
-    dataset = build_dataset("tar", tmp_path, intensity_range=[0, 1])
+        open_dataset("tar", tmp_path)
+    dataset = open_dataset("tar", tmp_path, intensity_range=[0, 1])
     assert np.asarray(dataset.image(0))[0, :, 0].tolist() == [0, 127, 255]
 
 
@@ -566,16 +566,16 @@ def test_images_and_labels_of_hf_are_those_that_were_written(tmp_path, datasets,
         folder = write_parquet(datasets, folder, train=range(7)) / "train.parquet"
         numbers["val"] = numbers["train"]
     for split in ("train", "val"):
-        dataset = build_dataset(f"hf:{folder}", split=split)
+        dataset = open_dataset(f"hf:{folder}", split=split)
         assert pixels_of(dataset) == expected_pixels(numbers[split])
         assert dataset.classes == ["a", "b", "c"]
         assert dataset.labels == [i % 3 for i in numbers[split]]
         assert isinstance(dataset.labels[0], int)
         name = "train" if layout in ("saved", "one parquet file") or split == "train" else "validation"
         assert dataset.paths[2] == f"{folder}/{name}/2"
-    whole = build_dataset(f"hf:{folder}")
+    whole = open_dataset(f"hf:{folder}")
     assert pixels_of(pickle.loads(pickle.dumps(whole))) == pixels_of(whole)  # sent to a process that is not forked
-    dataset = build_dataset(f"hf:{folder}", train_images=4)
+    dataset = open_dataset(f"hf:{folder}", train_images=4)
     rows = [int(Path(path).name) for path in dataset.paths]
     assert rows == sorted(set(rows))
     assert pixels_of(dataset) == [np.asarray(whole.image(row)).tolist() for row in rows]
@@ -590,8 +590,8 @@ def test_hf_has_the_pixels_of_a_folder_of_the_same_files(tmp_path, datasets, pho
     values["label"] = [path.parent.name for path in images]
     datasets.Dataset.from_dict(values, features).save_to_disk(tmp_path / "data")
     transform = ResizedArray(40)
-    found = build_dataset(f"hf:{tmp_path}/data", transform=transform, min_side=80)
-    expected = build_dataset("folder", photo_folder, transform=transform, min_side=80)
+    found = open_dataset(f"hf:{tmp_path}/data", transform=transform, min_side=80)
+    expected = open_dataset("folder", photo_folder, transform=transform, min_side=80)
     assert (found.labels, found.classes) == (expected.labels, expected.classes)
     for own, other in zip(found, expected, strict=True):
         assert np.array_equal(own[0], other[0])
@@ -600,7 +600,7 @@ def test_hf_has_the_pixels_of_a_folder_of_the_same_files(tmp_path, datasets, pho
 def test_labels_are_read_without_decoding(tmp_path, datasets, monkeypatch):
     write_parquet(datasets, tmp_path / "data", train=range(5))
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("an image was decoded"))
-    dataset = build_dataset(f"hf:{tmp_path}/data")
+    dataset = open_dataset(f"hf:{tmp_path}/data")
     assert dataset.labels == [0, 1, 2, 0, 1]
 
 
@@ -613,10 +613,10 @@ def test_splits_of_hf(tmp_path, datasets, splits, capsys):
     transforms = {"train": None, "val": None}
     if not splits:
         with pytest.raises(UserError, match="data has no splits train and validation or test, or they hold"):
-            open_splits(named, transforms)
-        open_splits({**named, "tuning": True}, transforms)
+            open_splits(DataSpec(**named), transforms)
+        open_splits(DataSpec(**{**named, "tuning": True}), transforms)
         return
-    found = open_splits(named, transforms)
+    found = open_splits(DataSpec(**named), transforms)
     assert pixels_of(found["val"]) == expected_pixels(parts[splits[0]])
     output = capsys.readouterr().out
     assert output == (
@@ -628,12 +628,12 @@ def test_unsuitable_splits_of_hf_are_named(tmp_path, datasets, monkeypatch):
     datasets.DatasetDict({"train": table(datasets, [1]), "extra": table(datasets, [2])}).save_to_disk(tmp_path / "a")
     datasets.DatasetDict({"first": table(datasets, [1]), "test": table(datasets, [2])}).save_to_disk(tmp_path / "b")
     with pytest.raises(UserError, match="a has the splits train, extra, expected validation or test"):
-        build_dataset(f"hf:{tmp_path}/a", split="val")
+        open_dataset(f"hf:{tmp_path}/a", split="val")
     with pytest.raises(UserError, match="b has the splits first, test, expected train"):
-        build_dataset(f"hf:{tmp_path}/b")
+        open_dataset(f"hf:{tmp_path}/b")
     monkeypatch.setattr(datasets, "load_from_disk", lambda _: table(datasets, []))
     with pytest.raises(UserError, match="the split train of .*/a has no images"):
-        build_dataset(f"hf:{tmp_path}/a")
+        open_dataset(f"hf:{tmp_path}/a")
 
 
 def test_columns_of_hf(tmp_path, datasets):
@@ -656,7 +656,7 @@ def test_columns_of_hf(tmp_path, datasets):
         rows.save_to_disk(tmp_path / name)
 
     def opened(name, **columns):
-        return build_dataset(f"hf:{tmp_path}/{name}", **columns)
+        return open_dataset(f"hf:{tmp_path}/{name}", **columns)
 
     for name in ("integers", "unlabeled", "stored"):
         assert pixels_of(opened(name)) == expected_pixels(numbers)
@@ -693,7 +693,7 @@ def test_bad_images_of_hf_are_named_and_replaced(tmp_path, datasets):
     rows = [{"bytes": contents, "path": path} for contents, path in stored] + [None]
     features = datasets.Features({"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
     datasets.Dataset.from_dict({"image": rows}, features).save_to_disk(tmp_path / "data")
-    dataset = build_dataset(f"hf:{tmp_path}/data", transform=ResizedArray(0))
+    dataset = open_dataset(f"hf:{tmp_path}/data", transform=ResizedArray(0))
     reasons = {1: "cannot identify", 2: "the row has no image", 3: "", 5: "not a regular", 6: "No such", 7: "no image"}
     for row, reason in reasons.items():
         with pytest.raises(UserError, match=f"^cannot read image {tmp_path}/data/train/{row}: .*{reason}") as error:
@@ -716,11 +716,11 @@ def test_damaged_and_missing_files_of_hf_are_named(tmp_path, datasets, capfd, mo
     (tmp_path / "text.csv").write_text("a,b\n")
     for name in ("short", "saved", "state", "empty", "text.csv"):
         with pytest.raises(UserError, match=f"cannot open the data set {tmp_path}/{name}: .") as error:
-            build_dataset(f"hf:{tmp_path}/{name}")
+            open_dataset(f"hf:{tmp_path}/{name}")
         assert "\n" not in str(error.value)
     for name in (f"{tmp_path}/nowhere", "./nowhere", "a/b/c"):
         with pytest.raises(UserError, match=f"^no folder {name}"):
-            build_dataset(f"hf:{name}")
+            open_dataset(f"hf:{name}")
     assert capfd.readouterr().err == ""
 
     def no_network(name):
@@ -728,20 +728,20 @@ def test_damaged_and_missing_files_of_hf_are_named(tmp_path, datasets, capfd, mo
 
     monkeypatch.setattr(datasets, "load_dataset", no_network)
     with pytest.raises(UserError, match="data set no/where, which is no folder here, from the hub: Couldn't reach"):
-        build_dataset("hf:no/where")
+        open_dataset("hf:no/where")
 
 
 def test_hf_needs_its_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=f"^--dataset hf:{tmp_path} needs the package datasets: pip install datasets$"):
-        build_dataset(f"hf:{tmp_path}")
+        open_dataset(f"hf:{tmp_path}")
 
 
 def test_options_of_columns_belong_to_hf(tmp_path):
     pack(tmp_path / "0.tar", samples(range(3)))
     for name in ("image_column", "label_column"):
         with pytest.raises(UserError, match=f"--{name} has no effect with --dataset tar"):
-            build_dataset("tar", tmp_path, **{name: "x"})
+            open_dataset("tar", tmp_path, **{name: "x"})
 
 
 @pytest.fixture(params=["tar", "hf"])

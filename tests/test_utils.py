@@ -8,6 +8,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import utils
+from support import files
 
 
 def test_cosine_schedule_is_dinos():
@@ -109,7 +110,7 @@ def test_a_task_of_srun_takes_the_only_gpu_it_sees(monkeypatch):
 
 def test_only_regular_files_of_text_are_read(tmp_path):
     (tmp_path / "a").write_bytes(b"\xef\xbb\xbfa\xff")
-    assert utils.read_text(tmp_path / "a", errors="replace") == "a\ufffd"
+    assert files.read_text(tmp_path / "a", errors="replace") == "a\ufffd"
     os.mkfifo(tmp_path / "pipe")
     for name, reason in (
         ("a", "can't decode"),
@@ -119,6 +120,6 @@ def test_only_regular_files_of_text_are_read(tmp_path):
         ("c", "No such"),
     ):
         with pytest.raises(utils.UserError, match=f"cannot read .*{reason}"):
-            utils.read_text(tmp_path / name)
+            files.read_text(tmp_path / name)
     with pytest.raises(utils.UserError, match="it has 5 bytes, expected at most 4"):
-        utils.read_text(tmp_path / "a", max_bytes=4)
+        files.read_text(tmp_path / "a", max_bytes=4)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import vision_transformer
+from support.weights import load_backbone
 from utils import UserError
 from vision_transformer import (
     ARCHITECTURES,
@@ -14,7 +15,6 @@ from vision_transformer import (
     BackboneWithHead,
     DINOHead,
     Teacher,
-    load_backbone,
     vit_base,
     vit_micro,
     vit_small,

@@ -17,7 +17,7 @@ from test_vision_transformer import dinos_position_embedding
 
 import eval_knn
 import main_lgssl
-from support.checkpoints import load_file
+from support.weights import load_file
 from vision_transformer import BackboneWithHead, DINOHead, vit_micro
 
 FROZEN = ("--epochs", 1, "--freeze_backbone", 1)  # a run that leaves the backbone as it was at its start
