@@ -18,7 +18,7 @@ import numpy as np
 
 from main_lgssl import parse_arguments as pretraining_arguments
 from support.arguments import ArgumentParser
-from support.checkpoints import MAY_CHANGE
+from support.options import argument_parser
 from support.report import read_log
 from support.steps import recorded
 from utils import UserError, printable, run_main
@@ -30,7 +30,9 @@ COLUMNS = (  # of the table: (logged value, title, digits)
     ("matched_patches", "matched patches", 1),
 )
 NAMES = [name for name, _, _ in COLUMNS]
-NO_SETTING = {*MAY_CHANGE, "seed", "output_dir"} - {"data_path"}  # runs on different images are not averaged
+NO_SETTING = {*argument_parser().may_change, "seed", "output_dir"} - {
+    "data_path"
+}  # runs on different images are not averaged
 
 
 @dataclass

@@ -44,7 +44,7 @@ from losses import LOSSES, LocalGlobalLoss, plain_loss
 from patch_matching import Matches
 from support.arguments import ArgumentParser, number
 from support.loader import Batch
-from utils import UserError, run_main
+from utils import Process, UserError, run_main
 from vision_transformer import ARCHITECTURES, DINOHead, TokenOutput
 
 PATCH, IMAGE = 16, 256
@@ -208,7 +208,7 @@ def make_batches(case, device, count=BATCHES) -> list[Batch]:
     rng = np.random.default_rng(0)
     images = [(rng.integers(0, 256, (IMAGE, IMAGE, 3), np.uint8), 0) for _ in range(case.batch_size)]
     args = main_lgssl.parse_arguments(options(case))
-    loader = main_lgssl.build_loader(args, images * count, range(count), 0, 1, device)
+    loader = main_lgssl.build_loader(args, images * count, range(count), Process(0, 1, device))
     batches = [loader.dataset[key] for key in loader.sampler]
     if device.type == "cuda":
         batches = [
@@ -545,7 +545,7 @@ def measure_loading(count, device) -> float:
         words = ["--data_path", folder, "--batch_size_per_gpu", str(batch_size), "--num_workers", "1"]
         args = main_lgssl.parse_arguments(words)
         dataset, *_ = main_lgssl.open_images(args)
-        loader = main_lgssl.build_loader(args, dataset, range(WARM_UP + 12), 0, 1, device)
+        loader = main_lgssl.build_loader(args, dataset, range(WARM_UP + 12), Process(0, 1, device))
         arrivals = [time.perf_counter() for _ in loader]
     return 12 * batch_size / (arrivals[-1] - arrivals[WARM_UP - 1])
 

@@ -3,21 +3,20 @@
 import argparse
 import difflib
 import math
-import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from support.files import read_text
 from utils import UserError, print_error
 
 ROOT = Path(__file__).parent.parent
-MAX_FILES, MAX_CHARACTERS = 100, 2**20  # of the argument files of a command
+MAX_DEPTH, MAX_CHARACTERS = 10, 2**20  # of the argument files of a command
 
 
-def bool_flag(text) -> bool:
+def bool_flag(text: str) -> bool:
     """Parse true/false, on/off or 1/0, as DINO's options do. An argparse type."""
     if text.lower() in ("true", "on", "1"):
         return True
@@ -26,11 +25,11 @@ def bool_flag(text) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is not a boolean, expected true or false")
 
 
-def number(kind, low=-math.inf, high=None) -> Callable:
+def number(kind: type[int] | type[float], low: float = -math.inf, high: float | None = None) -> Callable:
     """Return an argparse type that accepts a finite int or float in [low, high], by default up to 2^31 - 1 or 10^9."""
     limit = high or (2**31 - 1 if kind is int else 1e9)
 
-    def parse(text):
+    def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
@@ -47,7 +46,7 @@ def number(kind, low=-math.inf, high=None) -> Callable:
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Appends the default of every option that has one. Lists are shown as on the command line."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         if isinstance(action.default, list) and action.default:
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return action.help if action.default in (None, []) else super()._get_help_string(action)
@@ -59,63 +58,69 @@ class ArgumentParser(argparse.ArgumentParser):
     `@FILE` is replaced by the words in FILE, where `#` starts a comment. FILE is relative to the current folder, or
     else to this repository, so that `@recipes/NAME.args` works from any folder. In an argument file, `@OTHER` is
     relative to that file. If an option occurs several times, the last one wins.
+
+    Attributes:
+        may_change: names of the options that a resumed run may change, see `free`.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
-        self.origin, self.files, self.characters = {}, 0, 0  # of the argument files
+        self.may_change: set[str] = set()
+        self._characters = 0  # read from argument files
 
-    def parse_known_args(self, args=None, namespace=None):
+    def free(self, add: Callable[..., argparse.Action]) -> Callable[..., None]:
+        """Return the `add_argument` of a group for options that a resumed run may change."""
+
+        def add_free(*names: str, **options: Any) -> None:
+            self.may_change.add(add(*names, **options).dest)
+
+        return add_free
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         return super().parse_known_args(self._expand(sys.argv[1:] if args is None else args), namespace)
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].split("=")[0]
             close = difflib.get_close_matches(word, self._options(namespace), n=1)
             hint = f"did you mean {close[0]}?" if close else "--help lists the options"
-            where = f" in {self.origin[unknown[0]]}" if unknown[0] in self.origin else ""
-            self.error(f"unknown option {word}{where}; {hint}")
+            self.error(f"unknown option {word}; {hint}")
         return namespace
 
-    def _options(self, namespace):
+    def _options(self, namespace: argparse.Namespace) -> list[str]:
         """Return the names of all options, including those of the chosen subcommand."""
-        names = []
+        names: list[str] = []
         for action in self._actions:
             names += action.option_strings
             if isinstance(action, argparse._SubParsersAction):
                 names += action.choices[getattr(namespace, action.dest)]._options(namespace)
         return names
 
-    def _expand(self, words, folder="", including=()):
+    def _expand(self, words: Sequence[str], folder: Path = Path(), depth: int = 0) -> list[str]:
         """Replace the names of argument files in the words by the contents of these files."""
         expanded = []
         for word in words:
             if not word.startswith("@"):
                 expanded.append(word)
                 continue
-            path = Path(folder, word[1:])
-            if not including and not os.path.exists(path) and os.path.exists(ROOT / word[1:]):
-                path = ROOT / word[1:]
+            path = folder / word[1:]
             try:
+                if depth == 0 and not path.exists() and (ROOT / word[1:]).exists():
+                    path = ROOT / word[1:]
                 text = read_text(path, max_bytes=MAX_CHARACTERS)
+                self._characters += len(text)
+                if depth == MAX_DEPTH or self._characters > MAX_CHARACTERS:
+                    raise ValueError(f"more than {MAX_DEPTH} files deep or {MAX_CHARACTERS} characters in all")
                 if "\0" in text:
                     raise ValueError("it contains a NUL character")
                 inner = shlex.split(text, comments=True)
-            except (UserError, ValueError) as error:  # ValueError: also an open quotation mark
-                reason = str(error).removeprefix(f"cannot read {path}: ")
-                self.error(f"cannot read argument file {path}: {reason}")
-            file = os.path.realpath(path)
-            if file in including:
-                self.error(f"argument file {path} includes itself")
-            self.files, self.characters = self.files + 1, self.characters + len(text)
-            if self.files > MAX_FILES or self.characters > MAX_CHARACTERS:
-                self.error(f"argument file {path}: expected at most {MAX_FILES} files of {MAX_CHARACTERS} characters")
-            self.origin.update((w, path) for w in inner)
-            expanded += self._expand(inner, path.parent, (*including, file))
+            except (UserError, OSError, ValueError) as error:  # ValueError: also an open quotation mark
+                self.error(f"argument file: cannot read {path}: {str(error).removeprefix(f'cannot read {path}: ')}")
+            expanded += self._expand(inner, path.parent, depth + 1)
         return expanded
 
-    def check_crops(self, args) -> None:
+    def check_crops(self, args: argparse.Namespace) -> None:
         """Exit unless crop sizes are multiples of the patch size and crop scales are ranges of positive numbers."""
         for name in ("global_crops_size", "local_crops_size"):
             size, patch = getattr(args, name), args.patch_size
@@ -127,6 +132,6 @@ class ArgumentParser(argparse.ArgumentParser):
             if not 0 < low <= high:
                 self.error(f"--{name} {low} {high}: expected two positive fractions, the smaller first")
 
-    def error(self, message) -> NoReturn:
+    def error(self, message: str) -> NoReturn:
         print_error(f"{self.prog}: error: {' '.join(message.splitlines())}")
         sys.exit(2)

@@ -1,21 +1,22 @@
 """Reading and writing of small files: complete or not at all, and regular files only."""
 
 import contextlib
-import errno
 import json
 import os
 import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file as save_safetensors
 
 from utils import NO_SPACE, UserError, first_line, printable
 
 
-def make_folder(folder, option) -> None:
+def make_folder(folder: Path, option: str) -> None:
     """Create a folder if it is missing, and check that files can be created in it.
 
     Args:
@@ -33,7 +34,7 @@ def make_folder(folder, option) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path, backup=None) -> Iterator[Path]:
+def atomic_write(path: Path, backup: Path | None = None) -> Iterator[Path]:
     """Write a file atomically: `path` is always the complete old file or the complete new one.
 
     Yields the path of a temporary file, which is renamed to `path` on success and removed on failure.
@@ -65,7 +66,7 @@ def atomic_write(path, backup=None) -> Iterator[Path]:
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch.save reports a failed write as a RuntimeError of its zip writer, safetensors as a SafetensorError.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(cause, (OSError, SafetensorError)):
+        if not isinstance(cause, OSError | SafetensorError):
             raise
         reason = cause.strerror if isinstance(cause, OSError) else first_line(cause)
         kept = f"the last saved {path} is kept" if path.exists() else "no earlier one exists"
@@ -78,33 +79,26 @@ def atomic_write(path, backup=None) -> Iterator[Path]:
             temporary.unlink()
 
 
-def write_text(text, path) -> None:
+def write_text(text: str, path: Path) -> None:
     """Write a small UTF-8 text file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def append_line(entry, path) -> None:
-    """Append a JSON line to a file, see `append_text`."""
-    append_text(json.dumps(entry) + "\n", path)
-
-
-def append_text(text, path) -> None:
-    """Append text to a regular file.
+def append_line(entry: dict[str, Any], path: Path) -> None:
+    """Append a JSON line to a file.
 
     Raises:
         UserError: the file cannot be written.
     """
     try:
-        if path.exists() and not path.is_file():  # to open a pipe would hang
-            raise OSError(errno.EINVAL, "it is no regular file")
         with path.open("a", encoding="utf-8") as file:
-            file.write(text)
+            file.write(json.dumps(entry) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def read_json(path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """Read the dictionary in a JSON file.
 
     Raises:
@@ -113,13 +107,13 @@ def read_json(path) -> dict:
     try:
         contents = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {printable(path)}: no JSON") from error
+        raise UserError(f"cannot read {printable(path)}: it is not JSON") from error
     if not isinstance(contents, dict):
-        raise UserError(f"cannot read {printable(path)}: no dictionary in JSON")
+        raise UserError(f"cannot read {printable(path)}: expected a JSON object")
     return contents
 
 
-def read_text(path, errors="strict", max_bytes=2**28) -> str:
+def read_text(path: str | Path, errors: str = "strict", max_bytes: int = 2**28) -> str:
     """Read a UTF-8 text file, with or without a byte order mark. Only regular files are opened: a pipe would hang.
 
     Args:
@@ -127,22 +121,22 @@ def read_text(path, errors="strict", max_bytes=2**28) -> str:
         max_bytes: largest size.
 
     Raises:
-        UserError: the file is missing, no regular file, too large or no text.
+        UserError: the file is missing, not a regular file, too large or not text.
     """
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no regular file")
+            raise ValueError("a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file")
         if status.st_size > max_bytes:
-            raise ValueError(f"it has {status.st_size} bytes, expected at most {max_bytes}")
+            raise ValueError(f"{status.st_size} bytes are more than {max_bytes}")
         with open(path, encoding="utf-8-sig", errors=errors) as file:
             return file.read(max_bytes)
     except (OSError, ValueError) as error:  # ValueError: also a name with a NUL, or bytes that are not UTF-8
         raise UserError(f"cannot read {printable(path)}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def write_safetensors(tensors, path, metadata) -> None:
-    """Write tensors and metadata, a dictionary of strings, to a `.safetensors` file with default permissions."""
+def write_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write tensors and metadata to a `.safetensors` file with default permissions."""
     path.touch()
     permissions = path.stat().st_mode
     save_safetensors(tensors, path, metadata)  # creates a file that only its owner can read

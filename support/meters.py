@@ -1,12 +1,16 @@
 """Metrics of a training step, and their accumulation between reports."""
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from utils import UserError, all_gather, all_reduce_mean, warn
+from losses import LocalGlobalLoss
+from patch_matching import Matches
+from utils import Process, UserError, all_gather, start_all_reduce_mean, warn
+from vision_transformer import TokenOutput
 
 SAMPLE = 8  # number of images per batch whose outputs over all K prototypes are measured
 
@@ -18,7 +22,7 @@ class Meters:
     the device.
 
     Args:
-        device: device of the losses.
+        process: rank and device of this process.
         precision: "fp16" may skip steps.
         max_matched: last bin of the histogram of matched patches; larger numbers are counted in it.
         max_bad_images: number of unreadable images to tolerate.
@@ -27,7 +31,8 @@ class Meters:
     # The fp16 scaler starts at 2^16 and halves its scale at each skipped step: after 30 the scale is 2^-14.
     MAX_SKIPPED = 30
 
-    def __init__(self, device, precision, max_matched, max_bad_images=0):
+    def __init__(self, process: Process, precision: str, max_matched: int, max_bad_images: int = 0):
+        self.rank, _, device = process
         self.fp16, self.max_bad_images = precision == "fp16", max_bad_images
         self.loss = torch.zeros((), device=device)  # sum since the last report
         self.matched = torch.zeros((), device=device)  # matched patches per pair of views, sum since the last report
@@ -35,19 +40,19 @@ class Meters:
         self.skipped = torch.zeros(2, device=device)  # skipped steps: since the last report, consecutive
         # First step with a non-finite loss, first step with a non-finite gradient, index of its parameter
         self.bad = torch.full((3,), math.inf, device=device)
-        self.epoch = {}  # name: (sum over the steps of the epoch, number of steps)
+        self.epoch: dict[str, tuple[float, int]] = {}  # sum over the steps of the epoch, number of steps
         # matched_counts[n]: number of pairs of views with n matched patches in this epoch
         self.matched_counts = torch.zeros(1 + max_matched, dtype=torch.float64, device=device)
-        self.bad_images = {}  # {sample index: error message} of all processes
-        self.new_bad_images = {}  # of this process, since the last report
+        self.bad_images: dict[int, str] = {}  # error message by sample index, of all processes
+        self.new_bad_images: dict[int, str] = {}  # of this process, since the last report
 
-    def add(self, loss, matches, bad_images, accum_steps=1) -> None:
+    def add(self, loss: torch.Tensor, matches: Matches, bad_images: dict[int, str], accum_steps: int = 1) -> None:
         """Add a micro-batch.
 
         Args:
             loss: 0-d tensor, the loss of the micro-batch divided by `accum_steps`.
-            matches: patch_matching.Matches of the micro-batch.
-            bad_images: {sample index: error message}.
+            matches: matches of the micro-batch.
+            bad_images: error message by sample index.
             accum_steps: number of micro-batches per step.
         """
         self.loss += loss
@@ -58,7 +63,7 @@ class Meters:
         counts = is_cls.flatten().to(self.matched_counts.dtype)
         self.matched_counts.scatter_add_(0, matched.flatten().clamp(max=len(self.matched_counts) - 1), counts)
 
-    def end_step(self, step, norms) -> None:
+    def end_step(self, step: int, norms: torch.Tensor) -> None:
         """Record whether the loss or a gradient is not finite; `norms` are the gradient norms of the parameters."""
         is_bad = ~norms.isfinite()
         any_bad = is_bad.any()
@@ -69,7 +74,7 @@ class Meters:
         self.bad = torch.cat([torch.minimum(self.bad[:2], first), parameter[None]])
         self.steps += 1
 
-    def stop_at_bad_step(self, network) -> None:
+    def stop_at_bad_step(self, network: torch.nn.Module) -> None:
         """Raise UserError on all processes if one had a loss or gradient that is not finite. A collective call.
 
         Args:
@@ -92,7 +97,7 @@ class Meters:
                 "the weights were not saved: use a lower --lr or --precision bf16"
             )
 
-    def end_interval(self, values) -> dict[str, float | None]:
+    def end_interval(self, values: dict[str, torch.Tensor]) -> dict[str, float | None]:
         """Return the means since the last report over all processes, with None for a mean that is not finite.
 
         Args:
@@ -102,16 +107,16 @@ class Meters:
         values = {"loss": self.loss / count, "matched_patches": self.matched / count, **values}
         if self.fp16:
             values["skipped_share"] = self.skipped[0] / count
-        means = all_reduce_mean(torch.stack([value.float() for value in values.values()])).tolist()
-        means = {name: mean if math.isfinite(mean) else None for name, mean in zip(values, means, strict=True)}
-        for name, mean in means.items():
+        means = start_all_reduce_mean(torch.stack([value.float() for value in values.values()]))().tolist()
+        finite = {name: mean if math.isfinite(mean) else None for name, mean in zip(values, means, strict=True)}
+        for name, mean in finite.items():
             if mean is not None:
                 total, steps = self.epoch.get(name, (0.0, 0))
                 self.epoch[name] = (total + mean * self.steps, steps + self.steps)
         self.loss, self.matched = torch.zeros_like(self.loss), torch.zeros_like(self.matched)
         self.skipped = torch.stack([torch.zeros_like(self.skipped[0]), self.skipped[1]])
         self.steps = 0
-        return means
+        return finite
 
     def share_bad_images(self) -> None:
         """Exchange the unreadable images of all processes. A collective call.
@@ -119,12 +124,12 @@ class Meters:
         Raises:
             UserError: there are too many.
         """
-        gathered = [self.new_bad_images]
+        gathered: list[Any] = [self.new_bad_images]
         if dist.is_initialized():
             gathered = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, self.new_bad_images)
         for i, message in sorted(item for bad in gathered for item in bad.items()):
-            if i not in self.bad_images and (not dist.is_initialized() or dist.get_rank() == 0):
+            if i not in self.bad_images and self.rank == 0:
                 warn(f"{message}; the next image is used instead")
             self.bad_images[i] = message
         self.new_bad_images = {}
@@ -143,30 +148,35 @@ class Meters:
         self.epoch = {}
         return means, counts
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state of all processes. A collective call."""
-        own = [self.loss, *self.skipped, self.matched, self.loss.new_tensor(self.steps)]
-        own = torch.cat([torch.stack([x.double() for x in own]), self.matched_counts])
-        interval = all_gather(own).cpu()
+        numbers = [self.loss, *self.skipped, self.matched, self.loss.new_tensor(self.steps)]
+        interval = all_gather(torch.cat([torch.stack([x.double() for x in numbers]), self.matched_counts])).cpu()
         return {"interval": interval, "epoch": dict(self.epoch), "bad_images": dict(self.bad_images)}
 
-    def load_state_dict(self, state, rank) -> None:
-        """Restore the state of the process with this rank."""
-        own = state["interval"][rank].to(self.loss.device)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state of this process."""
+        own = state_dict["interval"][self.rank].to(self.loss.device)
         self.loss, self.skipped = own[0].to(self.loss.dtype), own[1:3].to(self.skipped.dtype)
         self.matched, self.steps = own[3].to(self.matched.dtype), int(own[4])
         self.matched_counts.copy_(own[5:])
-        self.epoch = {str(name): (float(total), int(steps)) for name, (total, steps) in state["epoch"].items()}
-        self.bad_images = {int(i): str(message) for i, message in state["bad_images"].items()}
+        self.epoch = {str(name): (float(total), int(steps)) for name, (total, steps) in state_dict["epoch"].items()}
+        self.bad_images = {int(i): str(message) for i, message in state_dict["bad_images"].items()}
 
 
 @torch.no_grad()
-def measure(student_out, teacher_out, matches, criterion, teacher_temp) -> dict[str, torch.Tensor]:
+def measure(
+    student_out: TokenOutput,
+    teacher_out: TokenOutput,
+    matches: Matches,
+    criterion: LocalGlobalLoss,
+    teacher_temp: float,
+) -> dict[str, torch.Tensor]:
     """Return metrics that distinguish healthy training from collapse, of one batch.
 
     Args:
         student_out, teacher_out, matches: as for `criterion`.
-        criterion: losses.LocalGlobalLoss, before its center is updated.
+        criterion: the loss, before its center is updated.
         teacher_temp: τ_t.
 
     Returns:
@@ -186,7 +196,7 @@ def measure(student_out, teacher_out, matches, criterion, teacher_temp) -> dict[
     pairs = torch.stack([matches.teacher_idx[:, sample][is_cls], is_cls.nonzero()[:, 1]])
     (teacher_rows, teacher_of), (student_rows, student_of) = (row.unique(return_inverse=True) for row in pairs)
 
-    def logits(out, rows):
+    def logits(out: TokenOutput, rows: torch.Tensor) -> torch.Tensor:
         return out.bottleneck[rows].float() @ out.prototypes.float().T * out.scale
 
     images = len(matches.teacher_count)

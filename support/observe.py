@@ -9,7 +9,9 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,37 +22,20 @@ from patch_matching import match_patches
 from support import features
 from support.evaluation import check_splits, classification_metrics, knn_votes
 from support.features import eval_transform, extract_features, normalized_cls
+from support.images import LabeledImages
+from support.loader import ViewBatches
 from support.preemption import ignore_signals
 from support.sources import DataSpec, build_dataset
 from utils import VERSION, UserError, warn
+from vision_transformer import VisionTransformer
 
 NEIGHBOURS = 10
 MAX_REFERENCES, MAX_QUERIES = 5000, 1000  # maximum number of images, to bound the time of the online k-NN
 
 
-def is_due(epoch, every, epochs) -> bool:
+def is_due(epoch: int, every: int, epochs: int) -> bool:
     """Return True after every `every`-th epoch and after the last one. Epochs count from 0; `every` 0 is never."""
     return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == epochs)
-
-
-def open_online_knn(every, *args) -> tuple:
-    """Return (OnlineKNN, None), or (None, reason) if there is none.
-
-    Args:
-        every: epochs between evaluations; 0 disables them, None enables them if possible.
-        args: arguments of OnlineKNN.
-
-    Raises:
-        UserError: evaluations were requested, but are not possible.
-    """
-    if every == 0:
-        return None, "--knn_every 0"
-    try:
-        return OnlineKNN(*args), None
-    except UserError as error:
-        if every:
-            raise UserError(f"--knn_every {every}: {error}") from error
-        return None, str(error)
 
 
 class OnlineKNN:
@@ -71,7 +56,7 @@ class OnlineKNN:
         UserError: images have no labels, or training and validation images have different classes.
     """
 
-    def __init__(self, train, spec: DataSpec, crop_size, batch_size, num_workers):
+    def __init__(self, train: LabeledImages, spec: DataSpec, crop_size: int, batch_size: int, num_workers: int):
         train = copy.copy(train)
         train.transform, train.min_side = eval_transform(crop_size), None
         rng = np.random.default_rng(0)
@@ -93,7 +78,7 @@ class OnlineKNN:
         self.splits = {s: BlackForBad(Subset(x, i.tolist()), crop_size) for s, (x, i) in chosen.items()}
         self.batch_size, self.num_workers = batch_size, num_workers
 
-    def __call__(self, backbone, device):
+    def __call__(self, backbone: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> float | None:
         """Return the top-1 accuracy in percent on rank 0 and None on other ranks. A collective call.
 
         Args:
@@ -114,13 +99,13 @@ class OnlineKNN:
 class BlackForBad(Dataset):
     """A data set that replaces unreadable images by black ones, with a warning."""
 
-    def __init__(self, dataset, crop_size):
+    def __init__(self, dataset: Dataset, crop_size: int):
         self.dataset, self.crop_size = dataset, crop_size
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         try:
             return self.dataset[index]
         except UserError as error:
@@ -129,12 +114,14 @@ class BlackForBad(Dataset):
 
 
 @torch.no_grad()
-def training_pictures(backbone, view_batches, key) -> dict[str, np.ndarray]:
+def training_pictures(
+    backbone: VisionTransformer, view_batches: ViewBatches, key: tuple[int, int, list[int]]
+) -> dict[str, np.ndarray]:
     """Return pictures of one image, {name: uint8 [H, W, 3]}.
 
     Args:
-        backbone: VisionTransformer.
-        view_batches: loader.ViewBatches.
+        backbone: the network.
+        view_batches: makes the views.
         key: key of a batch with one image, (epoch, step, [sample index]).
 
     Returns:
@@ -181,11 +168,11 @@ def training_pictures(backbone, view_batches, key) -> dict[str, np.ndarray]:
 PACKAGES = "torch torchvision timm numpy pillow opencv-python-headless safetensors scikit-learn matplotlib tensorboard"
 
 
-def environment() -> dict:
+def environment() -> dict[str, Any]:
     """Return the environment of a run: time, command line, version, git commit, packages and machine."""
     root = Path(__file__).parent.parent
 
-    def git(*words):
+    def git(*words: str) -> str | None:
         with contextlib.suppress(OSError, subprocess.CalledProcessError):  # git is missing, or this is no repository
             return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
         return None

@@ -1,4 +1,6 @@
-"""SGD and LARS whose steps can be skipped without waiting for the GPU. timm, which has LARS, is slow to import."""
+"""SGD and LARS whose steps can be skipped without waiting for the GPU, and clipping of gradients."""
+
+from collections.abc import Iterable
 
 import timm.optim
 import torch
@@ -56,3 +58,44 @@ class Lars(SkippableStep, timm.optim.Lars):
         super().step(closure)
         for group, decay in zip(self.param_groups, decays, strict=True):
             group["weight_decay"] = decay
+
+
+def build_optimizer(name: str, network: torch.nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer. Biases and 1-d parameters have no weight decay. The loop sets learning rate and decay."""
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
+    for parameter_name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            (plain if parameter_name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
+    groups = [{"params": decayed, "decay": True}, {"params": plain, "decay": False, "weight_decay": 0.0}]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    return {"sgd": Sgd, "lars": Lars}[name](groups, lr=0, momentum=0.9)
+
+
+def clip_each_gradient(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Clip the gradient norm of each parameter separately, as DINO does. 0 does not clip.
+
+    Returns:
+        [number of gradients], the norms before clipping
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    if max_norm:
+        factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        if norms.is_cuda:
+            multiply_each(gradients, factors)
+        else:
+            torch._foreach_mul_(gradients, list(factors))
+    return norms
+
+
+def multiply_each(tensors: list[torch.Tensor], factors: torch.Tensor) -> None:
+    """Multiply each of n tensors in place by its factor in `factors`, [n].
+
+    For a GPU: `_foreach_mul_` with n factors takes n launches, this takes a few, and memory of the size of the tensors.
+    """
+    sizes = [tensor.numel() for tensor in tensors]
+    of_each_number = torch.cat([factor.expand(size) for factor, size in zip(factors, sizes, strict=True)])
+    parts = zip(of_each_number.split(sizes), tensors, strict=True)
+    torch._foreach_mul_(tensors, [part.view_as(tensor) for part, tensor in parts])

@@ -9,21 +9,28 @@ import datetime
 import json
 import math
 import os
+import signal
 import sys
 import threading
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from support.files import append_line, append_text, read_text, write_text
+from support.files import append_line, read_text, write_text
 from utils import first_line, warn
 
 PATIENCE = 50  # reports in a row
 WATCH_FROM = 2000  # the watch for a collapse starts at this step, or at the end of the warm-up if that is earlier
 
 # name: (test on the values of `measure`, message)
-COLLAPSES = {
+COLLAPSES: dict[str, tuple[Callable[[dict[str, float]], bool], str]] = {
     "uniform outputs": (
         lambda v: v["entropy_share"] > 0.99,
         "the teacher's CLS outputs have {entropy_share:.1%} of the maximum entropy, ln K. With --loss cls, the loss "
@@ -57,28 +64,25 @@ class Report:
         watch_from: step from which to watch for a collapse. Before, outputs of different images are alike anyway.
     """
 
-    def __init__(self, output_dir, start_step, epochs, steps_per_epoch, watch_from=0):
+    def __init__(self, output_dir: Path, start_step: int, epochs: int, steps_per_epoch: int, watch_from: int = 0):
         self.output_dir, self.start_step = output_dir, start_step
         self.epochs, self.total_steps = epochs, epochs * steps_per_epoch
         self.watch, self.watch_from = CollapseWatch(), watch_from
         self.epoch_log, self.step_log = output_dir / "log.txt", output_dir / "steps.jsonl"
-        self.metrics = {}  # latest value of each metric
+        self.metrics: dict[str, float] = {}  # latest value of each
         for values in _cut_log(self.epoch_log, "epoch", start_step // steps_per_epoch):
             self._remember(values)
         for values in _cut_log(self.step_log, "step", start_step):
             if values["step"] >= watch_from:
                 self.watch(values)  # ignore the warnings: the run has printed them before
-        self.board = None  # TensorBoard's writer
-        threading.excepthook = _print_unless_tensorboards
+        self.board: SummaryWriter | None = None
         try:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second, and only one process needs it
-
             # A slow disk blocks the training only when 1,000 entries are waiting.
             self.board = SummaryWriter(output_dir / "tb", max_queue=1000, purge_step=start_step)
-        except (OSError, ImportError) as error:
+        except OSError as error:
             warn(f"no TensorBoard in {output_dir / 'tb'}: {_reason(error)}; the run goes on without")
 
-    def _board(self, method, *args, **options):
+    def _board(self, method: str, *args: Any, **options: Any) -> None:
         """Call a method of TensorBoard's writer, if there is one. If it fails, warn and go on without."""
         try:
             if self.board:
@@ -87,16 +91,11 @@ class Report:
             self.board = None
             warn(f"cannot write {self.output_dir / 'tb'}: {_reason(error)}; the run goes on without TensorBoard")
 
-    def start(self, args, environment, headline) -> None:
-        """Write the arguments and the environment of the run, print a headline and open the progress bar.
-
-        Args:
-            args, environment: dictionaries for JSON.
-            headline: one or more lines.
-        """
-        write_text(json.dumps(args, indent=2) + "\n", self.output_dir / "args.json")
+    def start(self, settings: dict[str, Any], environment: dict[str, Any], headline: str) -> None:
+        """Write the settings and the environment of the run, print a headline and open the progress bar."""
+        write_text(json.dumps(settings, indent=2) + "\n", self.output_dir / "args.json")
         append_line(environment, self.output_dir / "environment.jsonl")
-        for name, values in (("arguments", args), ("environment", environment)):
+        for name, values in (("arguments", settings), ("environment", environment)):
             self._board("add_text", name, "    " + json.dumps(values, indent=2).replace("\n", "\n    "), 0)
         print(headline, flush=True)
         self.bar = tqdm(total=self.total_steps, initial=self.start_step, unit="step", disable=not sys.stderr.isatty())
@@ -105,7 +104,7 @@ class Report:
         """Advance the progress bar by one step."""
         self.bar.update()
 
-    def interval(self, epoch, step, seconds_per_step, values) -> None:
+    def interval(self, epoch: int, step: int, seconds_per_step: float, values: dict[str, float | None]) -> None:
         """Report the mean values of a logging interval, which ends with `step`."""
         append_line({"epoch": epoch, "step": step, **values}, self.step_log)
         for name, value in values.items():
@@ -122,7 +121,7 @@ class Report:
         for text in self.watch(values) if step >= self.watch_from else []:
             warn(text)
 
-    def epoch(self, epoch, step, means, knn_top1=None) -> None:
+    def epoch(self, epoch: int, step: int, means: dict[str, float], knn_top1: float | None = None) -> None:
         """Report the means of an epoch, which ends with `step`, and the online k-NN accuracy if it was evaluated."""
         values = {f"train_{name}": value for name, value in means.items()}
         if knn_top1 is not None:
@@ -132,16 +131,16 @@ class Report:
         self._remember(values)
         append_line({**values, "epoch": epoch}, self.epoch_log)
 
-    def _remember(self, values):
+    def _remember(self, values: Mapping[str, float | None]) -> None:
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         self.metrics |= {name: value for name, value in numbers.items() if name != "epoch"}
 
-    def pictures(self, pictures, step) -> None:
+    def pictures(self, pictures: dict[str, np.ndarray], step: int) -> None:
         """Write pictures {name: uint8 [H, W, 3]} to TensorBoard."""
         for name, picture in pictures.items():
             self._board("add_image", name, picture, step, dataformats="HWC")
 
-    def histogram(self, name, counts, step) -> None:
+    def histogram(self, name: str, counts: torch.Tensor, step: int) -> None:
         """Write a histogram to TensorBoard from the counts [n] of the values 0, 1, ..., n-1."""
         if counts.any():
             values = torch.arange(len(counts), dtype=counts.dtype)
@@ -157,10 +156,10 @@ class Report:
                 with path.open("a") as file:
                     os.fsync(file.fileno())
 
-    def end(self, args, stopped_by) -> None:
-        """Print how the run ended. A complete run also writes its arguments to TensorBoard's HPARAMS."""
+    def end(self, settings: dict[str, Any], stopped_by: signal.Signals | None) -> None:
+        """Print how the run ended. A complete run also writes its settings to TensorBoard's HPARAMS."""
         if self.metrics and not stopped_by:
-            plain = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in args.items()}
+            plain = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in settings.items()}
             metrics = {f"final/{name}": value for name, value in self.metrics.items()}
             self._board("add_hparams", plain, metrics, run_name=".")
         self.bar.close()
@@ -172,29 +171,40 @@ class Report:
             print(f"done: {path}, {self.epoch_log}", flush=True)
 
 
-def _reason(error):
+def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or first_line(error)
 
 
-def _print_unless_tensorboards(error):
-    """Print the exception of a thread, except that of TensorBoard's, which the next call of its writer raises."""
-    if not type(error.thread).__module__.startswith("tensorboard."):
-        threading.__excepthook__(error)
+@contextmanager
+def hide_tensorboard_errors() -> Iterator[None]:
+    """Do not print exceptions of TensorBoard's threads: the next call of its writer raises them again."""
+    earlier = threading.excepthook
+
+    def print_others(error: threading.ExceptHookArgs) -> None:
+        if not type(error.thread).__module__.startswith("tensorboard."):
+            earlier(error)
+
+    threading.excepthook = print_others
+    try:
+        yield
+    finally:
+        threading.excepthook = earlier
 
 
-def _cut_log(path, key, end):
+def _cut_log(path: Path, key: str, end: int) -> list[dict[str, float]]:
     """Remove the lines of a log with `key` >= `end` and incomplete lines of a killed process. Return the others."""
     if not path.exists():
         return []
-    append_text("", path)  # fails now, not after an epoch
+    path.open("a").close()  # fails now, not after an epoch
     lines = read_text(path, errors="replace").splitlines(keepends=True)
-    kept = [(line, entry) for line in lines if type(n := (entry := _entry(line)).get(key)) is int and n < end]
+    entries = [(line, _entry(line)) for line in lines]
+    kept = [(line, entry) for line, entry in entries if entry.get(key, math.inf) < end]
     if len(kept) < len(lines):
         write_text("".join(line for line, _ in kept), path)
     return [entry for _, entry in kept]
 
 
-def read_log(path) -> list[dict]:
+def read_log(path: Path) -> list[dict[str, float]]:
     """Return the numbers in the entries of a log. Incomplete lines and other values are skipped.
 
     Raises:
@@ -204,7 +214,7 @@ def read_log(path) -> list[dict]:
     return [entry for line in lines if (entry := _entry(line))]
 
 
-def _entry(line):
+def _entry(line: str) -> dict[str, float]:
     try:
         values = json.loads(line) if line.endswith("\n") else {}
     except (ValueError, RecursionError):
@@ -216,13 +226,13 @@ def _entry(line):
 class CollapseWatch:
     """Counts consecutive reports that show a collapse, and warns once when there are `patience` of them."""
 
-    def __init__(self, patience=PATIENCE):
+    def __init__(self, patience: int = PATIENCE):
         self.patience, self.counts = patience, dict.fromkeys(COLLAPSES, 0)
 
-    def __call__(self, values):
+    def __call__(self, values: Mapping[str, float | None]) -> list[str]:
         """Take the values of a report and return warnings, one line each."""
         warnings = []
-        known = defaultdict(lambda: math.nan, {k: v for k, v in values.items() if isinstance(v, int | float)})
+        known = defaultdict(lambda: math.nan, {name: v for name, v in values.items() if v is not None})
         for name, (is_sign, text) in COLLAPSES.items():
             self.counts[name] = self.counts[name] + 1 if is_sign(known) else 0
             if self.counts[name] == self.patience:

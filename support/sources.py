@@ -34,7 +34,7 @@ PHOTOGRAPHS = {name: ("sklearn.datasets", f"images/{name}.jpg") for name in ("ch
 CROPS = {"train": 100, "val": 20}  # crops per photograph
 
 
-def add_source_arguments(add, layout) -> None:
+def add_source_arguments(add: Callable, layout: str, free: Callable | None = None) -> None:
     """Add the options of DataSpec to an argument group.
 
     Args:
@@ -44,11 +44,11 @@ def add_source_arguments(add, layout) -> None:
     kinds = "folder, imagenet100, tar, hf:NAME_OR_PATH, cifar10, torchvision:NAME, elpv, digits or photographs; hf and "
     kinds += "the last three need no --data_path"
     add("--dataset", type=dataset_name, default="folder", help=f"source of images: {kinds}")
-    add("--data_path", help=layout)
+    (free or add)("--data_path", help=layout)
     add("--classes", help="file with the class folders to use, one per line; imagenet100 has its own list")
     add("--image_column", help="column of the images, for hf. Default: the only one")
     add("--label_column", help="column of the labels, for hf. Default: the only one with class names, or label")
-    add("--download", action="store_true", help="let torchvision download its data set if it is missing")
+    (free or add)("--download", action="store_true", help="let torchvision download its data set if it is missing")
     add("--rebuild_index", action="store_true", help="read folders and tars again, even if there is an index")
     add("--train_images", type=number(int, 1), help="use only N training images, drawn once. Default: all")
     add("--tuning", action="store_true", help="hold out a fifth of the training images and use them as validation "

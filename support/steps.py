@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.checkpoints import may_change
 from support.files import read_json
+from support.options import may_change
 from support.report import read_log
 from utils import UserError
 

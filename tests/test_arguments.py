@@ -35,8 +35,8 @@ def test_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
 def test_bad_argument_files_are_one_line(tmp_path, capsys):
     files = {"typo.args": "--lrr 1", "loop.args": "@loop.args", "quote.args": "--name 'open"}
     messages = [
-        "unknown option --lrr in .*typo.args; did you mean --lr?",
-        "includes itself",
+        "unknown option --lrr; did you mean --lr?",
+        "more than 10 files deep",
         "No closing quotation",
         "No such file",
     ]
@@ -47,7 +47,7 @@ def test_bad_argument_files_are_one_line(tmp_path, capsys):
             parser().parse_args([f"@{tmp_path / name}"])
         assert error.value.code == 2
         text = capsys.readouterr().err
-        assert all(part in text for part in message.split(".*"))
+        assert message in text
         assert text.count("\n") == 1
 
 
@@ -61,12 +61,16 @@ def test_sub_commands_take_argument_files_and_name_their_own_near_options(tmp_pa
     (tmp_path / "typo.args").write_text("--lrs 1")
     for words, message in (
         (["train", "--lrr", "1"], "p: error: unknown option --lrr; did you mean --lr?"),
-        (
-            ["test", f"@{tmp_path}/typo.args"],
-            f"p: error: unknown option --lrs in {tmp_path}/typo.args; did you mean --lrr?",
-        ),
+        (["test", f"@{tmp_path}/typo.args"], "p: error: unknown option --lrs; did you mean --lrr?"),
     ):
         with pytest.raises(SystemExit) as error:
             p.parse_args(words)
         assert error.value.code == 2
         assert capsys.readouterr().err == message + "\n"
+
+
+def test_many_includes_end_at_once(tmp_path, capsys):
+    (tmp_path / "wide.args").write_text("@wide.args " * 1000)
+    with pytest.raises(SystemExit):
+        parser().parse_args([f"@{tmp_path / 'wide.args'}"])
+    assert "more than 10 files deep or 1048576 characters in all" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-import datetime
+import functools
 import json
 import math
 import os
@@ -17,44 +17,20 @@ import eval_knn
 import main_lgssl
 from augment import MultiCrop, normalize
 from losses import LocalGlobalLoss, plain_loss
-from main_lgssl import build_optimizer, parse_arguments
+from main_lgssl import parse_arguments, set_precision
 from patch_matching import match_patches
 from support.images import ResizedArray
 from support.loader import BatchSampler, ViewBatches
+from support.optimizers import build_optimizer, clip_each_gradient, multiply_each
 from support.weights import load_backbone
-from utils import UserError, clip_each_gradient, multiply_each, seed_networks
+from utils import Process, UserError, seed_networks
 from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead, Teacher, VisionTransformer, vit_micro
 
-TINY = [
-    "--arch",
-    "vit_micro",
-    "--patch_size",
-    "8",
-    "--image_size",
-    "40",
-    "--global_crops_size",
-    "32",
-    "--local_crops_size",
-    "16",
-    "--local_crops_number",
-    "2",
-    "--out_dim",
-    "24",
-    "--head_hidden_dim",
-    "32",
-    "--batch_size_per_gpu",
-    "4",
-    "--num_workers",
-    "0",
-    "--log_every",
-    "2",
-    "--drop_path_rate",
-    "0.2",
-    "--knn_every",
-    "0",
-    "--image_every",
-    "0",
-]
+TINY = (
+    "--arch vit_micro --patch_size 8 --image_size 40 --global_crops_size 32 --local_crops_size 16 "
+    "--local_crops_number 2 --out_dim 24 --head_hidden_dim 32 --batch_size_per_gpu 4 --num_workers 0 --log_every 2 "
+    "--drop_path_rate 0.2 --knn_every 0 --image_every 0"
+).split()
 
 
 def train(data, output, *more):
@@ -266,7 +242,7 @@ def test_without_distortion_whole_crops_are_the_images(tmp_path, geometry):
     def views(*more):
         args = parse_arguments([*map(str, words), "--geometry", geometry, *more])
         dataset, *_ = main_lgssl.open_images(args)
-        loader = main_lgssl.build_loader(args, dataset, range(2), 0, 1, torch.device("cpu"))
+        loader = main_lgssl.build_loader(args, dataset, range(2), Process(0, 1, torch.device("cpu")))
         for key in loader.sampler:
             batch, _ = loader.dataset.make_views(key)
             yield batch, np.stack([dataset[i][0] for i in key[2]])
@@ -615,8 +591,11 @@ def test_bad_images_end_the_run_or_are_replaced_by_the_next(photo_folder, tmp_pa
 def test_images_of_odd_shapes_train(tmp_path):
     for i, size in enumerate([(1, 1), (20000, 10), (10, 5000), (3, 4)]):
         Image.new("RGB", size, (50 * i, 9, 90)).save(tmp_path / f"{i}.png")
-    for loss in ("mean", "cls"):
-        train(tmp_path, tmp_path / loss, "--epochs", 1, "--loss", loss, *(("--image_size", 0) if loss == "cls" else ()))
+    for loss, size in (("mean", 40), ("cls", 0)):
+        train(tmp_path, tmp_path / loss, "--epochs", 1, "--loss", loss, "--image_size", size)
+        (logged,) = read(tmp_path / loss / "log.txt")
+        # A teacher that is almost uniform over K = 24 prototypes: the loss is close to ln K.
+        assert logged["train_loss"] == pytest.approx(math.log(24), rel=0.2)
 
 
 def test_few_periodic_checkpoints_are_kept(photo_folder, tmp_path):
@@ -696,24 +675,23 @@ def test_lower_precision_trains(photo_folder, tmp_path, precision):
 
 
 def test_precision_depends_on_the_device_unless_it_is_given(monkeypatch):
-    def chosen(words, device, capability=None, recorded=None):
+    def chosen(precision, device, capability=None):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        args = parse_arguments(words.split())
-        main_lgssl.set_precision(args, {"args": recorded} if recorded is not None else None, torch.device(device))
-        return args.precision
+        return set_precision(precision, torch.device(device))
 
     try:
-        assert [chosen("", "cpu"), chosen("", "cuda", (7, 5)), chosen("", "cuda", (8, 0))] == ["fp32", "fp16", "bf16"]
-        assert chosen("", "cuda", (9, 0), {"precision": "fp16"}) == "fp16"
-        assert chosen("", "cuda", (9, 0), {}) == "bf16"
-        assert chosen("--use_fp16 true", "cuda", (9, 0)) == "fp16"
-        assert chosen("--precision fp32", "cuda", (9, 0), {"precision": "fp32"}) == "fp32"
+        assert [chosen(None, "cpu"), chosen(None, "cuda", (7, 5)), chosen(None, "cuda", (8, 0))] == [
+            "fp32",
+            "fp16",
+            "bf16",
+        ]
+        assert [chosen(given, "cuda", (9, 0)) for given in ("fp16", "fp32")] == ["fp16", "fp32"]
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
-        assert chosen("--precision tf32", "cuda", (8, 0)) == "tf32"
+        assert chosen("tf32", "cuda", (8, 0)) == "tf32"
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
         for device, capability in (("cpu", None), ("cuda", (7, 5))):
             with pytest.raises(UserError, match="--precision tf32 needs a GPU"):
-                chosen("--precision tf32", device, capability)
+                chosen("tf32", device, capability)
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -756,11 +734,14 @@ def test_non_finite_gradient_never_reaches_a_checkpoint(photo_folder, tmp_path, 
     assert all(value.isfinite().all() for value in checkpoint["student"].values())
 
 
-@pytest.mark.parametrize("loss", ["cls", "mean"])
-def test_images_of_their_own_size(photographs, tmp_path, loss):
-    for i, photo in enumerate(photographs * 2):
-        photo.resize((60 + 20 * i, 90 - 10 * i)).save(tmp_path / f"{i}.png")
-    train(tmp_path, tmp_path / "out", "--epochs", 1, "--loss", loss, "--geometry", "image", "--image_size", 0)
+def test_images_of_one_size_need_no_resizing(photo_folder, tmp_path):
+    """With --image_size 0, images of 40x40 pixels train as with --image_size 40, whatever sizes others have."""
+    for path in photo_folder.glob("train/*/*.jpg"):
+        Image.open(path).resize((40, 40)).save(tmp_path / f"{path.parent.name}{path.stem}.png")
+    options = ("--epochs", 1, "--geometry", "image", "--image_size")
+    assert_same_state(train(tmp_path, tmp_path / "a", *options, 0), train(tmp_path, tmp_path / "b", *options, 40))
+    Image.new("RGB", (60, 90), "red").save(tmp_path / "odd.png")
+    assert train(tmp_path, tmp_path / "c", *options, 0)["step"] == 3
 
 
 def test_batch_norm_in_the_head_and_learned_norms(photo_folder, tmp_path):
@@ -770,101 +751,64 @@ def test_batch_norm_in_the_head_and_learned_norms(photo_folder, tmp_path):
     assert not torch.equal(student["head.last_layer.weight_g"], torch.ones(24, 1))
 
 
-def test_no_local_views(photo_folder, tmp_path):
-    train(photo_folder, tmp_path, "--epochs", 1, "--local_crops_number", 0)
+def test_without_local_views_the_two_global_views_are_matched(photo_folder, tmp_path):
+    train(photo_folder, tmp_path, "--epochs", 1, "--local_crops_number", 0, "--global_crops_scale", 1, 1)
+    (logged,) = read(tmp_path / "log.txt")
+    assert logged["train_matched_patches"] == 16  # both show the whole image
 
 
-class Stop(Exception):
-    pass
+# What each option changes in two steps from the same weights: the loss of the first step, the weights of the student or
+# the teacher after the second, the names or shapes of weights, or a logged value
+EFFECTS = {
+    "--loss sum": "loss", "--matching nearest": "loss", "--geometry image": "loss", "--seed 7": "loss",
+    "--image_size 50": "loss", "--global_crops_scale 0.8 0.9": "loss", "--local_crops_scale 0.6 0.7": "loss",
+    "--local_crops_number 3": "loss", "--flip_prob 1": "loss", "--distortion 0.4": "loss",
+    "--teacher_temp 0.5 --warmup_teacher_temp_epochs 0": "loss",
+    "--warmup_teacher_temp 0.5 --warmup_teacher_temp_epochs 3": "loss", "--drop_path_rate 0.5": "loss",
+    "--train_images 11": "loss", "--precision bf16": "loss", "--init_weights {other}": "loss",
+    "--loss lambda": "loss", "--loss lambda --lambda_cls 0.9": "loss", "--accum_steps 2": "loss",
+    "--center shared": "student", "--lr 0.001": "lr", "--min_lr 0.01": "lr", "--warmup_epochs 1": "lr",
+    "--weight_decay 0.3": "wd", "--weight_decay_end 0.9": "wd", "--clip_grad 0.001": "student",
+    "--optimizer sgd": "student", "--momentum_teacher 0.1": "teacher", "--freeze_last_layer 1": "student",
+    "--freeze_backbone 1": "student", "--global_crops_size 40": "shapes", "--local_crops_size 24": "loss",
+    "--patch_size 4": "shapes", "--out_dim 20": "shapes", "--head_hidden_dim 20": "shapes", "--arch vit_tiny": "shapes",
+    "--use_bn_in_head true": "shapes", "--norm_last_layer false": "student", "--batch_size_per_gpu 5": "loss",
+}  # fmt: skip
 
 
-def test_every_option_reaches_what_it_is_for(tmp_path, monkeypatch):
-    """Run with no option at its default and inspect the arguments of each part of the training."""
-    given = {"networks": [], "schedules": {}, "precisions": []}
+@pytest.fixture(scope="module")
+def two_steps(photo_folder, tmp_path_factory):
+    """Train for two steps with some options, once, and return the parts of the run that options change."""
 
-    def record(name, module=main_lgssl):
-        original = getattr(module, name)
+    @functools.cache
+    def run(options):
+        folder = tmp_path_factory.mktemp("two")
+        usual = "--epochs 1 --batch_size_per_gpu 6 --log_every 1 --warmup_epochs 0 --freeze_last_layer 0 --lr 0.05"
+        checkpoint = train(photo_folder, folder, *usual.split(), *options.split())
+        steps = read(folder / "steps.jsonl")
+        shapes = {name: list(value.shape) for name, value in checkpoint["student"].items()}
+        return {"shapes": shapes, **{name: steps[-1][name] for name in ("lr", "wd")}, "loss": steps[0]["loss"],
+                "student": checkpoint["student"], "teacher": checkpoint["teacher"], "folder": folder}  # fmt: skip
 
-        def call(*arguments, **named):
-            given[name] = (*arguments, *named.values())
-            return original(*arguments, **named)
+    return run
 
-        monkeypatch.setattr(module, name, call)
 
-    def build(patch_size, img_size, drop_path_rate):
-        given["networks"].append((patch_size, img_size, drop_path_rate))
-        return vit_micro(patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
+def differ(a, b):
+    if isinstance(a, dict) and torch.is_tensor(next(iter(a.values()))):
+        return any(not torch.equal(a[name], b[name]) for name in a)
+    return a != b
 
-    monkeypatch.setitem(main_lgssl.ARCHITECTURES, "vit_micro", build)
-    for name in (
-        *("MultiCrop", "LocalGlobalLoss", "DINOHead", "Teacher", "ViewBatches", "BatchSampler", "Meters"),
-        *("teacher_temperature", "seed_networks", "clip_each_gradient", "Report", "batches_on_device"),
-    ):
-        record(name)
-    autocast = torch.autocast
-    monkeypatch.setattr(
-        torch, "autocast", lambda *a, **b: (given["precisions"].append((*a, *b.values())), autocast(*a, **b))[1]
-    )
-    cosine = main_lgssl.cosine_schedule
 
-    def schedule(step, total_steps, base, final, warmup_steps=0):
-        given["schedules"][base, final] = [
-            cosine(s, total_steps, base, final, warmup_steps) for s in (0, warmup_steps, total_steps)
-        ]
-        return cosine(step, total_steps, base, final, warmup_steps)
-
-    def step(optimizer, *_):
-        head = [
-            p.grad for name, p in given["student"].named_parameters() if name.startswith("head.last_layer.weight_v")
-        ]
-        given["frozen"] = head == [None]
-        raise Stop
-
-    def join(dist_url, timeout):
-        given["timeout"] = timeout
-        return 0, 1, torch.device("cpu")
-
-    original = main_lgssl.build_optimizer
-    monkeypatch.setattr(
-        main_lgssl, "build_optimizer", lambda name, student: (given.update(student=student), original(name, student))[1]
-    )
-    monkeypatch.setattr(torch.amp.GradScaler, "step", step)
-    monkeypatch.setattr(main_lgssl, "cosine_schedule", schedule)
-    monkeypatch.setattr(main_lgssl, "init_distributed", join)
-    words = (
-        "--dataset digits --loss lambda --lambda_cls 0.3 --matching nearest --geometry image --center shared --seed 7 "
-        "--arch vit_micro --patch_size 4 --out_dim 30 --norm_last_layer false --use_bn_in_head false "
-        "--head_hidden_dim 20 --drop_path_rate 0.25 --momentum_teacher 0.9 --warmup_teacher_temp 0.05 "
-        "--teacher_temp 0.06 --warmup_teacher_temp_epochs 3 --epochs 9 --batch_size_per_gpu 8 --lr 1.6 --min_lr 0.01 "
-        "--warmup_epochs 2 --weight_decay 0.1 --weight_decay_end 0.2 --clip_grad 1.5 --freeze_last_layer 2 "
-        "--precision bf16 --accum_steps 2 --image_size 40 --global_crops_size 24 --local_crops_size 12 "
-        "--global_crops_scale 0.5 0.9 --local_crops_scale 0.1 0.2 --local_crops_number 3 --flip_prob 0.2 "
-        "--num_workers 0 --log_every 5 --on_bad_image skip --max_bad_images 0.5 --dist_timeout 77 "
-        "--distortion 0.4 --train_images 1392"
-    )
-    with pytest.raises(Stop):
-        main_lgssl.main([*words.split(), "--output_dir", str(tmp_path)])
-    assert given["MultiCrop"] == (24, 12, [0.5, 0.9], [0.1, 0.2], 3, 0.2, "image", 7, 0.4)
-    assert given["LocalGlobalLoss"] == (30, 36, "lambda", 0.3, "shared")
-    assert given["DINOHead"] == (96, 30, False, False, 20)
-    assert given["Teacher"][2:] == (True,)
-    assert given["networks"] == [(4, 24, 0.25), (4, 24, 0.0)]  # the teacher has no stochastic depth
-    assert given["ViewBatches"][2:] == (4, "nearest", 0, True)
-    assert given["Meters"][1:] == ("bf16", 36, 696)
-    assert given["timeout"] == datetime.timedelta(seconds=77)
-    assert given["ViewBatches"][0][0][0].shape == (40, 40, 3)
-    assert given["BatchSampler"] == (1392, 8, range(9 * 87), 2, 0, 1, 7)
-    assert given["teacher_temperature"] == (0, 0.05, 0.06, 3)
-    assert given["seed_networks"] == (7, 0, 0, 1)  # the last micro-step of the first step
-    assert given["clip_each_gradient"][1] == 1.5
-    assert given["frozen"]
-    assert ("cpu", torch.bfloat16, True) in given["precisions"]
-    assert given["Report"] == (tmp_path, 0, 9, 87, 2 * 87)
-    expected = {"lr": (0.1, 0.01), "weight decay": (0.1, 0.2), "momentum": (0.9, 1.0)}
-    for name, (start, end) in expected.items():
-        first, after_warmup, last = given["schedules"][start, end]
-        assert (after_warmup, last) == pytest.approx((start, end)), name
-        assert first == (0 if name == "lr" else start), name  # 2 epochs of warm-up
+@pytest.mark.parametrize("option", EFFECTS)
+def test_every_option_has_its_effect(two_steps, option):
+    effect, usual = EFFECTS[option], two_steps("")
+    usual = two_steps("--loss lambda") if "--lambda_cls" in option else usual
+    changed = two_steps(option.format(other=two_steps("--seed 5")["folder"] / "checkpoint.pth"))
+    assert differ(changed[effect], usual[effect])
+    if effect not in ("loss", "shapes"):
+        assert changed["loss"] == usual["loss"]  # the first step is the same
+    if effect == "teacher":
+        assert not differ(changed["student"], usual["student"]) or "momentum" in option
 
 
 def test_steps_between_two_reports_are_those_of_log_every(photo_folder, tmp_path):

@@ -8,8 +8,10 @@ from losses import LocalGlobalLoss
 from patch_matching import match_views
 from support.loader import ViewBatches
 from support.meters import Meters, measure
-from utils import UserError
+from utils import Process, UserError
 from vision_transformer import BackboneWithHead, DINOHead, Teacher, vit_micro
+
+PROCESS = Process(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("rule", ["paper", None])
@@ -69,7 +71,7 @@ def test_matched_patches_are_counted_once_in_every_pair_of_views():
     """Views of 4×4 patches: the same, one that shares 2×4 patches, one that shares 1×1, and one apart."""
     boxes = [[[0, 0, 32, 32]], [[0, 0, 32, 32]], [[16, 0, 32, 32]], [[24, 24, 32, 32]], [[50, 50, 32, 32]]]
     matches = match_views(boxes, [[False]] * 5, [(4, 4)] * 5, 3)
-    meters = Meters(torch.device("cpu"), "fp32", 9)
+    meters = Meters(PROCESS, "fp32", 9)
     for _ in range(2):  # two micro-batches of a step
         meters.add(torch.tensor(1.5), matches, {}, accum_steps=2)
     meters.end_step(0, torch.ones(1))
@@ -83,7 +85,7 @@ def test_matched_patches_are_counted_once_in_every_pair_of_views():
 
 
 def test_fp16_gives_up_after_many_steps_without_a_finite_gradient():
-    meters = Meters(torch.device("cpu"), "fp16", 4)
+    meters = Meters(PROCESS, "fp16", 4)
     bad, good = torch.tensor([1.0, math.inf]), torch.tensor([1.0, 2.0])
     for step in range(40):
         meters.add(torch.tensor(1.0), CLS_ALONE, {})

@@ -21,10 +21,11 @@ from support.loader import ViewBatches
 from support.meters import Meters
 from support.observe import OnlineKNN, environment, is_due, training_pictures
 from support.sources import DataSpec
-from utils import UserError
+from utils import Process, UserError
 from vision_transformer import vit_micro
 
 WATCHED = ("--knn_every", 1, "--image_every", 1)
+PROCESS = Process(0, 1, torch.device("cpu"))
 KNN = {"crop_size": 32, "batch_size": 4, "num_workers": 0}
 
 
@@ -201,11 +202,11 @@ def test_tensorboard_has_pictures_histogram_and_hyperparameters(photo_folder, tm
 def test_histogram_counts_pairs_of_views():
     boxes = np.array([[[0, 0, 32, 32]], [[0, 0, 32, 32]], [[0, 0, 16, 16]], [[40, 40, 8, 8]]])
     flips, grids = np.zeros((4, 1), bool), [(4, 4), (4, 4), (2, 2), (2, 2)]
-    meters = Meters(torch.device("cpu"), "fp32", 16)
+    meters = Meters(PROCESS, "fp32", 16)
     meters.add(torch.tensor(1.0), match_views(boxes, flips, grids, 3), {})
     state = meters.state_dict()
-    resumed = Meters(torch.device("cpu"), "fp32", 16)
-    resumed.load_state_dict(state, 0)
+    resumed = Meters(PROCESS, "fp32", 16)
+    resumed.load_state_dict(state)
     for m in (meters, resumed):
         _, counts = m.end_epoch()
         # Of each of 3 images: the two global views with each other, each with the quarter, and with nothing in common.

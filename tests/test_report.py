@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from support.report import CollapseWatch, Report
+from support.report import CollapseWatch, Report, hide_tensorboard_errors
 
 HEALTHY = {"entropy_share": 0.6, "output_information": 1.2, "cls_cosine": 0.5}
 
@@ -77,16 +77,17 @@ def test_a_run_goes_on_without_a_writable_folder_for_tensorboard(tmp_path, monke
         if now == moment:
             monkeypatch.setattr(io, "open", open_elsewhere)
 
-    reaches("start")
-    report = Report(tmp_path, start_step=0, epochs=1, steps_per_epoch=10)
-    report.start({}, {}, "vit_micro/8, loss mean")
-    reaches("reports")
-    for step in range(10):
-        report.interval(0, step, 1.0, {**HEALTHY, "loss": 2.0, "lr": 0.1, "images_per_s": 1.0})
-    report.epoch(0, 9, {"loss": 2.0})
-    reaches("end")
-    report.histogram("matched_patches_per_pair", torch.tensor([0, 3]), 9)
-    report.end({}, signal.SIGTERM if moment == "end" else None)
+    with hide_tensorboard_errors():
+        reaches("start")
+        report = Report(tmp_path, start_step=0, epochs=1, steps_per_epoch=10)
+        report.start({}, {}, "vit_micro/8, loss mean")
+        reaches("reports")
+        for step in range(10):
+            report.interval(0, step, 1.0, {**HEALTHY, "loss": 2.0, "lr": 0.1, "images_per_s": 1.0})
+        report.epoch(0, 9, {"loss": 2.0})
+        reaches("end")
+        report.histogram("matched_patches_per_pair", torch.tensor([0, 3]), 9)
+        report.end({}, signal.SIGTERM if moment == "end" else None)
     warning = line.format(tb=tmp_path / "tb")
     assert capfd.readouterr().err == f"warning: {warning}\n"
     assert len((tmp_path / "steps.jsonl").read_text().splitlines()) == 10
@@ -95,8 +96,9 @@ def test_a_run_goes_on_without_a_writable_folder_for_tensorboard(tmp_path, monke
 
 def test_the_error_of_another_thread_is_printed(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
-    Report(tmp_path, start_step=0, epochs=1, steps_per_epoch=10)
-    thread = threading.Thread(target=lambda: 1 / 0)
-    thread.start()
-    thread.join()
+    with hide_tensorboard_errors():
+        thread = threading.Thread(target=lambda: 1 / 0)
+        thread.start()
+        thread.join()
+    assert threading.excepthook is threading.__excepthook__
     assert "ZeroDivisionError" in capfd.readouterr().err

@@ -114,12 +114,12 @@ def test_only_regular_files_of_text_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, reason in (
         ("a", "can't decode"),
-        ("pipe", "no regular file"),
+        ("pipe", "not a regular file"),
         (".", "a folder"),
         ("b\0", "null"),
         ("c", "No such"),
     ):
         with pytest.raises(utils.UserError, match=f"cannot read .*{reason}"):
             files.read_text(tmp_path / name)
-    with pytest.raises(utils.UserError, match="it has 5 bytes, expected at most 4"):
+    with pytest.raises(utils.UserError, match="5 bytes are more than 4"):
         files.read_text(tmp_path / "a", max_bytes=4)
