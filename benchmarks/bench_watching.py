@@ -97,7 +97,7 @@ def seconds_per_step(options, board, parts) -> float:
                 mock.patch.object(main_lgssl.Report, "pictures", timed(pictures, writing)),
             ]
         else:
-            patches.append(mock.patch("torch.utils.tensorboard.SummaryWriter", Silent))
+            patches.append(mock.patch("support.report.SummaryWriter", Silent))
         for patch in patches:
             patch.start()
         try:

@@ -1,9 +1,11 @@
 """Stopping a run early: signals, and the agreement of all processes on the last step."""
 
+import datetime
 import os
 import signal
 import threading
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,22 +29,25 @@ class StopRequest:
         agreed: signal for which all processes stop now, or None. SIGTERM wins over other signals.
     """
 
-    def __init__(self):
-        self.signal = self.agreed = None
-        self._interrupted = None  # time of the first SIGINT
-        self._group = self._pending = self._flag = None
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.agreed: signal.Signals | None = None
+        self._interrupted: float | None = None  # time of the first SIGINT
+        self._group: Any = None  # process group on which all agree
+        self._pending: dist.Work | None = None
+        self._flag = torch.tensor([0])
 
-    def __enter__(self):
-        self._earlier = {}
+    def __enter__(self) -> "StopRequest":
+        self._earlier: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             self._earlier = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
 
-    def _note(self, number, frame):
+    def _note(self, number: int, frame: object) -> None:
         if number == signal.SIGINT:
             if "TORCHELASTIC_RUN_ID" not in os.environ:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -56,7 +61,7 @@ class StopRequest:
             os.write(2, f"{signal.Signals(number).name}: stopping after this step; Ctrl-C ends at once\n".encode())
         self.signal = self.signal or signal.Signals(number)
 
-    def join(self, timeout) -> None:
+    def join(self, timeout: datetime.timedelta) -> None:
         """Create the process group on which all processes agree. A collective call."""
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=timeout)
@@ -78,7 +83,7 @@ class StopRequest:
             self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
 
-def ignore_signals(_=None) -> None:
+def ignore_signals(_: object = None) -> None:
     """Ignore the signals in a data-loading worker: terminals and SLURM send them to workers too."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

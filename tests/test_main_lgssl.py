@@ -811,6 +811,17 @@ def test_every_option_has_its_effect(two_steps, option):
         assert not differ(changed["student"], usual["student"]) or "momentum" in option
 
 
+def test_arguments_are_not_written_to(photo_folder, tmp_path):
+    """What is resolved later, such as the precision, stands in the run's settings and its args.json."""
+    args = parse_arguments([*TINY, "--data_path", str(photo_folder), "--output_dir", str(tmp_path)])
+    before = dict(vars(args))
+    run = main_lgssl.build_run(args, main_lgssl.StopRequest())
+    os.close(run.lock)
+    assert vars(args) == before
+    assert (before["precision"], run.settings["precision"]) == (None, "fp32")
+    assert json.loads((tmp_path / "args.json").read_text()) == run.settings
+
+
 def test_steps_between_two_reports_are_those_of_log_every(photo_folder, tmp_path):
     train(photo_folder, tmp_path, "--epochs", 2, "--log_every", 2)
     assert [entry["step"] for entry in read(tmp_path / "steps.jsonl")] == [1, 2, 3, 5]
