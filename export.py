@@ -2,7 +2,7 @@
 
     python export.py --pretrained_weights OUT/checkpoint.pth --output_dir EXPORT --onnx
 
-This command writes `model.safetensors` and `config.json`, which timm (1.0.16 or newer) reads with
+It writes `model.safetensors` and `config.json`, which timm (1.0.16 or newer) reads with
 
     timm.create_model("local-dir:EXPORT", pretrained=True)
 
@@ -15,28 +15,30 @@ import argparse
 import contextlib
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import timm
 import torch
 
 from augment import MEAN, STD
 from support import evaluation
 from support.files import atomic_write, make_folder, write_safetensors
+from support.weights import load_backbone
 from utils import UserError, run_main
-from vision_transformer import WIDTHS
+from vision_transformer import WIDTHS, VisionTransformer
 
 TOLERANCE = 1e-3  # largest accepted difference of a token's values, which are of the order of 1
 
 
-def timm_config(backbone) -> dict:
+def timm_config(backbone: VisionTransformer) -> dict[str, Any]:
     """Return the contents of `config.json`: the timm model that fits the backbone's weights, and its input.
 
     Architectures and patch sizes without a name in timm are ViT-Ti/16 with other arguments. The input is cropped as in
     support.features.eval_transform.
     """
-    import timm  # not at the top: timm takes longer to import than torch
-
     side, patch_size = backbone.patch_embed.img_size[0], backbone.patch_embed.patch_size[0]
     name = f"{WIDTHS.get(backbone.embed_dim)}_patch{patch_size}_224"
     # fmt: off
@@ -57,25 +59,32 @@ def timm_config(backbone) -> dict:
     # fmt: on
 
 
-def timm_model(config, state) -> torch.nn.Module:
+def timm_model(config: dict[str, Any], state: dict[str, torch.Tensor]) -> timm.models.VisionTransformer:
     """Build the model of a `timm_config` with the weights `state`."""
-    import timm
-
     model = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
     model.load_state_dict(state)
     return model.eval()
 
 
-def onnx_program(backbone) -> torch.onnx.ONNXProgram:
-    """Convert a backbone to ONNX for batches of any size."""
+def write_onnx(backbone: VisionTransformer, path: Path) -> None:
+    """Write a backbone as ONNX for batches of any size."""
     side = backbone.patch_embed.img_size[0]
     images = torch.zeros(2, 3, side, side)  # torch.export would treat a batch of 1 as a constant
-    options = {"input_names": ["images"], "output_names": ["tokens"], "dynamo": True, "verbose": False}
-    return torch.onnx.export(backbone, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},), **options)
+    torch.onnx.export(
+        backbone,
+        (images,),
+        path,
+        input_names=["images"],
+        output_names=["tokens"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
 
 
 @torch.no_grad()
-def largest_difference(network, backbone, batch_sizes) -> float:
+def largest_difference(network: Callable, backbone: VisionTransformer, batch_sizes: tuple[int, ...]) -> float:
     """Return the largest absolute difference between the tokens of two networks on random images.
 
     Raises:
@@ -92,7 +101,7 @@ def largest_difference(network, backbone, batch_sizes) -> float:
     return largest
 
 
-def check_onnx(path, backbone) -> str:
+def check_onnx(path: Path, backbone: VisionTransformer) -> str:
     """Compare an ONNX file with its backbone in onnxruntime, with batches of 1 and 3, and return the result as text.
 
     Raises:
@@ -104,13 +113,13 @@ def check_onnx(path, backbone) -> str:
         return "not checked, onnxruntime is not installed"
     session = InferenceSession(path, providers=["CPUExecutionProvider"])
 
-    def network(images):
+    def network(images: torch.Tensor) -> torch.Tensor:
         return torch.tensor(session.run(["tokens"], {"images": np.asarray(images)})[0])
 
     return f"largest difference from the source in onnxruntime {largest_difference(network, backbone, (1, 3)):.1e}"
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = evaluation.model_parser(__doc__)
     add = parser.add_argument_group("output").add_argument
@@ -119,29 +128,29 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Export all files, or none if one cannot be written or checked."""
     args = parse_arguments(argv)
     folder = args.output_dir
-    names = ["model.safetensors", "config.json"] + ["model.onnx"] * args.onnx
+    names = ["model.safetensors", "config.json", *(["model.onnx"] if args.onnx else [])]
     for path in (folder / name for name in names):
         if path.exists():
             raise UserError(f"{path} already exists and is not overwritten: remove it, or give another --output_dir")
     if args.onnx and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
         raise UserError("--onnx needs more packages: pip install onnx onnxscript onnxruntime")
-    backbone, *_ = evaluation.open_model(*evaluation.model_options(args), seed=0)
+    torch.manual_seed(0)  # of random weights
+    backbone, _ = load_backbone(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
     make_folder(folder, "--output_dir")
 
     config, state = timm_config(backbone), backbone.state_dict()
     difference = largest_difference(timm_model(config, state).forward_features, backbone, (1,))
-    program = onnx_program(backbone) if args.onnx else None
     with contextlib.ExitStack() as stack:  # renames the files only if all are complete
-        weights, text, *graph = [stack.enter_context(atomic_write(folder / name)) for name in names]
-        for path in graph:
-            program.save(path, external_data=False)
-            checked = check_onnx(path, backbone)
-        write_safetensors(state, weights, {"format": "pt"})
-        text.write_text(json.dumps(config, indent=2) + "\n")
+        paths = {name: stack.enter_context(atomic_write(folder / name)) for name in names}
+        if args.onnx:
+            write_onnx(backbone, paths["model.onnx"])
+            checked = check_onnx(paths["model.onnx"], backbone)
+        write_safetensors(state, paths["model.safetensors"], {"format": "pt"})
+        paths["config.json"].write_text(json.dumps(config, indent=2) + "\n")
     side = backbone.patch_embed.img_size[0]
     print(f'{folder}: read it with timm.create_model("local-dir:{folder}", pretrained=True), timm 1.0.16 or newer')
     print(f"images of {side}x{side} pixels: largest difference of timm's forward_features {difference:.1e}")

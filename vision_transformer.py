@@ -1,4 +1,4 @@
-"""The ViT, the DINO head, the student and the teacher."""
+"""The networks: the ViT, its sizes, DINO's projection head, student and teacher."""
 
 import math
 from collections.abc import Sequence
@@ -13,15 +13,6 @@ from torch import nn
 from utils import UserError
 
 MAX_SIDE = 8192  # largest side of a view or patch in pixels
-
-
-def interpolate_positions(pos_embed: torch.Tensor, own: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
-    """Interpolate a position embedding [1, 1+P, D], CLS first, from a grid (rows, columns) to another, as DINO does."""
-    grid = pos_embed[:, 1:].unflatten(1, own).permute(0, 3, 1, 2)
-    # As DINO: no antialiasing. Adding 0.1 guards against rounding and shifts the sampling points slightly.
-    scale = ((new[0] + 0.1) / own[0], (new[1] + 0.1) / own[1])
-    grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", recompute_scale_factor=False)
-    return torch.cat([pos_embed[:, :1], grid.flatten(2).mT], dim=1)
 
 
 class VisionTransformer(TimmVisionTransformer):
@@ -66,13 +57,12 @@ class VisionTransformer(TimmVisionTransformer):
         q, k, _ = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, 1+P, D/heads]
         return (q @ k.mT * attention.scale).softmax(-1)
 
-    def _embed(self, images):
+    def _embed(self, images: torch.Tensor) -> torch.Tensor:
         """Return the input of the first block, with CLS and position embedding: [B, 3, H, W] -> [B, 1+P, D]."""
         height, width = images.shape[-2:]
         patch_height, patch_width = self.patch_embed.patch_size
         if height < patch_height or width < patch_width:
-            expected = f"at least one patch of {patch_height}x{patch_width}"
-            raise ValueError(f"found an image of {height}x{width} pixels, expected {expected}")
+            raise ValueError(f"an image of {height}x{width} is smaller than a patch of {patch_height}x{patch_width}")
         rows, columns = height // patch_height, width // patch_width
         images = images[..., : rows * patch_height, : columns * patch_width]
         # The convolution of patch_embed as one matrix product, which takes a fraction of the time in bf16 on a GPU.
@@ -80,13 +70,24 @@ class VisionTransformer(TimmVisionTransformer):
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, P, 3 * pixels]
         projection = self.patch_embed.proj
         x = self.patch_embed.norm(F.linear(patches, projection.weight.flatten(1), projection.bias))
-        own_rows, own_columns = self.patch_embed.grid_size
         pos_embed = self.pos_embed
         # As DINO: interpolate for every image that is not square, even if its number of patches is the trained one.
-        if rows * columns != own_rows * own_columns or height != width:
-            pos_embed = interpolate_positions(pos_embed, (own_rows, own_columns), (rows, columns))
+        if rows * columns != pos_embed.shape[1] - 1 or height != width:
+            pos_embed = interpolate_positions(pos_embed, self.patch_embed.grid_size, (rows, columns))
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         return self.pos_drop(x + pos_embed)
+
+
+def interpolate_positions(pos_embed: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """Resize a position embedding [1, 1+P, D], CLS first, from one grid (rows, columns) of patches to another.
+
+    Bicubic and without antialiasing, as in DINO. The value of CLS stays.
+    """
+    values = pos_embed[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, rows, columns]
+    # As DINO: adding 0.1 guards against rounding and shifts the sampling points slightly.
+    scale = ((new_grid[0] + 0.1) / grid[0], (new_grid[1] + 0.1) / grid[1])
+    values = F.interpolate(values, scale_factor=scale, mode="bicubic", recompute_scale_factor=False)
+    return torch.cat([pos_embed[:, :1], values.flatten(2).mT], dim=1)
 
 
 def vit_micro(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
@@ -110,8 +111,7 @@ def vit_base(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
 
 
 ARCHITECTURES = {"vit_micro": vit_micro, "vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base}
-# Architecture by embedding width, for weights saved without arguments. Add new architectures to both dictionaries.
-PROJECTION = "patch_embed.proj.weight"
+# Architecture by width, for weights saved without arguments. Add new architectures to both dictionaries.
 WIDTHS = {96: "vit_micro", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
 
 
@@ -227,7 +227,8 @@ class BackboneWithHead(nn.Module):
         tokens = torch.cat([output.flatten(0, 1) for output in outputs])
         if rows is not None:
             tokens = tokens[rows]
-        return TokenOutput(self.head(tokens), *self.head.prototypes(), cls_features)
+        prototypes, scale = self.head.prototypes()
+        return TokenOutput(self.head(tokens), prototypes, scale, cls_features)
 
 
 class Teacher(BackboneWithHead):
@@ -255,4 +256,4 @@ class Teacher(BackboneWithHead):
             return out._replace(mean_bottleneck=out.bottleneck.float().mean(0, keepdim=True))
         out = super().forward(views)
         mean = out.bottleneck.float().unflatten(0, (len(views[0]), -1)).mean(0)
-        return out._replace(bottleneck=out.bottleneck[rows], mean_bottleneck=mean)
+        return out._replace(bottleneck=out.bottleneck if rows is None else out.bottleneck[rows], mean_bottleneck=mean)

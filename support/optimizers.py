@@ -1,12 +1,13 @@
 """SGD and LARS whose steps can be skipped without waiting for the GPU, and clipping of gradients."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import timm.optim
 import torch
 
 
-class SkippableStep:
+class SkippableStep(torch.optim.Optimizer):
     """Skips a step with gradients that are not finite, as PyTorch's fused AdamW does.
 
     With this attribute, GradScaler does not wait for the device to decide whether to call `step`, but calls it with
@@ -16,7 +17,7 @@ class SkippableStep:
     _step_supports_amp_scaling = True
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         found_inf = getattr(self, "found_inf", None)
         self.found_inf = self.grad_scale = None  # SGD itself handles them only when fused
         if found_inf is None or found_inf.device.type == "cpu":
@@ -29,7 +30,7 @@ class SkippableStep:
             # A momentum buffer that this step has created starts at 0.
             torch.where(found_inf > 0, before.get(name, value.new_zeros(())), value, out=value)
 
-    def _values(self):
+    def _values(self) -> Iterator[tuple[Any, torch.Tensor]]:
         """Yield ((parameter, kind), tensor) of all parameters with a gradient and of their momentum."""
         for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             yield (parameter, "value"), parameter
@@ -48,7 +49,7 @@ class Lars(SkippableStep, timm.optim.Lars):
     """
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         decays = [group["weight_decay"] for group in self.param_groups]
         for group, decay in zip(self.param_groups, decays, strict=True):
             for parameter in group["params"] if decay else ():

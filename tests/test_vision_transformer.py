@@ -1,13 +1,7 @@
-import argparse
-
 import numpy as np
 import pytest
-import timm
 import torch
-from safetensors.torch import save_file
 
-import vision_transformer
-from support.weights import load_backbone
 from utils import UserError
 from vision_transformer import (
     ARCHITECTURES,
@@ -15,6 +9,7 @@ from vision_transformer import (
     BackboneWithHead,
     DINOHead,
     Teacher,
+    architecture,
     vit_base,
     vit_micro,
     vit_small,
@@ -59,7 +54,7 @@ def test_remainder_is_dropped():
     assert torch.equal(tokens, network(image[..., :144]))
     assert network.get_intermediate_layers(image)[0].shape == tokens.shape
     assert network.get_last_selfattention(image).shape == (1, 3, 127, 127)
-    with pytest.raises(ValueError, match="8x149 pixels, expected at least one patch of 16x16"):
+    with pytest.raises(ValueError, match="8x149 is smaller than a patch of 16x16"):
         network(image[:, :, :8])
 
 
@@ -91,9 +86,10 @@ def test_position_embedding_is_interpolated_where_dino_does(height, width):
     """For an image that is not square DINO interpolates, even if its grid or number of patches is the trained one."""
     network = vit_micro(16, img_size=64)
     torch.nn.init.normal_(network.pos_embed)
+    network.blocks, network.norm = torch.nn.Sequential(), torch.nn.Identity()  # what is left is the embedding
     images = torch.randn(1, 3, height, width)
     with torch.no_grad():
-        tokens = network._embed(images)[0]
+        tokens = network(images)[0]
         patches = network.patch_embed.proj(images).flatten(2).mT[0]  # a convolution ignores the remainder too
     expected = dinos_position_embedding(network.pos_embed.detach(), 16, height, width)
     own = tokens - torch.cat([network.cls_token[0].detach(), patches])
@@ -109,6 +105,7 @@ def test_sizes_are_the_papers(build, dim, heads, millions):
         network = build(16)
     assert (network.embed_dim, len(network.blocks), network.blocks[0].attn.num_heads) == (dim, 12, heads)
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert ARCHITECTURES[WIDTHS[dim]] is build
 
 
 def test_initialization_is_dinos():
@@ -183,123 +180,14 @@ def test_teacher_averages_every_position_over_the_views_or_cls_alone():
     out = teacher(views, rows)
     torch.testing.assert_close(out.bottleneck, every[rows])
     torch.testing.assert_close(out.mean_bottleneck, torch.stack([every[p::17].mean(0) for p in range(17)]))
+    torch.testing.assert_close(teacher(views).bottleneck, every)  # without rows, all tokens
     of_cls = Teacher(backbone, head, average_patches=False)(views, torch.arange(0, 68, 17))
     torch.testing.assert_close(of_cls.mean_bottleneck, out.mean_bottleneck[:1])
     assert set(teacher.state_dict()) == set(BackboneWithHead(backbone, head).state_dict())
 
 
-def assert_same(backbone, network):
-    for (name, own), (other, expected) in zip(backbone.state_dict().items(), network.state_dict().items(), strict=True):
-        assert name == other
-        assert torch.equal(own, expected)
-
-
-def test_dinos_names_of_architectures_are_taken(tmp_path):
-    torch.save({"teacher": vit_micro(8).state_dict(), "args": {"arch": "vit_micro"}}, tmp_path / "checkpoint.pth")
-    assert load_backbone(tmp_path / "checkpoint.pth", arch="deit_micro")[1]["arch"] == "vit_micro"
-    assert load_backbone("none", arch="deit_micro", patch_size=8)[0].embed_dim == 96
-    with pytest.raises(UserError, match="no architecture resnet50 .convolutional"):
-        load_backbone("none", arch="resnet50")
-
-
-def test_dinos_full_checkpoint_is_read(tmp_path):
-    """As DINO saves it: wrapped networks, Namespace, and NumPy scalars in the optimizer's state."""
-    teacher, student = vit_micro(8), vit_micro(8)
-    head = DINOHead(96, 20, hidden_dim=32).state_dict()
-    contents = {
-        "student": {f"module.backbone.{k}": v for k, v in student.state_dict().items()}
-        | {f"module.head.{k}": v for k, v in head.items()},
-        "teacher": {f"backbone.{k}": v for k, v in teacher.state_dict().items()}
-        | {f"head.{k}": v for k, v in head.items()},
-        "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(0.1), "weight_decay": np.float64(0.4)}]},
-        "epoch": 3,
-        "args": argparse.Namespace(arch="vit_micro", patch_size=8, data_path="/data"),
-    }
-    torch.save(contents, tmp_path / "checkpoint.pth")
-    backbone, args = load_backbone(tmp_path / "checkpoint.pth")
-    assert_same(backbone, teacher)
-    assert not backbone.training
-    assert args["data_path"] == "/data"
-    assert_same(load_backbone(tmp_path / "checkpoint.pth", checkpoint_key="student")[0], student)
-
-
-def test_backbone_alone_is_read(tmp_path):
-    network = vit_small(16)
-    torch.save(network.state_dict(), tmp_path / "dino_deitsmall16_pretrain.pth")
-    assert_same(load_backbone(tmp_path / "dino_deitsmall16_pretrain.pth")[0], network)
-
-
-def test_timms_safetensors_are_read_and_agree(tmp_path):
-    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
-    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
-    backbone, _ = load_backbone(tmp_path / "model.safetensors")
-    image = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():
-        torch.testing.assert_close(backbone(image), theirs.forward_features(image), rtol=0, atol=1e-5)
-
-
-def test_grid_of_the_position_embedding_is_read_from_the_weights(tmp_path):
-    network = vit_micro(8, img_size=32)
-    torch.save({"teacher": network.state_dict(), "args": {"arch": "vit_micro", "patch_size": 8}}, tmp_path / "c.pth")
-    backbone, _ = load_backbone(tmp_path / "c.pth")
-    assert backbone.patch_embed.grid_size == (4, 4)
-    assert_same(backbone, network)
-
-
-@pytest.mark.parametrize(("arch", "patch_size"), [("vit_micro", 8), ("vit_tiny", 32)])
-def test_architecture_and_patch_size_are_read_from_the_shapes(tmp_path, arch, patch_size):
-    """Backbone files of DINO and timm store neither."""
-    network = ARCHITECTURES[arch](patch_size, img_size=64)
-    save_file(network.state_dict(), tmp_path / "model.safetensors")
-    backbone, _ = load_backbone(tmp_path / "model.safetensors")
-    assert_same(backbone, network)
-    assert backbone.patch_embed.patch_size == (patch_size, patch_size)
-    with torch.device("meta"):
-        assert {build().embed_dim: name for name, build in ARCHITECTURES.items()} == WIDTHS
-
-
-def test_weights_that_do_not_fit_are_named(tmp_path):
-    state = vit_micro(16).state_dict()
-
-    def message(state, **options):
-        torch.save(state, tmp_path / "c.pth")
-        with pytest.raises(UserError) as error:
-            load_backbone(tmp_path / "c.pth", **{"arch": "vit_micro", **options})
-        return str(error.value)
-
-    assert "patch_embed.proj.weight is [96, 3, 16, 16], expected [96, 3, 8, 8]" in message(state, patch_size=8)
-    assert "blocks.4.norm1.weight is missing" in message(state, arch="vit_tiny")
-    assert "mask_token is not part of the network" in message({**state, "mask_token": torch.zeros(1)})
-    assert "norm.weight is missing" in message({k: v for k, v in state.items() if k != "norm.weight"})
-    assert "was made with --arch vit_tiny, found --arch vit_micro" in message(
-        {"teacher": state, "args": {"arch": "vit_tiny"}}
-    )
-    for foreign in ({"teacher": 3}, {"teacher": {1: torch.zeros(1)}}, {"teacher": {"pos_embed": 1}, "args": [1]}):
-        assert "holds no weights under 'teacher'" in message(foreign)
-    resnet = {"conv1.weight": torch.zeros(64, 3, 7, 7), "bn1.weight": torch.zeros(64), "bn1.bias": torch.zeros(64)}
-    for options in ({}, {"arch": None}):
-        found = "expected patch_embed.proj.weight [D, 3, p, p], found conv1.weight, bn1.weight, bn1.bias"
-        assert f"holds no ViT: {found}" in message(resnet, **options)
-        for shape in ((96, 768), (96, 3, 0, 0)):
-            foreign = {**state, "patch_embed.proj.weight": torch.zeros(shape)}
-            assert f"holds no ViT: expected patch_embed.proj.weight [D, 3, p, p], found one of shape {list(shape)}" in (
-                message(foreign, **options)
-            )
-    large = {"patch_embed.proj.weight": torch.zeros(1024, 3, 16, 16)}
-    assert "of width 1024, expected one of 96 (vit_micro), 192" in message(large, arch=None)
-    assert "holds no ViT: expected patch_embed.proj.weight [D, 3, p, p], found nothing" in message({}, arch=None)
-    assert "no architecture resnet50" in message({"teacher": resnet, "args": {"arch": "resnet50"}}, arch=None)
-    assert "pos_embed is [5], expected" in message({**state, "pos_embed": torch.zeros(5)})
-    assert "has no 'teacher', found student" in message({"student": state})
-    assert "no checkpoint at" in str(pytest.raises(UserError, load_backbone, tmp_path / "absent.pth").value)
-    (tmp_path / "text.pth").write_text("not a checkpoint")
-    assert "cannot be read" in str(pytest.raises(UserError, load_backbone, tmp_path / "text.pth").value)
-
-
-def test_architectures_without_patch_tokens_are_refused_by_name():
-    assert vision_transformer.architecture("deit_small") == "vit_small"
+def test_names_of_architectures_are_those_of_dino():
+    assert architecture("deit_small") == architecture("vit_small") == "vit_small"
     for name in ("resnet50", "xcit_small_12_p16"):
-        with pytest.raises(
-            UserError, match=f"no architecture {name} .convolutional and XCiT networks have no patch tokens"
-        ):
-            vision_transformer.architecture(name)
+        with pytest.raises(UserError, match=f"no architecture {name} .convolutional and XCiT networks have no patch"):
+            architecture(name)
