@@ -14,12 +14,17 @@ from torch import nn
 dependencies = ["torch", "timm", "numpy", "safetensors", "tqdm"]
 
 
-def _imported():
+def _imported() -> list[str]:
     """Return the names of imported modules that are named as this repository's are, including submodules."""
     return [name for name in sys.modules if name.split(".")[0] in ("vision_transformer", "support", "utils")]
 
 
-def lgssl(weights=None, checkpoint_key="teacher", arch=None, patch_size=None) -> nn.Module:
+def lgssl(
+    weights: str | None = None,
+    checkpoint_key: str = "teacher",
+    arch: str | None = None,
+    patch_size: int | None = None,
+) -> nn.Module:
     """Return the backbone of a file, with the architecture that the file holds; see support.weights.load_backbone.
 
     The caller may have modules named as ours, such as `utils`: they are removed while ours are imported and restored
@@ -44,26 +49,26 @@ def lgssl(weights=None, checkpoint_key="teacher", arch=None, patch_size=None) ->
         sys.modules.update(theirs)
 
 
-def lgssl_vit_tiny16(weights=None, checkpoint_key="teacher") -> nn.Module:
+def lgssl_vit_tiny16(weights: str | None = None, checkpoint_key: str = "teacher") -> nn.Module:
     """Return ViT-Ti/16; see `lgssl`."""
     return lgssl(weights, checkpoint_key, "vit_tiny", 16)
 
 
-def lgssl_vit_tiny32(weights=None, checkpoint_key="teacher") -> nn.Module:
+def lgssl_vit_tiny32(weights: str | None = None, checkpoint_key: str = "teacher") -> nn.Module:
     """Return ViT-Ti/32; see `lgssl`."""
     return lgssl(weights, checkpoint_key, "vit_tiny", 32)
 
 
-def lgssl_vit_small16(weights=None, checkpoint_key="teacher") -> nn.Module:
+def lgssl_vit_small16(weights: str | None = None, checkpoint_key: str = "teacher") -> nn.Module:
     """Return ViT-S/16; see `lgssl`."""
     return lgssl(weights, checkpoint_key, "vit_small", 16)
 
 
-def lgssl_vit_base16(weights=None, checkpoint_key="teacher") -> nn.Module:
+def lgssl_vit_base16(weights: str | None = None, checkpoint_key: str = "teacher") -> nn.Module:
     """Return ViT-B/16; see `lgssl`."""
     return lgssl(weights, checkpoint_key, "vit_base", 16)
 
 
-def lgssl_vit_base8(weights=None, checkpoint_key="teacher") -> nn.Module:
+def lgssl_vit_base8(weights: str | None = None, checkpoint_key: str = "teacher") -> nn.Module:
     """Return ViT-B/8; see `lgssl`."""
     return lgssl(weights, checkpoint_key, "vit_base", 8)

@@ -72,10 +72,11 @@ def _one_line(path: str | Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # torch raises many kinds of errors for damaged files
-        reason = first_line(error)
-        if foreign := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error)):
+        reason, foreign = first_line(error), re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
+        is_known = isinstance(error, zipfile.BadZipFile | SafetensorError) or NO_MEMORY.search(reason)
+        if foreign:
             reason = f"it holds {foreign[1]}, expected tensors and plain values"
-        elif not (isinstance(error, OSError | zipfile.BadZipFile | SafetensorError) or NO_MEMORY.search(reason)):
+        elif not (is_known or getattr(error, "filename", None)):  # an OSError with a name is that of opening the file
             reason = "it is damaged, incomplete or of another format"
         raise UserError(f"cannot read {path}: {reason}") from error
 
@@ -117,8 +118,9 @@ def _is_plain(value: Any) -> bool:
 
 
 # Recorded arguments that evaluations and figures use: {name: (description, number of values, type, smallest, largest)}
+_SIDE = (f"a whole number in [1, {MAX_SIDE}]", 1, int, 1, MAX_SIDE)
 RECORDED: dict[str, tuple[str, int, Any, int, int]] = {
-    **dict.fromkeys(("patch_size", "global_crops_size", "local_crops_size"), ("a side in pixels", 1, int, 1, MAX_SIDE)),
+    **dict.fromkeys(("patch_size", "global_crops_size", "local_crops_size"), _SIDE),
     **dict.fromkeys(("global_crops_scale", "local_crops_scale"), ("two fractions", 2, (int, float), 0, 1)),
     "flip_prob": ("a fraction", 1, (int, float), 0, 1),
 }

@@ -23,7 +23,7 @@ EXTRACT = "extract_features.py --data_path {flat} --output {here}/f.npz --num_wo
 ATTENTION = "visualize.py attention china --image_size 32 --output {here}/a.png --pretrained_weights "
 MATCHES = "visualize.py matches china --output {here}/m.png --pretrained_weights "
 COPY, SAFE = "{here}/c.pth", "{here}/c.safetensors"
-REFUSED = "cannot be read as a checkpoint of tensors and plain values: "
+REFUSED = "cannot read .*: "
 BROKEN = f"{REFUSED}it is damaged, incomplete or of another format"
 PROJECTION, CLS = "patch_embed.proj.weight", "cls_token"
 

@@ -1,3 +1,5 @@
+import re
+import subprocess
 import sys
 import types
 
@@ -5,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import hubconf
 from support.weights import load_backbone
 from vision_transformer import ARCHITECTURES, vit_micro
 
@@ -64,6 +67,18 @@ def test_modules_of_the_caller_stay_what_they_are(weights, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     load("lgssl", weights=weights)
     assert not imported()
+
+
+def test_the_listed_dependencies_are_enough(weights):
+    """Other packages of requirements.txt are hidden, except those that timm itself needs."""
+    names = {"opencv-python-headless": "cv2", "scikit-learn": "sklearn", "pillow": "PIL"}
+    words = re.findall("^[a-z-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    others = {names.get(word, word) for word in words} - {*hubconf.dependencies, "torchvision", "PIL"}
+    assert "matplotlib" in others
+    code = f"import sys, torch; sys.modules.update(dict.fromkeys({others}))\n"
+    code += f"print(torch.hub.load({str(ROOT)!r}, 'lgssl', source='local', weights={str(weights)!r}).embed_dim)"
+    process = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    assert process.stdout == "96\n", process.stderr
 
 
 def test_weights_of_another_network_are_refused(weights, tmp_path):

@@ -5,14 +5,13 @@ import hashlib
 import json
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from test_main_lgssl import TINY, read, train
+from test_main_lgssl import TINY, train
 from test_vision_transformer import dinos_position_embedding
 
 import eval_knn
@@ -121,27 +120,19 @@ def test_own_checkpoints_give_the_teacher_or_the_student(photo_folder, tmp_path)
     assert json.loads((tmp_path / "student/args.json").read_text()) == found["args"]
 
 
-def test_a_backbone_alone_is_read(photo_folder, tmp_path, capsys):
-    backbone = vit_micro(8, img_size=32)
-    torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
-    found = train(photo_folder, tmp_path / "out", "--init_weights", tmp_path / "backbone.pth", *FROZEN)
-    assert_backbones(found, backbone.state_dict())
-    line = f"started from {tmp_path}/backbone.pth: backbone only; the file has no head"
-    assert line in capsys.readouterr().out.splitlines()
-
-
 def timms(**options):
     return timm.models.VisionTransformer(patch_size=8, embed_dim=96, depth=4, num_heads=3, **options).eval()
 
 
-def test_timms_safetensors_are_read(photo_folder, tmp_path, capsys):
+def test_a_backbone_alone_is_read(photo_folder, tmp_path, capsys):
     """With timm's classifier, which is dropped."""
     theirs = timms(img_size=32, num_classes=7)
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     found = train(photo_folder, tmp_path / "out", "--init_weights", tmp_path / "model.safetensors", *FROZEN)
     expected = {name: value for name, value in theirs.state_dict().items() if not name.startswith("head.")}
     assert_backbones(found, expected)
-    assert "backbone only; the file has no head" in capsys.readouterr().out
+    line = f"started from {tmp_path}/model.safetensors: backbone only; the file has no head"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_timms_names_are_read_by_timms_loader(photo_folder, tmp_path, capsys):
@@ -197,32 +188,16 @@ def test_the_position_embedding_is_interpolated_as_dino_does(photo_folder, tmp_p
         torch.testing.assert_close(new(images), backbone(images), rtol=0, atol=1e-5)
 
 
-def test_freeze_backbone_trains_only_the_head_of_the_first_epochs(photo_folder, tmp_path):
-    options = ("--epochs", 2, "--lr", 0.05, "--warmup_epochs", 0, "--saveckp_freq", 1)
-    for optimizer in ("adamw", "sgd", "lars"):
-        folder = tmp_path / optimizer
-        end = train(photo_folder, folder, *options, "--optimizer", optimizer, "--freeze_backbone", 1)
-        frozen = torch.load(folder / "checkpoint0000.pth", weights_only=True)
-        student, *_ = main_lgssl.build_networks(main_lgssl.parse_arguments([*TINY, "--data_path", "unused"]))
-        assert_backbones(frozen, student.backbone.state_dict())
-        for name in ("student", "teacher"):
-            assert not torch.equal(frozen[name]["head.mlp.0.weight"], student.head.mlp[0].weight)
-            assert not torch.equal(
-                end[name]["backbone.patch_embed.proj.weight"], student.backbone.patch_embed.proj.weight
-            )
-
-
-def test_accuracy_of_a_frozen_backbone_is_that_of_the_file(photo_folder, tmp_path, capsys):
-    """`eval_knn.py` of the file gives the accuracy before training, with the interpolated position embedding."""
-    backbone = vit_micro(8, img_size=64)
-    torch.save(backbone.state_dict(), tmp_path / "b.pth")
-    train(photo_folder, tmp_path / "out", "--init_weights", tmp_path / "b.pth", *FROZEN, "--knn_every", 1)
-    words = (
-        f"--data_path {photo_folder} --pretrained_weights {tmp_path}/b.pth --crop_size 32 --num_workers 0 --nb_knn 10"
-    )
-    eval_knn.main(words.split())
-    before = json.loads((tmp_path / "knn_folder.json").read_text())["knn"]["10"]["top1"]
-    assert read(tmp_path / "out/log.txt")[-1]["knn_top1"] == pytest.approx(before)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+def test_freeze_backbone_trains_only_the_head_of_the_first_epochs(photo_folder, tmp_path, optimizer):
+    options = ("--epochs", 2, "--lr", 0.05, "--warmup_epochs", 0, "--saveckp_freq", 1, "--freeze_backbone", 1)
+    end = train(photo_folder, tmp_path, "--optimizer", optimizer, *options)
+    frozen = torch.load(tmp_path / "checkpoint0000.pth", weights_only=True)
+    student, *_ = main_lgssl.build_networks(main_lgssl.parse_arguments([*TINY, "--data_path", "unused"]))
+    assert_backbones(frozen, student.backbone.state_dict())
+    for name in ("student", "teacher"):
+        assert not torch.equal(frozen[name]["head.mlp.0.weight"], student.head.mlp[0].weight)
+        assert not torch.equal(end[name]["backbone.cls_token"], student.backbone.cls_token)
 
 
 @pytest.fixture
@@ -241,13 +216,8 @@ def test_other_networks_are_refused_in_one_line(refused, tmp_path, monkeypatch):
     torch.save(vit_micro(16, img_size=32).state_dict(), tmp_path / "b.pth")
     expected = "does not fit vit_micro with patch size 8: .*; expected --arch vit_micro --patch_size 16"
     assert re.search(expected, refused("--init_weights", tmp_path / "b.pth"))
-    torch.save({"teacher": vit_micro(8).state_dict(), "args": {"patch_size": 8}}, tmp_path / "b.pth")
-    assert re.search(
-        "does not fit vit_tiny with patch size 8: .*; expected --arch vit_micro --patch_size 8",
-        refused("--init_weights", tmp_path / "b.pth", "--arch", "vit_tiny"),
-    )
     of_dino(tmp_path / "dino.pth", network())
-    assert "was made with --patch_size 8, found --patch_size 4; expected --patch_size 8" in refused(
+    assert "was made with --patch_size 8, found --patch_size 4" in refused(
         "--init_weights", tmp_path / "dino.pth", "--patch_size", 4
     )
     assert "has no 'model', found teacher, student" in refused(
@@ -256,7 +226,7 @@ def test_other_networks_are_refused_in_one_line(refused, tmp_path, monkeypatch):
     bad = network()
     bad.head.mlp[0].bias.data[0] = float("nan")
     of_dino(tmp_path / "nan.pth", bad)
-    assert "holds weights of the head that are not finite" in refused("--init_weights", tmp_path / "nan.pth")
+    assert "holds weights that are not finite: mlp.0.bias" in refused("--init_weights", tmp_path / "nan.pth")
     assert "no checkpoint at" in refused("--init_weights", tmp_path / "absent.pth")
     assert "timm cannot load 'no_such_vit'" in refused("--init_weights", "timm:no_such_vit")
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: timms(img_size=32, reg_tokens=4))
@@ -303,22 +273,6 @@ def test_checkpoints_of_older_versions_count_as_started_from_nothing(photo_folde
     path = tmp_path / "b.pth"
     assert f"--init_weights None there, {path} here" in refused("--init_weights", path, "--saveckp_freq", 1)
     assert train(photo_folder, tmp_path / "out", "--epochs", 2, "--saveckp_freq", 1)["step"] == 6
-
-
-def test_the_measured_runs_differ_as_their_page_says():
-    lines = (Path(__file__).parent.parent / "docs/warm_start.md").read_text(encoding="utf-8").splitlines()
-    lines = [line.split()[2:] for line in lines if line.startswith("python main_lgssl.py @recipes/digits.args")]
-    pretraining, *runs = [vars(main_lgssl.parse_arguments(words)) for words in lines]
-    settings = {run["output_dir"]: run for run in runs}
-    assert settings.keys() == {"SCRATCH", "PLAIN", "SAFE"}
-    same = {"arch", "patch_size", "global_crops_size", "out_dim", "head_hidden_dim"}
-    assert all(run[name] == pretraining[name] for run in runs for name in same)
-
-    def differences(first, second):
-        return {name for name, value in settings[first].items() if value != settings[second][name]} - {"output_dir"}
-
-    assert differences("SCRATCH", "PLAIN") == {"init_weights"}
-    assert differences("PLAIN", "SAFE") == {"lr", "freeze_backbone", "warmup_epochs", "momentum_teacher"}
 
 
 def test_the_recipe_of_continued_training_freezes_the_backbone_at_first():

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from support.weights import load_backbone, load_file
 from utils import UserError
-from vision_transformer import ARCHITECTURES, DINOHead, vit_micro, vit_small
+from vision_transformer import ARCHITECTURES, DINOHead, VisionTransformer, vit_micro, vit_small
 
 
 def assert_same(backbone, network):
@@ -73,15 +73,13 @@ def test_dinos_full_checkpoints_are_read(tmp_path, form, numpy_module):
 
 
 def test_checkpoints_of_version_0_9_0_are_read(monkeypatch):
-    """Its architecture is one of the tests of that time: two blocks of width 48."""
+    """Its architecture, vit_nano, is one of the tests."""
     contents = load_file(GOLDEN / "checkpoint_0.9.0.pth")
     width = contents["teacher"]["backbone.cls_token"].shape[-1]
     depth = 1 + max(int(name.split(".")[2]) for name in contents["teacher"] if name.startswith("backbone.blocks."))
 
     def vit_nano(patch_size, **options):
-        return vit_micro.__globals__["VisionTransformer"](
-            patch_size=patch_size, embed_dim=width, depth=depth, num_heads=1, **options
-        )
+        return VisionTransformer(patch_size=patch_size, embed_dim=width, depth=depth, num_heads=1, **options)
 
     monkeypatch.setitem(ARCHITECTURES, "vit_nano", vit_nano)
     backbone, made_with = load_backbone(GOLDEN / "checkpoint_0.9.0.pth")
@@ -150,9 +148,11 @@ def test_weights_that_do_not_fit_are_named(tmp_path, refused):
     for path, reason in ((tmp_path / "absent.pth", "no checkpoint at"), (tmp_path, "is a folder")):
         with pytest.raises(UserError, match=reason):
             load_backbone(path)
-    (tmp_path / "text.pth").write_text("not a checkpoint")
-    with pytest.raises(UserError, match="cannot read .*text.pth: it is damaged, incomplete or of another format"):
-        load_backbone(tmp_path / "text.pth")
+    torch.save(state, tmp_path / "c.pth")
+    for contents in (b"not a checkpoint", (tmp_path / "c.pth").read_bytes()[:50000]):  # the second: a failed download
+        (tmp_path / "d.pth").write_bytes(contents)
+        with pytest.raises(UserError, match="cannot read .*d.pth: it is damaged, incomplete or of another format"):
+            load_backbone(tmp_path / "d.pth")
 
 
 class Hostile:
@@ -215,8 +215,8 @@ def test_arguments_that_are_not_plain_are_refused_at_once(refused, value):
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("patch_size", "8", "a side in pixels"),
-        ("global_crops_size", 10**7, "a side in pixels"),
+        ("patch_size", "8", "a whole number in [1, 8192]"),
+        ("global_crops_size", 10**7, "a whole number in [1, 8192]"),
         ("local_crops_scale", [0.4], "two fractions"),
         ("flip_prob", 2, "a fraction"),
     ],
