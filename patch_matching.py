@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-Ints = Sequence[int]
+Ints = Sequence[int] | np.ndarray
 
 
 class Matches(NamedTuple):
@@ -74,8 +74,8 @@ def match_patches(
         >>> match_patches((0, 0, 8, 8), False, (2, 2), (0, 4, 8, 4), False, (2, 2))
         (tensor([0, 2, 4]), tensor([0, 1, 3]))
     """
-    boxes, flips = np.asarray([[box_a], [box_b]]), np.asarray([[flip_a], [flip_b]])
-    pairs = _matched_pairs(boxes, flips, [grid_a, grid_b], teacher_views=1, rule=rule)
+    boxes, flips, grids = np.array([[box_a], [box_b]]), np.array([[flip_a], [flip_b]]), np.array([grid_a, grid_b])
+    pairs = _matched_pairs(boxes, flips, grids, teacher_views=1, rule=rule)
     return torch.from_numpy(pairs.teacher_token), torch.from_numpy(pairs.student_token)
 
 
@@ -110,48 +110,50 @@ def match_views(
     pairs = _matched_pairs(boxes, flips, grids, teacher_views, rule)
     tokens = 1 + np.prod(np.asarray(grids, np.int64), axis=1)  # [V] tokens per image in each view
     first = np.cumsum(tokens) - tokens  # [V] tokens per image in earlier views
-    teacher_total, student_total = tokens[:teacher_views].sum(), tokens.sum()
 
-    # A slot numbers the tokens image by image. Keep the slots of tokens with a match.
-    teacher_slot = pairs.image * teacher_total + first[pairs.teacher_view] + pairs.teacher_token  # [n], one per pair
-    student_slot = pairs.image * student_total + first[pairs.student_view] + pairs.student_token
-    teacher_slots, teacher_idx = _compact(teacher_slot, num_images * teacher_total)
-    student_slots, student_idx = _compact(student_slot, num_images * student_total)
+    def listed(
+        view: np.ndarray, token: np.ndarray, total: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return the matched tokens of a network with `total` tokens per image, and where the pairs have theirs.
+
+        Returns:
+            (rows in the network's output, positions, number of tokens per image, index of each pair's token)
+        """
+        slot = pairs.image * total + first[view] + token  # [n], numbers the tokens image by image
+        occurs = np.zeros(num_images * total, bool)
+        occurs[slot] = True
+        slots, idx = np.flatnonzero(occurs), (np.cumsum(occurs) - 1)[slot]
+        count = np.bincount(slots // total, minlength=num_images)
+        if num_images < batch_size:  # shared geometry: every image has the same tokens
+            slots, count = (slots + total * np.arange(batch_size)[:, None]).ravel(), np.repeat(count, batch_size)
+        image, place = np.divmod(slots, total)
+        its_view = np.searchsorted(first, place, side="right") - 1
+        position = place - first[its_view]
+        return batch_size * first[its_view] + image * tokens[its_view] + position, position, count, idx
+
+    teacher_row, teacher_position, teacher_count, teacher_idx = listed(
+        pairs.teacher_view, pairs.teacher_token, tokens[:teacher_views].sum()
+    )
+    student_row, _, student_count, student_idx = listed(pairs.student_view, pairs.student_token, tokens.sum())
 
     # Arrange the pairs as m-th matches of their student tokens.
-    num_matches = np.bincount(student_idx)  # [Ns]
+    num_matches = np.bincount(student_idx)  # per student token
     order = np.argsort(student_idx, kind="stable")
     m = np.arange(len(order)) - (np.cumsum(num_matches) - num_matches)[student_idx[order]]
-    table = np.zeros((2, num_matches.max(), len(student_slots)), np.int64)  # teacher_idx, num_matched
+    table = np.zeros((2, num_matches.max(), len(num_matches)), np.int64)  # teacher_idx, num_matched
     table[:, m, student_idx[order]] = teacher_idx[order], pairs.num_matched[order]
-    teacher_count = np.bincount(teacher_slots // teacher_total, minlength=num_images)
-    student_count = np.bincount(student_slots // student_total, minlength=num_images)
-
     if num_images < batch_size:  # shared geometry: repeat the matches for every image
-        image = np.arange(batch_size)[:, None]
         table = np.tile(table, batch_size)
-        table[0] += np.repeat(image[:, 0] * len(teacher_slots), len(student_slots)) * (table[1] > 0)
-        teacher_slots = (teacher_slots + teacher_total * image).ravel()
-        student_slots = (student_slots + student_total * image).ravel()
-        teacher_count, student_count = (np.repeat(count, batch_size) for count in (teacher_count, student_count))
-
-    def rows_and_positions(slots, total):
-        image, slot = np.divmod(slots, total)
-        view = np.searchsorted(first, slot, side="right") - 1
-        position = slot - first[view]
-        return batch_size * first[view] + image * tokens[view] + position, position
-
-    teacher_row, teacher_position = rows_and_positions(teacher_slots, teacher_total)
-    student_row, _ = rows_and_positions(student_slots, student_total)
-    columns = (teacher_row, teacher_position, student_row, *table, teacher_count, student_count)
-    return Matches(*map(torch.from_numpy, columns))
-
-
-def _compact(slots, total):
-    """Return the values below `total` that occur in `slots`, ascending, and the index of each slot among them."""
-    occurs = np.zeros(total, bool)
-    occurs[slots] = True
-    return np.flatnonzero(occurs), (np.cumsum(occurs) - 1)[slots]
+        table[0] += np.repeat(np.arange(batch_size) * teacher_count[0], len(num_matches)) * (table[1] > 0)
+    return Matches(
+        teacher_row=torch.from_numpy(teacher_row),
+        teacher_position=torch.from_numpy(teacher_position),
+        student_row=torch.from_numpy(student_row),
+        teacher_idx=torch.from_numpy(table[0]),
+        num_matched=torch.from_numpy(table[1]),
+        teacher_count=torch.from_numpy(teacher_count),
+        student_count=torch.from_numpy(student_count),
+    )
 
 
 class _Pairs(NamedTuple):
@@ -168,7 +170,9 @@ class _Pairs(NamedTuple):
     num_matched: np.ndarray  # [n] matched tokens in the same pair of views, including CLS
 
 
-def _matched_pairs(boxes, flips, grids, teacher_views, rule):
+def _matched_pairs(
+    boxes: ArrayLike, flips: ArrayLike, grids: ArrayLike, teacher_views: int, rule: str | None
+) -> _Pairs:
     """Return the _Pairs of G images; arguments as in `match_views`."""
     if rule is not None and rule not in RULES:
         raise ValueError(f"unknown matching rule {rule!r}, expected one of {', '.join(RULES)}")
@@ -200,9 +204,9 @@ def _matched_pairs(boxes, flips, grids, teacher_views, rule):
     start = np.cumsum(length) - length
     pair = np.repeat(np.arange(len(length)), length)  # [n] index of (image, pair of views)
     row, column = np.divmod(np.arange(len(pair)) - start[pair] - 1, np.maximum(counts[..., 1].ravel(), 1)[pair])
-    rows = rows * grids[view_pairs, 1:]
-    rows, columns = (x.swapaxes(0, 1).reshape(2, len(length), -1) for x in (rows, columns))
-    tokens = 1 + rows[:, pair, row] + columns[:, pair, column]  # [2, n]
+    # Number of patches above a row, and left of a column: [2, G * V', at least n]
+    above, left = (x.swapaxes(0, 1).reshape(2, len(length), -1) for x in (rows * grids[view_pairs, 1:], columns))
+    tokens = 1 + above[:, pair, row] + left[:, pair, column]  # [2, n]
     tokens[:, start] = 0
     image, view_pair = np.divmod(pair, num_pairs)
     teacher_view, student_view = view_pairs[:, view_pair]
@@ -214,9 +218,10 @@ def _matched_pairs(boxes, flips, grids, teacher_views, rule):
 # Arguments: start and length of the boxes in pixels, [G, 2, V', 2]; number of patches along each axis, [2, V', 2].
 # Results: n [G, V', 2], number of matched patches along each axis; index [G, 2, V', 2, at least n], patch numbers from
 # the top or left of the image. Entries of index after the first n are ignored.
+Matched = tuple[np.ndarray, np.ndarray]
 
 
-def _match_paper(start, length, patches):
+def _match_paper(start: np.ndarray, length: np.ndarray, patches: np.ndarray) -> Matched:
     low, high = _intersect(start, length)
     # In units of 1 / patches of a pixel, a patch is `length` long and patch p starts at p * length.
     low, high = (low - start) * patches, (high - start) * patches
@@ -228,7 +233,7 @@ def _match_paper(start, length, patches):
     return _spread(first, count * ((count > 1) | (count == 1) & (2 * covered > length)) * (low < high))
 
 
-def _match_released(start, length, patches):
+def _match_released(start: np.ndarray, length: np.ndarray, patches: np.ndarray) -> Matched:
     low, high = _intersect(start, length)
     # The authors' code multiplies by a quotient: patches * (low - start) / length may round to another patch.
     first = np.rint(patches * ((low - start) / length)).astype(np.int64)
@@ -236,7 +241,7 @@ def _match_released(start, length, patches):
     return _spread(first, np.where(low < high, np.minimum(count, patches - first), 0))
 
 
-def _match_nearest(start, length, patches):
+def _match_nearest(start: np.ndarray, length: np.ndarray, patches: np.ndarray) -> Matched:
     (start_t, start_s), (length_t, length_s), (patches_t, patches_s) = (
         np.moveaxis(x, -3, 0)[..., None] for x in (start, length, patches)
     )
@@ -252,13 +257,13 @@ def _match_nearest(start, length, patches):
 RULES = {"paper": _match_paper, "released": _match_released, "nearest": _match_nearest}
 
 
-def _intersect(start, length):
+def _intersect(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the interval [low, high) that both boxes share, each [G, 1, V', 2]; empty if low >= high."""
     end = start + length
     return np.maximum(start[:, :1], start[:, 1:]), np.minimum(end[:, :1], end[:, 1:])
 
 
-def _spread(first, count):
+def _spread(first: np.ndarray, count: np.ndarray) -> Matched:
     """Keep n = min(count of both sides) evenly spaced patches per side, floor(linspace(0, count - 1, n))."""
     n = np.minimum(count[:, 0], count[:, 1])
     i, gaps = np.arange(max(n.max(), 1)), np.maximum(n - 1, 1)
