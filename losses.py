@@ -1,10 +1,14 @@
 """The local-global loss (paper, section 3.4): a weighted cross-entropy between matched tokens.
 
 Let H be the cross-entropy between the teacher's and the student's distribution over K prototypes. Every loss of the
-paper is the sum of `w * H` over all matched token pairs, divided by the number of pairs of views. LOSSES defines w,
-`plain_loss` is the formula, and `LocalGlobalLoss` is the training criterion, which computes the same sum with less time
-and memory.
+paper is the sum of `w * H` over all matched token pairs, divided by the number of pairs of views. LOSS_WEIGHTS defines
+w, `plain_loss` is the formula, and `LocalGlobalLoss` is the training criterion, which computes the same sum with less
+time and memory.
 """
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +17,17 @@ from torch import nn
 from support.matched_cross_entropy import matched_cross_entropy
 from utils import start_all_reduce_mean
 
+if TYPE_CHECKING:
+    from patch_matching import Matches
+    from vision_transformer import TokenOutput
+
 # Weight of a matched token pair, by --loss. Each function takes
 #   is_cls: booleans [M, Ns], whether the pair is CLS with CLS,
 #   num_matched: LongTensor [M, Ns], number of matched tokens in the same pair of views, including CLS; 0 marks padding,
 #       whose weight is ignored and may be infinite,
 #   lambda_cls: λ, a float
 # and returns weights [M, Ns] in fp32. patch_matching.Matches defines M and Ns.
-LOSSES = {
+LOSS_WEIGHTS = {
     "cls": lambda is_cls, num_matched, lambda_cls: is_cls.float(),  # DINO
     "mean": lambda is_cls, num_matched, lambda_cls: 1 / num_matched.float(),
     "sum": lambda is_cls, num_matched, lambda_cls: torch.ones_like(num_matched, dtype=torch.float32),
@@ -65,6 +73,14 @@ def teacher_temperature(epoch: int, warmup_temp: float, temp: float, warmup_epoc
     return warmup_temp + (temp - warmup_temp) * epoch / max(warmup_epochs - 1, 1)
 
 
+class _PendingMean(NamedTuple):
+    """The teacher's mean output for a micro-batch, while the processes average it."""
+
+    wait: Callable[[], torch.Tensor]  # returns the mean bottleneck vectors of all processes, [positions, D]
+    prototypes: torch.Tensor  # [K, D]
+    scale: torch.Tensor  # [K]
+
+
 class LocalGlobalLoss(nn.Module):
     """Weighted cross-entropy between matched teacher and student tokens, with DINO's centering and sharpening.
 
@@ -75,7 +91,7 @@ class LocalGlobalLoss(nn.Module):
     Args:
         out_dim: K, number of prototypes.
         grid_tokens: P, number of patches of a teacher view. Used only with `center="position"`.
-        loss: a key of LOSSES.
+        loss: a key of LOSS_WEIGHTS.
         lambda_cls: λ of the loss "lambda", in [0, 1].
         center: "position" keeps one center per token position, [1+P, K], as the authors' code does; "shared" keeps one
             for all tokens, [1, K], as in Algorithm 1. The loss "cls" always has a single center.
@@ -101,8 +117,8 @@ class LocalGlobalLoss(nn.Module):
         chunk_memory: int | None = None,
     ):
         super().__init__()
-        if loss not in LOSSES:
-            raise ValueError(f"unknown loss {loss!r}, expected one of {', '.join(LOSSES)}")
+        if loss not in LOSS_WEIGHTS:
+            raise ValueError(f"unknown loss {loss!r}, expected one of {', '.join(LOSS_WEIGHTS)}")
         if center not in ("position", "shared"):
             raise ValueError(f"unknown center {center!r}, expected position or shared")
         if not 0 <= lambda_cls <= 1:
@@ -111,64 +127,49 @@ class LocalGlobalLoss(nn.Module):
         self.student_temp, self.center_momentum = student_temp, center_momentum
         positions = 1 + grid_tokens if center == "position" and loss != "cls" else 1
         self.register_buffer("center", torch.zeros(positions, out_dim))
-        # For update_center: (sum of means, their number, prototypes, scale), then (function that waits for their mean
-        # over all ranks, prototypes, scale)
-        self._pending: tuple | None = None
-        self._exchanged: tuple | None = None
+        self._pending: list[_PendingMean] = []  # of the micro-batches since the last update
 
-    def forward(self, student_out, teacher_out, matches, teacher_temp: float) -> torch.Tensor:
+    def forward(
+        self, student_out: "TokenOutput", teacher_out: "TokenOutput", matches: "Matches", teacher_temp: float
+    ) -> torch.Tensor:
         """Return the loss of a batch, averaged over images and pairs of views.
 
-        In training mode `teacher_out.mean_bottleneck` is kept for `update_center`.
+        In training mode, it also starts to average `teacher_out.mean_bottleneck` over all processes, for
+        `update_center`. The backward pass hides this exchange.
 
         Args:
-            student_out: vision_transformer.TokenOutput for the tokens `matches.student_row`.
-            teacher_out: the same for `matches.teacher_row`, with `mean_bottleneck`. It gets no gradient.
-            matches: patch_matching.Matches.
+            student_out: output for the tokens `matches.student_row`.
+            teacher_out: output for the tokens `matches.teacher_row`, with `mean_bottleneck`. It gets no gradient.
+            matches: matched tokens of the batch.
             teacher_temp: τ_t.
 
         Returns:
             0-d tensor, fp32 even under autocast.
         """
         is_cls = matches.is_cls()
-        weight = LOSSES[self.loss](is_cls, matches.num_matched, self.lambda_cls)
+        weight = LOSS_WEIGHTS[self.loss](is_cls, matches.num_matched, self.lambda_cls)
         weight = torch.where(matches.num_matched > 0, weight, 0)
-        temps = (self.student_temp, teacher_temp)
-        loss = matched_cross_entropy(student_out, teacher_out, matches, weight, self.center, *temps, self.chunk_memory)
+        loss = matched_cross_entropy(
+            student_out, teacher_out, matches, weight, self.center, self.student_temp, teacher_temp, self.chunk_memory
+        )
         if self.training:
-            mean_z, batches = teacher_out.mean_bottleneck.detach(), 1
-            if self._pending is not None:
-                mean_z, batches = self._pending[0] + mean_z, self._pending[1] + 1
-            self._pending = (mean_z, batches, teacher_out.prototypes, teacher_out.scale)
+            assert teacher_out.mean_bottleneck is not None
+            wait = start_all_reduce_mean(teacher_out.mean_bottleneck.detach().to(self.center.dtype))
+            self._pending.append(_PendingMean(wait, teacher_out.prototypes, teacher_out.scale))
         return loss / is_cls.sum()  # batch size × number of pairs of views
 
     @torch.no_grad()
-    def start_center_update(self) -> None:
-        """Start to average the teacher's outputs since the last update over all ranks, without waiting for it.
-
-        Call it after the forward pass of the last micro-batch, so that the backward pass hides the exchange.
-        `update_center` calls it otherwise.
-        """
-        if self._pending is None:
-            return
-        mean_z, batches, prototypes, scale = self._pending
-        self._pending = None
-        exchanged_mean = start_all_reduce_mean(mean_z.to(self.center.dtype) / batches)  # [1+P, D]
-        self._exchanged = (exchanged_mean, prototypes, scale)
-
-    @torch.no_grad()
     def update_center(self) -> None:
-        """Move the center towards the mean of the teacher's logits since the last call, averaged over all ranks.
+        """Move the center towards the mean of the teacher's logits since the last call, averaged over all processes.
 
         Call it once per step, after the last micro-batch and before the teacher changes. Batches in evaluation mode do
         not count.
         """
-        self.start_center_update()
-        if self._exchanged is None:
+        if not self._pending:
             return
-        exchanged_mean, prototypes, scale = self._exchanged
-        self._exchanged = None
-        mean_z = exchanged_mean()
+        mean_z = functools.reduce(torch.add, [mean.wait() for mean in self._pending]) / len(self._pending)
+        prototypes, scale = self._pending[-1].prototypes, self._pending[-1].scale
+        self._pending.clear()
         if len(self.center) == 1:
             mean_z = mean_z[:1] if self.loss == "cls" else mean_z.mean(0, keepdim=True)
         with torch.autocast(mean_z.device.type, enabled=False):

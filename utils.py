@@ -214,14 +214,15 @@ def _rendezvous(timeout: datetime.timedelta) -> dict[str, Any]:
 
 
 def start_all_reduce_mean(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Start to replace a tensor by its mean over all processes. Return a function that waits for it and returns it."""
-    exchange = dist.all_reduce(tensor, async_op=True) if dist.is_initialized() else None
+    """Start to average a tensor over all processes. Return a function that waits for the mean and returns it."""
+    if not dist.is_initialized():
+        return lambda: tensor
+    total = tensor.clone()
+    exchange = dist.all_reduce(total, async_op=True)
 
     def finish() -> torch.Tensor:
-        if exchange is not None:
-            exchange.wait()
-            tensor.div_(dist.get_world_size())
-        return tensor
+        exchange.wait()
+        return total.div_(dist.get_world_size())
 
     return finish
 

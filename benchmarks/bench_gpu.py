@@ -40,7 +40,7 @@ from sklearn.datasets import load_sample_image
 import main_lgssl
 from benchmarks.bench_step import BOTTLENECK, GLOBAL, LOCAL, VIEWS, Done, memory
 from benchmarks.machine import machine, print_table
-from losses import LOSSES, LocalGlobalLoss, plain_loss
+from losses import LOSS_WEIGHTS, LocalGlobalLoss, plain_loss
 from patch_matching import Matches
 from support.arguments import ArgumentParser, number
 from support.loader import Batch
@@ -454,7 +454,7 @@ def pairs_by_image(matches, device) -> list:
         per image (slice, slice, teacher_idx [n], student_idx [n], teacher_position [n], weight [n] of the loss "mean")
     """
     is_cls, is_pair = matches.is_cls(), matches.num_matched > 0
-    weight = LOSSES["mean"](is_cls, matches.num_matched, 0.0) / is_cls.sum()
+    weight = LOSS_WEIGHTS["mean"](is_cls, matches.num_matched, 0.0) / is_cls.sum()
     images, t, s = [], 0, 0
     for n_t, n_s in zip(matches.teacher_count.tolist(), matches.student_count.tolist(), strict=True):
         m, student_idx = is_pair[:, s : s + n_s].nonzero(as_tuple=True)

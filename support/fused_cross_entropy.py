@@ -12,6 +12,9 @@ For each group of images there are six launches: the teacher's logits, `_targets
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from support.matched_cross_entropy import LossAndGradients, Work, length
 
 # Targets and differences are stored in units of 1 / UNIT: fp16 could hardly tell numbers near 1 / 65,536 apart.
 UNIT = tl.constexpr(1024.0)
@@ -19,61 +22,58 @@ BLOCK = 8192  # columns that a program loads at a time
 HAS_OUT_DTYPE = "dtype_out" in torch.ops.aten.mm.overloads()  # PyTorch 2.8
 
 
-def loss_and_gradients(student, prototypes, scale, work, dtype, needs_z, needs_prototypes) -> tuple:
-    """Return (cross-entropies of the student tokens [Ns], gradient of the tokens, gradient of scale * prototypes).
+def loss_and_gradients(
+    z: Tensor, prototypes: Tensor, scale: Tensor, work: Work, needs_z: bool, needs_prototypes: bool
+) -> LossAndGradients:
+    """Compute the loss and its gradients.
 
     Args:
-        student: [Ns, D], bottleneck vectors of the student tokens.
+        z: [Ns, D], bottleneck vectors of the student tokens.
         prototypes, scale: [K, D] and [K], of the student.
-        work: matched_cross_entropy._Work.
-        dtype: of the matrix products.
-        needs_z, needs_prototypes: whether the gradients are wanted; None takes the place of others.
+        work: everything else that the loss depends on.
+        needs_z, needs_prototypes: whether the gradients are wanted.
     """
-    K, matches = len(prototypes), work.matches
-    weights, teacher_weights = (
-        (own_scale[:, None] * vectors).to(dtype)
-        for vectors, own_scale in ((prototypes, scale), (work.teacher_out.prototypes, work.teacher_out.scale))
-    )
-    z, teacher_z = student.to(dtype), work.teacher_out.bottleneck.to(dtype)
-    weighted_z = (student * work.token_weight).to(dtype)
+    K, teacher, dtype = len(prototypes), work.teacher_out, work.dtype
+    target_idx, target_weight, temp = work.matches.teacher_idx, work.target_weight, work.student_temp
+    weights = (scale[:, None] * prototypes).to(dtype)
+    teacher_weights = (teacher.scale[:, None] * teacher.prototypes).to(dtype)
+    student_z, teacher_z = z.to(dtype), teacher.bottleneck.to(dtype)
+    weighted_z = (z * work.token_weight).to(dtype)
     losses = torch.empty(len(z), device=z.device)
     d_z = torch.empty(z.shape, device=z.device) if needs_z else None
     d_prototypes = torch.zeros(prototypes.shape, device=z.device) if needs_prototypes else None
-    product = torch.empty_like(d_prototypes) if needs_prototypes else None
-
-    logits = z.new_empty(max(work.max_teachers, work.chunk), K, dtype=torch.float32)
+    product = torch.empty(prototypes.shape, device=z.device)
+    logits_buffer = z.new_empty(max(work.max_teachers, work.chunk), K, dtype=torch.float32)
     is_half = dtype != torch.float32
-    targets = z.new_empty(work.max_teachers, K, dtype=torch.float16 if is_half else torch.float32)
-    difference = z.new_empty(work.chunk, K, dtype=dtype) if is_half else logits
-    unit = -1 / (work.student_temp * UNIT.value)  # of the gradients
+    targets_buffer = z.new_empty(work.max_teachers, K, dtype=torch.float16 if is_half else torch.float32)
+    difference_buffer = z.new_empty(work.chunk, K, dtype=dtype) if is_half else logits_buffer
+    unit = -1 / (temp * UNIT.value)  # of the gradients
     for group in work.groups:
-        t = group.teacher
-        own_targets, positions = targets[: t.stop - t.start], matches.teacher_position[t]
-        own_logits = _product(teacher_z[t], teacher_weights.T, logits[: t.stop - t.start])
-        teacher_targets(own_logits, work.center, positions, work.teacher_temp, own_targets)
-        for s in work.chunks(group):
-            rows = s.stop - s.start
-            own_logits, own_difference = _product(z[s], weights.T, logits[:rows]), difference[:rows]
-            pairs = (own_targets, matches.teacher_idx, work.target_weight, (s.start, t.start))
-            student_cross_entropy(own_logits, *pairs, work.student_temp, own_difference, losses)
-            if needs_prototypes:
-                d_prototypes.add_(_product(own_difference.T, weighted_z[s], product), alpha=unit)
-            if needs_z:
-                _product(own_difference, weights, d_z[s])
-    if needs_z:
+        tokens, targets = group.teacher, targets_buffer[: length(group.teacher)]
+        logits = _product(teacher_z[tokens], teacher_weights.T, logits_buffer[: length(tokens)])
+        teacher_targets(logits, work.center, work.matches.teacher_position[tokens], work.teacher_temp, targets)
+        for rows in work.chunks(group):
+            logits = _product(student_z[rows], weights.T, logits_buffer[: length(rows)])
+            difference, first = difference_buffer[: length(rows)], (rows.start, tokens.start)
+            student_cross_entropy(logits, targets, target_idx, target_weight, first, temp, difference, losses)
+            if d_prototypes is not None:
+                d_prototypes.add_(_product(difference.T, weighted_z[rows], product), alpha=unit)
+            if d_z is not None:
+                _product(difference, weights, d_z[rows])
+    if d_z is not None:
         d_z.mul_(unit * work.token_weight)
     return losses, d_z, d_prototypes
 
 
-def try_out(device) -> None:
+def try_out(device: torch.device) -> None:
     """Compile the kernels and run them on a few numbers. Errors are those of Triton."""
-    logits, targets, losses = (torch.zeros(shape, device=device) for shape in ((1, 16), (1, 16), 1))
-    index = torch.zeros(1, 1, dtype=torch.long, device=device)
+    logits, targets = torch.zeros(2, 1, 16, device=device)
+    losses, index = torch.zeros(1, device=device), torch.zeros(1, 1, dtype=torch.long, device=device)
     teacher_targets(logits, logits, index[0], 1.0, targets)
     student_cross_entropy(logits, targets, index, losses[None], (0, 0), 1.0, logits, losses)
 
 
-def _product(a, b, out):
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """Write the matrix product of a and b, accumulated in fp32, to `out` in fp32."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
@@ -82,7 +82,7 @@ def _product(a, b, out):
     return out.copy_(a @ b)  # rounded to the precision of a and b
 
 
-def teacher_targets(logits, center, positions, temp, out) -> None:
+def teacher_targets(logits: Tensor, center: Tensor, positions: Tensor, temp: float, out: Tensor) -> None:
     """Write the teacher's targets, softmax((logits - center) / temp) in units of 1 / UNIT, to `out`.
 
     Args:
@@ -91,11 +91,20 @@ def teacher_targets(logits, center, positions, temp, out) -> None:
         positions: LongTensor [n].
         out: [n, K].
     """
-    shape = {"K": logits.shape[1], "SHARED_CENTER": len(center) == 1, "BLOCK": BLOCK}
-    _targets_kernel[(len(logits),)](logits, center, positions, out, 1 / temp, **shape, num_warps=8)
+    grid, K, is_shared = (len(logits),), logits.shape[1], len(center) == 1
+    _targets_kernel[grid](logits, center, positions, out, 1 / temp, K, is_shared, BLOCK, num_warps=8)
 
 
-def student_cross_entropy(logits, targets, target_idx, target_weight, first, temp, difference, losses) -> None:
+def student_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    target_idx: Tensor,
+    target_weight: Tensor,
+    first: tuple[int, int],
+    temp: float,
+    difference: Tensor,
+    losses: Tensor,
+) -> None:
     """Compute the cross-entropies of n student tokens, and mixture - softmax in units of 1 / UNIT.
 
     Args:
@@ -108,9 +117,10 @@ def student_cross_entropy(logits, targets, target_idx, target_weight, first, tem
         difference: [n, K], is written to. It may be `logits`.
         losses: [Ns], is written to at the n tokens.
     """
-    shape = {"K": logits.shape[1], "Ns": target_idx.shape[1], "M": len(target_idx), "BLOCK": BLOCK}
-    pairs = (logits, targets, target_idx, target_weight, *first)
-    _cross_entropy_kernel[(len(logits),)](*pairs, 1 / temp, difference, losses, **shape, num_warps=8)
+    _cross_entropy_kernel[(len(logits),)](
+        logits, targets, target_idx, target_weight, first[0], first[1], 1 / temp, difference, losses,
+        K=logits.shape[1], Ns=target_idx.shape[1], M=len(target_idx), BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from losses import LOSSES
+from losses import LOSS_WEIGHTS
 from patch_matching import RULES
 from support.arguments import ArgumentParser, bool_flag, number
 from support.sources import add_source_arguments
@@ -22,7 +22,7 @@ amount, fraction = number(float, 0), number(float, 0, 1)
 def add_method_arguments(parser: ArgumentParser) -> None:
     """Add the options of loss, networks and teacher."""
     add = parser.add_argument_group("method").add_argument
-    add("--loss", choices=LOSSES, default="mean", help="loss (section 3.4 of the paper); cls is DINO")
+    add("--loss", choices=LOSS_WEIGHTS, default="mean", help="loss (section 3.4 of the paper); cls is DINO")
     add("--lambda_cls", type=fraction, default=0.5, help="λ, weight of the CLS token with --loss lambda")
     add("--matching", choices=RULES, default="paper", help="paper: section 3.3; released: the same with the "
         "authors' rounding; nearest: the nearest patch")

@@ -185,7 +185,12 @@ def workplace(tmp_path, monkeypatch, photo_folder, copydays_folder, retrieval_fo
         "DATA": retrieval_folder, "IMAGENET": tmp_path / "imagenet", "LISTS": "lists", "IMAGE": image,
         "REPOSITORY": ROOT,
     }  # fmt: skip
-    registries = [losses.LOSSES, patch_matching.RULES, vision_transformer.ARCHITECTURES, vision_transformer.WIDTHS]
+    registries = [
+        losses.LOSS_WEIGHTS,
+        patch_matching.RULES,
+        vision_transformer.ARCHITECTURES,
+        vision_transformer.WIDTHS,
+    ]
     before = [dict(registry) for registry in registries]
     yield places
     for registry, contents in zip(registries, before, strict=True):
@@ -247,7 +252,7 @@ def test_what_is_marked_as_runnable_runs(page, workplace, tmp_path, monkeypatch)
         assert found["tokens"].shape == (2, 197, 384)
     if page == "README.md":
         assert load_file("runs/sqrt/checkpoint.pth")["args"]["loss"] == "sqrt"
-        weights = losses.LOSSES["sqrt"](None, torch.tensor([4, 9]), None)
+        weights = losses.LOSS_WEIGHTS["sqrt"](None, torch.tensor([4, 9]), None)
         torch.testing.assert_close(weights, torch.tensor([1 / 2, 1 / 3]))
     if page == "docs/changing_the_method.md":
         assert load_file("runs/sparse/checkpoint.pth")["args"]["matching"] == "sparse"
