@@ -15,9 +15,9 @@ Differences from DINO's pipeline, which works on PIL images:
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 Range = tuple[float, float]
+Rng = np.random.Generator
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pixel values in [0, 1]
 
 # One random stream per purpose: drawing more numbers from one stream does not shift the others.
@@ -36,38 +37,55 @@ class View(NamedTuple):
     """One crop of every image in a batch. G is 1 if the batch shares its geometry, B otherwise."""
 
     pixels: torch.Tensor  # uint8 [B, 3, S, S]
-    boxes: torch.Tensor  # int64 [G, 4]: top, left, height, width
-    flips: torch.Tensor  # bool [G]
+    boxes: np.ndarray  # int64 [G, 4]: top, left, height, width
+    flips: np.ndarray  # bool [G]
 
 
-def random_box(
-    rng: np.random.Generator, height: int, width: int, scale: Range, ratio: Range = (3 / 4, 4 / 3)
-) -> tuple[int, int, int, int]:
-    """Draw a crop box as torchvision's RandomResizedCrop does.
-
-    After ten boxes that do not fit into the image, return the largest central box with an allowed aspect ratio.
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """torchvision's RandomResizedCrop, which also returns the box that it drew. Several images may share a box.
 
     Args:
-        rng: random generator.
-        height, width: size of the image in pixels.
+        size: side of the square crop after resizing, in pixels.
         scale: (low, high), area of the box as a fraction of the image area, drawn uniformly.
-        ratio: (low, high), width divided by height, drawn log-uniformly.
-
-    Returns:
-        (top, left, height, width)
+        ratio: (low, high), width of the box divided by its height, drawn log-uniformly.
     """
-    for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    h, w = height, width
-    if width / height < ratio[0]:
-        h = round(width / ratio[0])
-    elif width / height > ratio[1]:
-        w = round(height * ratio[1])
-    return (height - h) // 2, (width - w) // 2, h, w
+
+    size: int
+    scale: Range
+    ratio: Range = (3 / 4, 4 / 3)
+
+    def __call__(self, rng: Rng, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Crop the same box from images of one size.
+
+        Args:
+            rng: random generator.
+            images: uint8 [B, H, W, 3].
+
+        Returns:
+            (crops, box): uint8 [B, size, size, 3]; int64 [4], top, left, height, width
+        """
+        _, height, width, _ = images.shape
+        box = self.draw_box(rng, height, width)
+        return crop_and_resize(images, box, self.size), box
+
+    def draw_box(self, rng: Rng, height: int, width: int) -> np.ndarray:
+        """Draw a box in an image of height × width pixels: int64 [4], top, left, height, width.
+
+        After ten boxes that do not fit into the image, return the largest central box with an allowed aspect ratio.
+        """
+        for _ in range(10):
+            area = height * width * rng.uniform(*self.scale)
+            aspect = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return np.array([rng.integers(height - h + 1), rng.integers(width - w + 1), h, w])
+        h, w = height, width
+        if width / height < self.ratio[0]:
+            h = round(width / self.ratio[0])
+        elif width / height > self.ratio[1]:
+            w = round(height * self.ratio[1])
+        return np.array([(height - h) // 2, (width - w) // 2, h, w])
 
 
 def resize(images: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
@@ -87,15 +105,13 @@ def resize(images: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
     return F.interpolate(pixels.permute(0, 3, 1, 2), size, mode=mode, antialias=True).permute(0, 2, 3, 1).numpy()
 
 
-def crop_and_resize(images: np.ndarray, box: Sequence[int], size: int) -> np.ndarray:
+def crop_and_resize(images: np.ndarray, box: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
     """Crop a box from uint8 images [B, H, W, 3] and resize it to [B, size, size, 3] (bicubic, antialiased)."""
     top, left, height, width = box
     return resize(images[:, top : top + height, left : left + width], (size, size), "bicubic")
 
 
-def distort(
-    rng: np.random.Generator, image: np.ndarray, blur_prob: float, solarize_prob: float, strength: float = 1.0
-) -> np.ndarray:
+def distort(rng: Rng, image: np.ndarray, blur_prob: float, solarize_prob: float, strength: float = 1.0) -> np.ndarray:
     """Apply DINO's photometric distortion to one image, uint8 [height, width, 3].
 
     Color jitter (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1, in random order) with probability 0.8,
@@ -154,16 +170,16 @@ _GRAY = np.array([0.299, 0.587, 0.114])  # weights of red, green and blue
 _SOLARIZED = np.array([level if level < 128 else 255 - level for level in range(256)], np.uint8)
 
 
-def _mix_channels(image, matrix, shift=0.0):
+def _mix_channels(image: np.ndarray, matrix: np.ndarray, shift: float = 0.0) -> np.ndarray:
     """Return `matrix @ pixel + shift` for all pixels, clipped to [0, 255] and truncated, as in torchvision."""
     # OpenCV rounds: subtract almost 0.5 to truncate.
     return cv2.transform(image, np.column_stack([matrix, np.full(3, shift - 0.499)]))
 
 
 @functools.cache
-def _mean_and_std(device):
+def _mean_and_std(device: torch.device) -> list[torch.Tensor]:
     """Return MEAN and STD as tensors [3, 1, 1] for pixel values in [0, 255], copied to each device only once."""
-    return tuple(255 * torch.tensor(x, device=device)[:, None, None] for x in (MEAN, STD))
+    return [255 * torch.tensor(x, device=device)[:, None, None] for x in (MEAN, STD)]
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
@@ -172,6 +188,15 @@ def normalize(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.contiguous().float().sub_(mean).div_(std)
 
 
+class _ViewSpec(NamedTuple):
+    """How a view is made of an image. The views of a multi-crop differ in these."""
+
+    crop: RandomResizedCrop
+    blur_prob: float
+    solarize_prob: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class MultiCrop:
     """Cut a batch of images into two global and several local views (section 3.3; DINO's multi-crop).
 
@@ -181,31 +206,34 @@ class MultiCrop:
         local_number: number of local views.
         flip_prob: probability of a horizontal flip.
         geometry: "batch" draws each crop and flip once per batch, whose images must have one size (section 4.1.2);
-            "image" draws them per image. Photometric distortion is always drawn per image.
+            "image" draws them per image, as DINO does. Photometric distortion is always drawn per image.
         seed: seed of all random numbers.
         distortion: strength of the photometric distortion, see `distort`.
+
+    Raises:
+        ValueError: the geometry is unknown.
     """
 
-    def __init__(
-        self,
-        global_size: int = 224,
-        local_size: int = 96,
-        global_scale: Range = (0.4, 1.0),
-        local_scale: Range = (0.05, 0.4),
-        local_number: int = 8,
-        flip_prob: float = 0.5,
-        geometry: str = "batch",
-        seed: int = 0,
-        distortion: float = 1.0,
-    ):
-        if geometry not in ("batch", "image"):
-            raise ValueError(f"unknown geometry {geometry!r}, expected batch or image")
-        # Each worker has one core, and OpenCV's thread pool does not survive a fork.
-        cv2.setNumThreads(0)
-        self.flip_prob, self.geometry, self.seed, self.distortion = flip_prob, geometry, seed, distortion
-        # (size, scale, blur probability, solarization probability) of each view
-        self.view_specs = [(global_size, global_scale, 1.0, 0.0), (global_size, global_scale, 0.1, 0.2)]
-        self.view_specs += [(local_size, local_scale, 0.5, 0.0)] * local_number
+    global_size: int = 224
+    local_size: int = 96
+    global_scale: Range = (0.4, 1.0)
+    local_scale: Range = (0.05, 0.4)
+    local_number: int = 8
+    flip_prob: float = 0.5
+    geometry: str = "batch"
+    seed: int = 0
+    distortion: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.geometry not in ("batch", "image"):
+            raise ValueError(f"unknown geometry {self.geometry!r}, expected batch or image")
+
+    def view_specs(self) -> list[_ViewSpec]:
+        """Return how each view is made, the two global views first."""
+        global_crop = RandomResizedCrop(self.global_size, self.global_scale)
+        local_crop = RandomResizedCrop(self.local_size, self.local_scale)
+        global_views = [_ViewSpec(global_crop, 1.0, 0.0), _ViewSpec(global_crop, 0.1, 0.2)]
+        return global_views + [_ViewSpec(local_crop, 0.5, 0.0)] * self.local_number
 
     def __call__(
         self, images: Sequence[np.ndarray] | np.ndarray, indices: Sequence[int], epoch: int, step: int, rank: int = 0
@@ -222,29 +250,31 @@ class MultiCrop:
             ValueError: geometry is "batch" and the images have several sizes.
         """
         photometry = [np.random.default_rng((_PHOTOMETRY, self.seed, epoch, i)) for i in indices]
+        # Images of a group share their crops and flips.
         if self.geometry == "batch":
-            sizes = {tuple(image.shape) for image in images}
+            sizes = {image.shape for image in images}
             if len(sizes) > 1:
                 raise ValueError(
                     f"geometry batch needs images of one size, found {len(sizes)}: resize them or use geometry image"
                 )
+            groups = [np.asarray(images)]  # [B, H, W, 3]
             geometry = [np.random.default_rng((_BATCH_GEOMETRY, self.seed, step, rank))]
-            images = np.asarray(images)
         else:
+            groups = [image[None] for image in images]
             geometry = [np.random.default_rng((_IMAGE_GEOMETRY, self.seed, epoch, i)) for i in indices]
-        return [self._view(images, geometry, photometry, *spec) for spec in self.view_specs]
+        return [self._view(groups, geometry, photometry, spec) for spec in self.view_specs()]
 
-    def _view(self, images, geometry, photometry, size, scale, blur_prob, solarize_prob):
-        boxes, flips = [], []
-        for rng, image in zip(geometry, images, strict=False):  # a single rng if the batch shares its geometry
-            boxes.append(random_box(rng, *image.shape[:2], scale))
-            flips.append(rng.random() < self.flip_prob)
-        if self.geometry == "batch":
-            crops = crop_and_resize(images, boxes[0], size)
-        else:
-            crops = [crop_and_resize(image[None], box, size)[0] for image, box in zip(images, boxes, strict=True)]
-        pixels = np.empty((len(photometry), size, size, 3), np.uint8)
-        for i, (rng, crop, flip) in enumerate(zip(photometry, crops, itertools.cycle(flips), strict=False)):
+    def _view(self, groups: list[np.ndarray], geometry: list[Rng], photometry: list[Rng], spec: _ViewSpec) -> View:
+        """Return one view of each image, with a generator of `geometry` per group and of `photometry` per image."""
+        boxes, flips, crops = [], [], []
+        for rng, images in zip(geometry, groups, strict=True):
+            crops_of_group, box = spec.crop(rng, images)
+            flip = rng.random() < self.flip_prob  # RandomHorizontalFlip
+            crops += [(crop, flip) for crop in crops_of_group]
+            boxes.append(box)
+            flips.append(flip)
+        pixels = np.empty((len(photometry), spec.crop.size, spec.crop.size, 3), np.uint8)
+        for i, ((crop, flip), rng) in enumerate(zip(crops, photometry, strict=True)):
             crop = cv2.flip(crop, 1) if flip else np.ascontiguousarray(crop)
-            pixels[i] = distort(rng, crop, blur_prob, solarize_prob, self.distortion)
-        return View(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(boxes), torch.tensor(flips))
+            pixels[i] = distort(rng, crop, spec.blur_prob, spec.solarize_prob, self.distortion)
+        return View(torch.from_numpy(pixels).permute(0, 3, 1, 2), np.stack(boxes), np.array(flips))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -29,12 +30,12 @@ from losses import LocalGlobalLoss, teacher_temperature
 from support import checkpoints
 from support.checkpoints import RunSize, Stateful, hash_of_names, restore
 from support.images import LabeledImages, ResizedArray
-from support.loader import BatchSampler, ViewBatches, batches_on_device, check_batch
+from support.loader import BatchSampler, ViewBatches, batches_on_device, check_batch, init_worker
 from support.meters import Meters, measure
 from support.observe import OnlineKNN, environment, is_due, training_pictures
 from support.optimizers import build_optimizer, clip_each_gradient
 from support.options import AUTOCAST, may_change, parse_arguments, set_precision
-from support.preemption import EXIT_CODE, StopRequest, ignore_signals
+from support.preemption import EXIT_CODE, StopRequest
 from support.report import WATCH_FROM, Report, hide_tensorboard_errors
 from support.sources import build_dataset, data_spec
 from support.weights import load_start, start_from
@@ -53,6 +54,7 @@ from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead, Teache
 
 def main(argv: list[str] | None = None) -> signal.Signals | None:
     """Train and return None. After a signal, save, stop early and return the signal."""
+    cv2.setNumThreads(0)  # views may be made in this process; with several, each has its share of the cores
     atexit.register(kill_workers)  # workers ignore SIGTERM, so Python's exit-time join would hang
     args = parse_arguments(argv)
     with StopRequest() as stop, hide_tensorboard_errors():
@@ -383,7 +385,7 @@ def build_loader(args: argparse.Namespace, dataset: LabeledImages, steps: range,
         batch_size=None,  # each key of the sampler is a whole batch
         num_workers=args.num_workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals,
+        worker_init_fn=init_worker,
     )
 
 

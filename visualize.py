@@ -32,7 +32,7 @@ MAX_PATCHES = 8000  # per image; the memory of attention grows with the square
 MAX_DRAWN = 500  # images in the pages of one command
 THUMBNAIL = 512  # longer side of nearest images, in pixels
 
-# Views of `matches` if neither an option nor the pretraining defines them, in the order of MultiCrop's parameters.
+# Views of `matches` if neither an option nor the pretraining defines them.
 CROPS = {"global_crops_size": 224, "local_crops_size": 96}
 CROPS |= {"global_crops_scale": (0.4, 1.0), "local_crops_scale": (0.05, 0.4)}
 
@@ -129,8 +129,16 @@ def show_matches(args, backbone, made_with, img_size) -> tuple:
     sizes = settings["global_crops_size"], settings["local_crops_size"]
     grid_a, grid_b = ((size // patch_size,) * 2 for size in sizes)
     image = open_image(find_image(args.image), patch_size)
-    flip_prob = made_with.get("flip_prob", 0.5)
-    multi_crop = MultiCrop(*settings.values(), local_number=1, flip_prob=flip_prob, geometry="image", seed=args.seed)
+    multi_crop = MultiCrop(
+        global_size=settings["global_crops_size"],
+        local_size=settings["local_crops_size"],
+        global_scale=settings["global_crops_scale"],
+        local_scale=settings["local_crops_scale"],
+        local_number=1,
+        flip_prob=made_with.get("flip_prob", 0.5),
+        geometry="image",
+        seed=args.seed,
+    )
 
     num_matched, distances = 0, []
     for pair in range(args.pairs):

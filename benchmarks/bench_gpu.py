@@ -43,7 +43,7 @@ from benchmarks.machine import machine, print_table
 from losses import LOSS_WEIGHTS, LocalGlobalLoss, plain_loss
 from patch_matching import Matches
 from support.arguments import ArgumentParser, number
-from support.loader import Batch
+from support.loader import LoadedBatch
 from utils import Process, UserError, run_main
 from vision_transformer import ARCHITECTURES, DINOHead, TokenOutput
 
@@ -203,7 +203,7 @@ def options(case) -> list[str]:
     return words.split()
 
 
-def make_batches(case, device, count=BATCHES) -> list[Batch]:
+def make_batches(case, device, count=BATCHES) -> list[LoadedBatch]:
     """Return the batches of a training on random images, with uint8 views, in pinned memory for a GPU."""
     rng = np.random.default_rng(0)
     images = [(rng.integers(0, 256, (IMAGE, IMAGE, 3), np.uint8), 0) for _ in range(case.batch_size)]
@@ -212,8 +212,8 @@ def make_batches(case, device, count=BATCHES) -> list[Batch]:
     batches = [loader.dataset[key] for key in loader.sampler]
     if device.type == "cuda":
         batches = [
-            Batch([pixels.pin_memory() for pixels in views], Matches(*(index.pin_memory() for index in matches)), bad)
-            for views, matches, bad in batches
+            LoadedBatch([x.pin_memory() for x in pixels], Matches(*(index.pin_memory() for index in matches)), bad)
+            for pixels, matches, bad in batches
         ]
     return batches
 

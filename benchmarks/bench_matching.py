@@ -5,7 +5,7 @@ python -m benchmarks.bench_matching
 
 import numpy as np
 
-from augment import random_box
+from augment import RandomResizedCrop
 from benchmarks.machine import machine, print_table, seconds_of
 from patch_matching import RULES, _matched_pairs, match_patches, match_views
 from support.arguments import ArgumentParser, number
@@ -40,9 +40,9 @@ def main() -> None:
 def draw_geometry(images, local_crops_number) -> tuple:
     """Return boxes [V, images, 4] and flips [V, images] of the paper's crops of images of 256×256 pixels."""
     rng = np.random.default_rng(0)
-    scales = [(0.4, 1.0)] * 2 + [(0.05, 0.4)] * local_crops_number
-    boxes = [[random_box(rng, 256, 256, scale) for _ in range(images)] for scale in scales]
-    return np.array(boxes), rng.random((len(scales), images)) < 0.5
+    crops = [RandomResizedCrop(224, (0.4, 1.0))] * 2 + [RandomResizedCrop(96, (0.05, 0.4))] * local_crops_number
+    boxes = [[crop.draw_box(rng, 256, 256) for _ in range(images)] for crop in crops]
+    return np.array(boxes), rng.random((len(crops), images)) < 0.5
 
 
 def one_by_one(boxes, flips, grids, rule) -> None:

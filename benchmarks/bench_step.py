@@ -135,7 +135,7 @@ def measure(arch, patch_size, batch_size, K, steps, side) -> dict:
         result["before"] = memory(device)["now"]
         for i in (0, *range(steps)):  # the first step is the warm-up
             times.append(synchronized_time(device))
-            views = [normalize(pixels.to(device, non_blocking=True)) for pixels in items[i].views]
+            views = [normalize(pixels.to(device, non_blocking=True)) for pixels in items[i].pixels]
             matches = items[i].matches
             if side == "naive":
                 matches, NaiveLoss.pairs = every_token(matches, views, patch_size), geometries[i]
@@ -181,7 +181,7 @@ def synchronized_time(device) -> float:
 def correspondences(views, patch_size) -> list:
     """Return (i, j, tokens of teacher view i, tokens of student view j) for all pairs. The batch shares its crops."""
     grids = [(view.pixels.shape[-1] // patch_size,) * 2 for view in views]
-    sides = [(view.boxes[0].tolist(), bool(view.flips[0]), grid) for view, grid in zip(views, grids, strict=True)]
+    sides = [(view.boxes[0], view.flips[0], grid) for view, grid in zip(views, grids, strict=True)]
     return [(i, j, *match_patches(*sides[i], *sides[j])) for i in range(2) for j in range(len(views)) if i != j]
 
 

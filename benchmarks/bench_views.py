@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import torch
 from PIL import Image, ImageFilter, ImageOps
 
@@ -33,6 +34,7 @@ def main() -> None:
     from torchvision import transforms
 
     torch.set_num_threads(1)
+    cv2.setNumThreads(0)
     print(f"{machine()}; one core, batch {args.batch_size}")
 
     photographs = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]

@@ -23,8 +23,7 @@ from support import features
 from support.evaluation import check_splits, classification_metrics, knn_votes
 from support.features import eval_transform, extract_features, normalized_cls
 from support.images import LabeledImages
-from support.loader import ViewBatches
-from support.preemption import ignore_signals
+from support.loader import ViewBatches, init_worker
 from support.sources import DataSpec, build_dataset
 from utils import VERSION, UserError, warn
 from vision_transformer import VisionTransformer
@@ -86,7 +85,7 @@ class OnlineKNN:
             device: device of the backbone.
         """
         network = normalized_cls(backbone)
-        batches = {"batch_size": self.batch_size, "num_workers": self.num_workers, "worker_init_fn": ignore_signals}
+        batches = {"batch_size": self.batch_size, "num_workers": self.num_workers, "worker_init_fn": init_worker}
         found = {s: extract_features(network, x, device, title=None, **batches) for s, x in self.splits.items()}
         if found["val"] is None:
             return None
@@ -134,7 +133,7 @@ def training_pictures(
     """
     from support import figures  # imports matplotlib, which only this process needs
 
-    (image, _), (views, _) = view_batches.read_image(key[2][0]), view_batches.make_views(key)
+    image, (views, _) = view_batches.readable_image(key[2][0], {}), view_batches.make_views(key)
     rule, patch_size = view_batches.rule, view_batches.patch_size
     size = views[0].pixels.shape[-1]
     grids = [(view.pixels.shape[-1] // patch_size,) * 2 for view in views]

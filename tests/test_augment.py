@@ -8,10 +8,10 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageFilter
 from scipy.stats import ks_2samp
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.transforms import RandomResizedCrop
+from torchvision import transforms
 
 import augment
-from augment import MultiCrop
+from augment import MultiCrop, RandomResizedCrop
 
 
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (375, 500), (40, 400)])
@@ -20,8 +20,9 @@ def test_boxes_have_torchvisions_distribution(height, width, scale):
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     image = torch.empty(3, height, width)
-    theirs = np.array([RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(4000)])
-    own = np.array([augment.random_box(rng, height, width, scale) for _ in range(4000)])
+    theirs = np.array([transforms.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(2000)])
+    crop = RandomResizedCrop(96, scale)
+    own = np.array([crop.draw_box(rng, height, width) for _ in range(2000)])
     for column in range(4):
         assert ks_2samp(theirs[:, column], own[:, column]).pvalue > 1e-3, column
     assert (own[:, :2] >= 0).all()
@@ -31,8 +32,8 @@ def test_boxes_have_torchvisions_distribution(height, width, scale):
 @pytest.mark.parametrize(("height", "width"), [(10, 400), (400, 10)])
 def test_fallback_is_torchvisions_central_crop(height, width):
     # With the whole area no ratio in [3/4, 4/3] fits such an image: both sides fall back, always.
-    box = augment.random_box(np.random.default_rng(0), height, width, (1, 1))
-    assert box == RandomResizedCrop.get_params(torch.empty(3, height, width), (1, 1), (3 / 4, 4 / 3))
+    box = RandomResizedCrop(96, (1, 1)).draw_box(np.random.default_rng(0), height, width)
+    assert tuple(box) == transforms.RandomResizedCrop.get_params(torch.empty(3, height, width), (1, 1), (3 / 4, 4 / 3))
 
 
 def test_crop_is_pillows_crop_resized(photographs):
@@ -108,43 +109,33 @@ def test_blur_is_an_exact_gaussian_and_pillows_is_stronger_at_small_sigma(photog
     assert sharpness(pillows) < 0.8 * sharpness(blurred) < 0.8 * sharpness(image.astype(float))
 
 
-def test_probabilities_are_dinos(monkeypatch):
-    """Count how often each operation runs in the three kinds of views."""
-    counts = {}
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_probabilities_and_amounts_are_dinos(strength, monkeypatch):
+    """Of the three kinds of views. The strength scales them, but for the probability of jitter."""
+    jitter, counts = [], {"cvtColor": 0, "sepFilter2D": 0, "LUT": 0}
+    monkeypatch.setattr(augment, "color_jitter", lambda image, *values: jitter.append(values[:4]) or image)
 
-    def count(module, function, key):
-        def call(image, *_):
-            counts[key] = counts.get(key, 0) + 1
-            return image
+    def count(name, image):
+        counts[name] += 1
+        return image
 
-        monkeypatch.setattr(module, function, call)
-
-    count(augment, "color_jitter", "jitter")
-    count(augment.cv2, "cvtColor", "gray")  # called twice each time
-    count(augment.cv2, "sepFilter2D", "blur")
-    count(augment.cv2, "LUT", "solarize")
-    crop = MultiCrop(local_number=1)
-    image = np.zeros((8, 8, 3), np.uint8)
-    n = 2000
-    for (_, _, blur_prob, solarize_prob), p_blur, p_solarize in zip(
-        crop.view_specs, (1, 0.1, 0.5), (0, 0.2, 0), strict=True
+    for name in counts:
+        monkeypatch.setattr(augment.cv2, name, lambda image, *_, name=name: count(name, image))
+    rng, n = np.random.default_rng(0), 2000
+    for spec, blur_and_solarize in zip(
+        MultiCrop(local_number=1).view_specs(), ((1, 0), (0.1, 0.2), (0.5, 0)), strict=True
     ):
-        counts.clear()
-        rng = np.random.default_rng(0)
+        jitter.clear()
+        counts.update(dict.fromkeys(counts, 0))
         for _ in range(n):
-            augment.distort(rng, image, blur_prob, solarize_prob)
-        for key, p in (("jitter", 0.8), ("gray", 0.4), ("blur", p_blur), ("solarize", p_solarize)):
-            assert counts.get(key, 0) / n == pytest.approx(p, abs=0.05), key
-
-
-def test_jitter_has_dinos_strength(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(augment, "color_jitter", lambda image, *values: drawn.append(values[:4]) or image)
-    rng = np.random.default_rng(0)
-    for _ in range(2000):
-        augment.distort(rng, np.zeros((1, 1, 3), np.uint8), 0, 0)
-    np.testing.assert_allclose(np.min(drawn, 0), (0.6, 0.6, 0.8, -0.1), atol=0.01)
-    np.testing.assert_allclose(np.max(drawn, 0), (1.4, 1.4, 1.2, 0.1), atol=0.01)
+            augment.distort(rng, np.zeros((1, 1, 3), np.uint8), spec.blur_prob, spec.solarize_prob, strength)
+        assert len(jitter) / n == pytest.approx(0.8, abs=0.04)
+        amounts = strength * np.array((0.4, 0.4, 0.2, 0.1))
+        np.testing.assert_allclose(np.min(jitter, 0), (1, 1, 1, 0) - amounts, atol=0.01)
+        np.testing.assert_allclose(np.max(jitter, 0), (1, 1, 1, 0) + amounts, atol=0.01)
+        # Grayscale has probability 0.2 and calls cvtColor twice.
+        expected = strength * np.array((2 * 0.2, *blur_and_solarize))
+        np.testing.assert_allclose(np.array(list(counts.values())) / n, expected, atol=0.05)
 
 
 def dinos_distort(rng, image, blur_prob, solarize_prob):
@@ -166,37 +157,15 @@ def dinos_distort(rng, image, blur_prob, solarize_prob):
 def test_full_strength_changes_no_bit_of_earlier_views(photographs):
     image = np.array(photographs[1].crop((100, 100, 164, 164)))
     for seed in range(60):
-        rngs = [np.random.default_rng(seed) for _ in range(3)]
-        expected = dinos_distort(rngs[0], image, 0.5, 0.2)
-        assert np.array_equal(augment.distort(rngs[1], image, 0.5, 0.2), expected)
-        assert np.array_equal(augment.distort(rngs[2], image, 0.5, 0.2, 1.0), expected)
-        assert rngs[0].random() == rngs[1].random() == rngs[2].random()
+        rng, earlier = np.random.default_rng(seed), np.random.default_rng(seed)
+        assert np.array_equal(augment.distort(rng, image, 0.5, 0.2), dinos_distort(earlier, image, 0.5, 0.2))
+        assert rng.random() == earlier.random()
 
 
 def test_strength_0_keeps_every_image(photographs):
     image = np.array(photographs[1].crop((100, 100, 164, 164)))
     for seed in range(100):
         assert np.array_equal(augment.distort(np.random.default_rng(seed), image, 1.0, 1.0, 0.0), image)
-
-
-def test_half_strength_halves_ranges_and_probabilities(monkeypatch):
-    """Except for the probability of jitter, whose ranges are halved already."""
-    jitter, counts = [], {"cvtColor": 0, "sepFilter2D": 0, "LUT": 0}
-    monkeypatch.setattr(augment, "color_jitter", lambda image, *values: jitter.append(values[:4]) or image)
-
-    def count(name, image):
-        counts[name] += 1
-        return image
-
-    for name in counts:
-        monkeypatch.setattr(augment.cv2, name, lambda image, *_, name=name: count(name, image))
-    rng, n = np.random.default_rng(0), 4000
-    for _ in range(n):
-        augment.distort(rng, np.zeros((1, 1, 3), np.uint8), 0.8, 0.2, 0.5)
-    np.testing.assert_allclose(np.min(jitter, 0), (0.8, 0.8, 0.9, -0.05), atol=0.001)
-    np.testing.assert_allclose(np.max(jitter, 0), (1.2, 1.2, 1.1, 0.05), atol=0.001)
-    frequencies = [len(jitter) / n, *(counts[name] / n for name in counts)]  # cvtColor is called twice each time
-    assert frequencies == pytest.approx([0.8, 0.2, 0.4, 0.1], abs=0.03)
 
 
 def test_normalize_is_torchvisions(photographs):
@@ -227,81 +196,74 @@ def images(photographs):
     return np.stack([np.array(crop) for crop in crops])
 
 
-def test_sizes_and_numbers_of_views(images):
-    views = MultiCrop(64, 32, local_number=3)(images, [0, 1, 2], epoch=0, step=0)
-    assert [tuple(v.pixels.shape) for v in views] == [(3, 3, 64, 64)] * 2 + [(3, 3, 32, 32)] * 3
-    assert all(v.pixels.dtype == torch.uint8 for v in views)
-    assert {tuple(v.boxes.shape) for v in views} == {(1, 4)}
-    views = MultiCrop(64, 32, local_number=3, geometry="image")(images, [0, 1, 2], epoch=0, step=0)
-    assert {tuple(v.boxes.shape) for v in views} == {(3, 4)}
-    assert {tuple(v.flips.shape) for v in views} == {(3,)}
+def small_views(**settings):
+    return MultiCrop(**{"global_size": 32, "local_size": 16, "local_number": 2, **settings})
 
 
-@pytest.mark.parametrize("geometry", ["batch", "image"])
-def test_pixels_are_what_box_and_flip_say(images, geometry, monkeypatch):
-    monkeypatch.setattr(augment, "distort", lambda rng, image, *_: image)
-    for view in MultiCrop(64, 32, local_number=4, geometry=geometry)(images, [5, 6, 7], 0, 0):
+@pytest.mark.parametrize(("geometry", "groups"), [("batch", 1), ("image", 3)])
+def test_pixels_are_what_box_and_flip_say(images, geometry, groups):
+    views = small_views(local_number=4, geometry=geometry, distortion=0.0)(images, [5, 6, 7], 0, 0)
+    assert [tuple(view.pixels.shape) for view in views] == [(3, 3, 32, 32)] * 2 + [(3, 3, 16, 16)] * 4
+    for view in views:
+        assert view.pixels.dtype == torch.uint8
+        assert view.boxes.shape == (groups, 4)
+        assert view.flips.shape == (groups,)
         for i, image in enumerate(images):
-            g = i if geometry == "image" else 0
-            top, left, height, width = view.boxes[g].tolist()
+            top, left, height, width = view.boxes[i % groups]
             crop = Image.fromarray(image[top : top + height, left : left + width])
             crop = crop.resize(view.pixels.shape[-2:], Image.Resampling.BICUBIC)
-            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flips[g] else crop
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flips[i % groups] else crop
             assert (TF.pil_to_tensor(crop).int() - view.pixels[i].int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("geometry", ["batch", "image"])
 def test_views_are_distorted_as_strongly_as_asked(images, geometry, monkeypatch):
-    plain = MultiCrop(32, 16, geometry=geometry, distortion=0.0)(images, [0, 1, 2], 0, 0)
     strengths = []
     monkeypatch.setattr(augment, "distort", lambda rng, image, *values: strengths.append(values[2]) or image)
-    crops = MultiCrop(32, 16, geometry=geometry, distortion=0.3)(images, [0, 1, 2], 0, 0)
-    assert strengths == [0.3] * 30
-    assert same(plain, crops)  # of which nothing is distorted
-    MultiCrop(32, 16, geometry=geometry)(images, [0, 1, 2], 0, 0)
-    assert strengths[30:] == [1.0] * 30
+    for strength in (0.3, 1.0):
+        small_views(geometry=geometry, distortion=strength)(images, [0, 1, 2], 0, 0)
+    assert strengths == [0.3] * 12 + [1.0] * 12
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for u, v in zip(a, b, strict=True) for x, y in zip(u, v, strict=True))
+    return all(np.array_equal(x, y) for u, v in zip(a, b, strict=True) for x, y in zip(u, v, strict=True))
 
 
 def test_views_are_functions_of_their_keys(images):
-    batch = MultiCrop(32, 16, local_number=1, geometry="batch")
+    batch = small_views(geometry="batch")
     assert same(batch(images, [4, 5, 6], 0, 9), batch(images, [4, 5, 6], 0, 9))
     assert not same(batch(images, [4, 5, 6], 0, 9), batch(images, [4, 5, 6], 0, 10))
     assert not same(batch(images, [4, 5, 6], 0, 9, rank=0), batch(images, [4, 5, 6], 0, 9, rank=1))
     first, again = batch(images, [4, 5, 6], 0, 9), batch(images, [4, 5, 6], 1, 9)
-    assert torch.equal(first[0].boxes, again[0].boxes)  # the crop depends only on the step
+    assert np.array_equal(first[0].boxes, again[0].boxes)  # the crop depends only on the step
     assert not torch.equal(first[0].pixels, again[0].pixels)  # the colors on the epoch
 
-    image = MultiCrop(32, 16, local_number=1, geometry="image")
+    image = small_views(geometry="image")
     assert same(image(images, [4, 5, 6], 0, 9), image(images, [4, 5, 6], 0, 10, rank=1))
     whole, alone = image(images, [4, 5, 6], 2, 9), image(images[1:2], [5], 2, 3)
     for view, own in zip(whole, alone, strict=True):  # an image's views do not depend on its batch
-        assert torch.equal(view.pixels[1:2], own.pixels)
-        assert torch.equal(view.boxes[1:2], own.boxes)
-    other_seed = MultiCrop(32, 16, local_number=1, geometry="image", seed=1)
-    assert not same(whole, other_seed(images, [4, 5, 6], 2, 9))
+        assert same([[x[1:2] for x in view]], [own])
+    assert not same(whole, small_views(geometry="image", seed=1)(images, [4, 5, 6], 2, 9))
 
 
 def test_photometry_differs_between_images_of_a_batch():
     gray = np.full((2, 64, 64, 3), 100, np.uint8)
-    views = [MultiCrop(32, 16)(gray, [2 * i, 2 * i + 1], 0, i)[0].pixels for i in range(10)]
+    views = [small_views()(gray, [2 * i, 2 * i + 1], 0, i)[0].pixels for i in range(10)]
     assert any(not torch.equal(v[0], v[1]) for v in views)
 
 
-def test_flip_probability(images):
-    for flip_prob, expected in ((0.0, {False}), (1.0, {True})):
-        views = MultiCrop(32, 16, flip_prob=flip_prob, geometry="image")(images, [0, 1, 2], 0, 0)
-        assert {flip for view in views for flip in view.flips.tolist()} == expected
+@pytest.mark.parametrize("flip_prob", [0.0, 1.0])
+def test_flip_probability(images, flip_prob):
+    views = small_views(flip_prob=flip_prob, geometry="image")(images, [0, 1, 2], 0, 0)
+    assert all((view.flips == flip_prob).all() for view in views)
 
 
 def test_image_geometry_takes_images_of_any_size():
     images = [np.zeros((50, 80, 3), np.uint8), np.zeros((300, 40, 3), np.uint8)]
-    for view in MultiCrop(32, 16, geometry="image")(images, [0, 1], 0, 0):
-        for (top, left, height, width), image in zip(view.boxes.tolist(), images, strict=True):
-            assert top + height <= image.shape[0]
-            assert left + width <= image.shape[1]
+    for view in small_views(geometry="image")(images, [0, 1], 0, 0):
+        for box, image in zip(view.boxes, images, strict=True):
+            assert (box[:2] + box[2:] <= image.shape[:2]).all()
     with pytest.raises(ValueError, match="one size, found 2"):
-        MultiCrop(32, 16)(images, [0, 1], 0, 0)
+        small_views()(images, [0, 1], 0, 0)
+    with pytest.raises(ValueError, match="unknown geometry 'pixel', expected batch or image"):
+        small_views(geometry="pixel")

@@ -15,7 +15,7 @@ from vision_transformer import BackboneWithHead, DINOHead, Teacher, vit_micro
 def test_the_naive_side_computes_the_same_loss_and_gradients(monkeypatch):
     torch.manual_seed(0)
     images = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8).numpy()
-    batches = ViewBatches([(image, 0) for image in images], MultiCrop(32, 16), 8, "paper", 0)
+    batches = ViewBatches([(image, 0) for image in images], MultiCrop(global_size=32, local_size=16), 8, "paper", 0)
     key = (0, 0, [0, 1, 2])
     pixels, matches, _ = batches[key]
     views = [normalize(x) for x in pixels]
@@ -50,7 +50,7 @@ def small_step(request):
     case = bench_gpu.Case("vit_micro", 2, 64, request.param, "fp32")
     (batch,) = bench_gpu.make_batches(case, torch.device("cpu"), count=1)
     networks = main_lgssl.build_networks(main_lgssl.parse_arguments(bench_gpu.options(case)))
-    return case, networks, [normalize(pixels) for pixels in batch.views], batch.matches
+    return case, networks, [normalize(pixels) for pixels in batch.pixels], batch.matches
 
 
 def counted_flop(call):

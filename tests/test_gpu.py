@@ -73,7 +73,7 @@ def on_cpu(run_script, tmp_path_factory):
 def loss_and_gradients(device, K, precision):
     """Return (loss, gradients) of the criterion on a device, and those of the plain formula in float64 on the CPU."""
     images = np.random.default_rng(0).integers(0, 256, (3, 96, 96, 3), np.uint8)
-    crop = MultiCrop(64, 32, local_number=4, geometry="image")
+    crop = MultiCrop(global_size=64, local_size=32, local_number=4, geometry="image")
     matches = ViewBatches([(image, 0) for image in images], crop, 16, "paper", 0)[0, 0, [0, 1, 2]].matches
     generator = torch.Generator().manual_seed(0)
 

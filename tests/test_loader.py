@@ -1,3 +1,5 @@
+import cv2
+import numpy as np
 import pytest
 import torch
 from conftest import open_dataset
@@ -5,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from augment import MultiCrop, normalize
 from support.images import ResizedArray
-from support.loader import BatchSampler, ViewBatches, batches_on_device
+from support.loader import BatchSampler, ViewBatches, batches_on_device, init_worker
 from utils import UserError
 
 
@@ -41,22 +43,22 @@ def test_an_incomplete_step_can_be_shared_out():
         assert sorted(sum((samples for rank in own for _, _, samples in rank), [])) == list(range(11))
 
 
-def tensors(batch):
-    return [*batch.views, *batch.matches]
-
-
 @pytest.mark.parametrize("geometry", ["batch", "image"])
 def test_views_do_not_depend_on_the_workers(photo_folder, geometry):
+    """Also if the main process has used OpenCV's threads, which do not survive a fork."""
+    cv2.setNumThreads(2)
+    cv2.GaussianBlur(cv2.cvtColor(np.zeros((2000, 2000, 3), np.uint8), cv2.COLOR_RGB2GRAY), (9, 9), 2.0)
     dataset = open_dataset("folder", photo_folder, "train", ResizedArray(64))
-    batches = ViewBatches(dataset, MultiCrop(32, 16, local_number=2, geometry=geometry), 8, "paper", 0)
+    crop = MultiCrop(global_size=32, local_size=16, local_number=2, geometry=geometry)
+    batches = ViewBatches(dataset, crop, 8, "paper", 0)
     keys = [(0, step, [step, 3, 7]) for step in range(4)]
-    alone = [batches[key] for key in keys]
-    loader = DataLoader(batches, batch_size=None, sampler=keys, num_workers=2)
-    for a, b in zip(alone, loader, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
-    for a, b in zip(alone, batches_on_device(loader, torch.device("cpu")), strict=True):
-        assert all(torch.equal(normalize(x), y) for x, y in zip(a.views, b.views, strict=True))
-        assert all(torch.equal(x, y) for x, y in zip(a.matches, b.matches, strict=True))
+    loader = DataLoader(batches, batch_size=None, sampler=keys, num_workers=2, worker_init_fn=init_worker, timeout=60)
+    for key, batch in zip(keys, batches_on_device(loader, torch.device("cpu")), strict=True):
+        pixels, matches, bad_images = batches[key]
+        assert [x.dtype for x in pixels] == [torch.uint8] * 2
+        assert all(torch.equal(normalize(x), y) for x, y in zip(pixels, batch.views, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(matches, batch.matches, strict=True))
+        assert bad_images == batch.bad_images == {}
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

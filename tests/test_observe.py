@@ -157,7 +157,9 @@ def test_watching_changes_no_weight(photo_folder, tmp_path):
 def test_pictures_show_the_matched_patches(photo_folder, loss):
     rule = None if loss == "cls" else "paper"
     dataset = open_dataset("folder", photo_folder, "train", ResizedArray(64))
-    batches = ViewBatches(dataset, MultiCrop(32, 16, local_number=2, geometry="image"), 8, rule, 0)
+    batches = ViewBatches(
+        dataset, MultiCrop(global_size=32, local_size=16, local_number=2, geometry="image"), 8, rule, 0
+    )
     views, _ = batches.make_views((3, 7, [0]))
     pictures = training_pictures(vit_micro(8, img_size=32).eval(), batches, (3, 7, [0]))
     side, height = 164, 164 + LABEL_HEIGHT

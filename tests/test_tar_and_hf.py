@@ -454,7 +454,8 @@ def test_a_bad_image_in_a_tar_is_named_and_replaced(tmp_path):
     dataset = open_dataset("tar", path, transform=ResizedArray(0))
     with pytest.raises(UserError, match=f"^cannot read image {path}/x/0002.jpg: cannot identify"):
         dataset[2]
-    image, bad = ViewBatches(dataset, None, 8, None, 0, skip_bad=True).read_image(2)
+    bad = {}
+    image = ViewBatches(dataset, None, 8, None, 0, skip_bad=True).readable_image(2, bad)
     assert image.tolist() == expected_pixels([0])[0]
     assert list(bad) == [2, 3]
     assert f"{path}/0003.png" in bad[3]
@@ -699,7 +700,8 @@ def test_bad_images_of_hf_are_named_and_replaced(tmp_path, datasets):
         with pytest.raises(UserError, match=f"^cannot read image {tmp_path}/data/train/{row}: .*{reason}") as error:
             dataset[row]
         assert "\n" not in str(error.value)
-    image, bad = ViewBatches(dataset, None, 8, None, 0, skip_bad=True).read_image(1)
+    bad = {}
+    image = ViewBatches(dataset, None, 8, None, 0, skip_bad=True).readable_image(1, bad)
     assert image.tolist() == expected_pixels([4])[0]
     assert list(bad) == [1, 2, 3]
 

@@ -118,7 +118,7 @@ def test_matches_draws_and_counts_the_agreement(drawn, capsys):
     backbone = visualize.evaluation.open_model("none", "vit_micro", 8, "teacher", 2)[0]
     image = visualize.open_image(photograph("china"), 8)
     agree, near, total = 0, 0, 0
-    crop = MultiCrop(64, 32, (0.4, 1), (0.05, 0.4), 1, geometry="image", seed=2)  # the training's
+    crop = MultiCrop(global_size=64, local_size=32, local_number=1, geometry="image", seed=2)  # the training's
     for seed in (0, 1, 2):
         views = crop([image], [0], seed, 0)
         boxes, flips, crops = ([views[i][name][0] for i in (0, 2)] for name in (1, 2, 0))
