@@ -320,44 +320,6 @@ def test_two_processes_move_the_center_as_one_does(tmp_path):
     torch.testing.assert_close(first, torch.load(tmp_path / "0.pt"))
 
 
-@pytest.mark.parametrize("loss", LOSS_WEIGHTS)
-def test_micro_batches_add_up_to_the_batch(loss):
-    """Compare two half batches, each divided by two, with the whole batch: loss, gradient and center."""
-    K, D, tokens = 11, 5, 4
-    _, (student_out, teacher_out, matches) = batch_case(4, K, D, tokens)
-    counts = matches.num_matched + torch.arange(matches.num_matched.shape[1]) % (2 * tokens)
-    matches = matches._replace(num_matched=counts)
-    teacher_out = teacher_out._replace(mean_bottleneck=teacher_out.bottleneck.unflatten(0, (4, tokens)).mean(0)[:3])
-    weights = student_out.prototypes
-
-    def run(parts):
-        criterion = LocalGlobalLoss(K, 2, loss)
-        total = 0
-        for images in parts:
-            t, s = (slice(images.start * n, images.stop * n) for n in (tokens, 2 * tokens))
-            its_matches = matches._replace(
-                teacher_row=matches.teacher_row[t],
-                teacher_position=matches.teacher_position[t],
-                student_row=matches.student_row[s],
-                teacher_idx=matches.teacher_idx[:, s] - t.start,
-                num_matched=matches.num_matched[:, s],
-                teacher_count=matches.teacher_count[images],
-                student_count=matches.student_count[images],
-            )
-            z = teacher_out.bottleneck[t]
-            mean = z.unflatten(0, (-1, tokens)).mean(0)[: len(criterion.center)]
-            outs = (
-                student_out._replace(bottleneck=student_out.bottleneck[s]),
-                teacher_out._replace(bottleneck=z, mean_bottleneck=mean),
-            )
-            total = total + criterion(*outs, its_matches, 0.04) / len(parts)
-        criterion.update_center()
-        return total, criterion.center, *torch.autograd.grad(total, (student_out.bottleneck, weights))
-
-    for whole, halves in zip(run([slice(0, 4)]), run([slice(0, 2), slice(2, 4)]), strict=True):
-        torch.testing.assert_close(halves, whole, rtol=1e-5, atol=1e-5)  # fp32, sums of other lengths
-
-
 def test_targets_and_statistics_stay_in_full_precision_under_autocast():
     """Logits that bf16 represents exactly: identity prototypes, and vectors of multiples of 1/8."""
     case = Case()
@@ -369,18 +331,6 @@ def test_targets_and_statistics_stay_in_full_precision_under_autocast():
         rounded = case.fast(0.5, dtype=torch.float32)
     assert rounded.dtype == torch.float32
     assert rounded.item() == pytest.approx(exact.item(), rel=1e-6)
-
-
-def test_vectors_more_precise_than_the_center():
-    criterion, (student_out, teacher_out, matches) = batch_case(2, K=7, D=5, tokens=4)
-    criterion.center.normal_(generator=torch.Generator().manual_seed(0))
-    expected = criterion(student_out, teacher_out, matches, 0.5)
-    center = criterion.center.clone()
-    double = [TokenOutput(*(x if x is None else x.double() for x in out)) for out in (student_out, teacher_out)]
-    value = criterion(*double, matches, 0.5)
-    assert value.dtype == torch.float64
-    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert torch.equal(criterion.center, center)
 
 
 def test_weights_are_those_of_section_3_4():

@@ -204,24 +204,6 @@ def test_the_table_is_sorted_by_image_and_has_each_token_once(rule, images):
     assert set(used.tolist()) == set(range(len(matches.teacher_row)))
 
 
-def test_what_a_rule_returns_is_not_changed(monkeypatch):
-    """A rule may return an array that it keeps, or one that cannot be written to."""
-    kept = {}
-
-    def keeping(*arguments):
-        if not kept:
-            kept.update(zip(("count", "index"), RULES["paper"](*arguments), strict=True))
-            for array in kept.values():
-                array.flags.writeable = False
-        return kept["count"], kept["index"]
-
-    monkeypatch.setitem(RULES, "keeping", keeping)
-    geometry = ((0, 0, 40, 40), True, (4, 4), (10, 0, 40, 40), False, (4, 4))
-    expected = match_patches(*geometry)
-    for _ in range(2):
-        assert all(torch.equal(a, b) for a, b in zip(match_patches(*geometry, "keeping"), expected, strict=True))
-
-
 def test_boxes_of_another_number_of_images_are_named():
     with pytest.raises(ValueError, match="boxes of 4 images for a batch of 7"):
         match_views(*random_views(4), GRIDS, 7)
