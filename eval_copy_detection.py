@@ -11,6 +11,8 @@ result to the folder of the checkpoint.
 
 import argparse
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +21,20 @@ import torch.nn.functional as F
 
 from support import evaluation
 from support.arguments import number
+from support.evaluation import features_of_all
 from support.features import whole_transform
 from support.folders import ImageFolder, has_image_name, listed_folders, listed_images
 from support.images import ImageList
 from support.sources import IMAGENET100_CLASSES, add_intensity_range
 from utils import UserError, init_distributed, run_main, warn
+from vision_transformer import VisionTransformer
 
 COPYDAYS_BLOCKS = ["original", "strong"]
 COPYDAYS_BLOCKS += [f"jpegqual/{quality}" for quality in (3, 5, 8, 10, 15, 20, 30, 50, 75)]
 COPYDAYS_BLOCKS += [f"crops/{percent}" for percent in (10, 15, 20, 30, 40, 50, 60, 70, 80)]
 
 
-def copydays(root) -> tuple[dict, dict]:
+def copydays(root: str | Path) -> tuple[dict[str, list[Path]], dict[str, list[list[int]]]]:
     """Find the images of INRIA Copydays.
 
     Args:
@@ -55,7 +59,7 @@ def copydays(root) -> tuple[dict, dict]:
             raise UserError(f"no images in {folder}: {expected}, and optionally jpegqual/*/*.jpg and crops/*/*.jpg")
         if paths:
             blocks[name] = paths
-    originals = {}
+    originals: dict[str, list[int]] = {}
     for i, path in enumerate(blocks["original"]):
         originals.setdefault(path.name[:4], []).append(i)
     positives = {}
@@ -67,7 +71,13 @@ def copydays(root) -> tuple[dict, dict]:
     return blocks, positives
 
 
-def copydays_lists(root, num_whitening=20000, num_distractors=10000, seed=0, classes=IMAGENET100_CLASSES) -> tuple:
+def copydays_lists(
+    root: str | Path,
+    num_whitening: int = 20000,
+    num_distractors: int = 10000,
+    seed: int = 0,
+    classes: str | Path = IMAGENET100_CLASSES,
+) -> tuple[list[str], list[str]]:
     """Draw the two disjoint sets of images of the paper's section 4.3.1 from ImageNet without ImageNet-100's classes.
 
     Args:
@@ -93,7 +103,7 @@ def copydays_lists(root, num_whitening=20000, num_distractors=10000, seed=0, cla
     return chosen[:num_whitening], chosen[num_whitening:]
 
 
-def copy_features(backbone, images) -> torch.Tensor:
+def copy_features(backbone: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
     """Concatenate CLS token and GeM-pooled patch tokens (exponent 4): images [B, 3, H, W] -> [B, 2D]."""
     tokens = backbone(images)
     gem = tokens[:, 1:].clamp(min=1e-6).pow(4).mean(1).pow(0.25)
@@ -109,19 +119,19 @@ class Whitening:
         features: [n, D], converted to float64 in chunks of [4096, D].
     """
 
-    def __init__(self, features):
+    def __init__(self, features: torch.Tensor) -> None:
         chunks = features.split(4096)
         self.mean = sum(chunk.sum(0, dtype=torch.float64) for chunk in chunks) / len(features)  # [D]
         covariance = sum(chunk.double().T @ chunk.double() for chunk in chunks) / len(features)
         values, vectors = torch.linalg.eigh(covariance)
         self.projection = vectors * values.clamp(min=1e-5 * values.max()) ** -0.5  # [D, D]
 
-    def __call__(self, features):
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """Subtract the mean from features [n, D] and whiten them."""
         return ((features.double() - self.mean) @ self.projection).float()
 
 
-def mean_average_precision(similarity, positives, topk=0) -> float:
+def mean_average_precision(similarity: torch.Tensor, positives: list[list[int]], topk: int = 0) -> float:
     """Return the mean of the queries' average precisions.
 
     Args:
@@ -137,7 +147,7 @@ def mean_average_precision(similarity, positives, topk=0) -> float:
     return sum(precisions) / len(precisions)
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = evaluation.model_parser(__doc__)
     add = parser.add_argument_group("protocol").add_argument
@@ -152,14 +162,14 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv=None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Extract the features on all processes, then rank on rank 0."""
     args = parse_arguments(argv)
     blocks, positives = copydays(args.data_path)
     others = {"distractors": args.distractors_path, "whitening": args.whitening_path}
     paths = blocks | {name: listed_images(source) if source else [] for name, source in others.items()}
     images = {name: len(files) for name, files in paths.items()}
-    backbone, made_with, _ = evaluation.open_model(*evaluation.model_options(args), args.seed, args.imsize)
+    backbone, made_with, _ = evaluation.open_model(evaluation.model_spec(args), args.imsize)
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, "copydays")
 
     rank, _, device = init_distributed(args.dist_url)
@@ -176,9 +186,9 @@ def main(argv=None) -> None:
     datasets = {name: ImageList(files, transform, upright=False) for name, files in paths.items() if files}
     for dataset in datasets.values():
         dataset.use_intensity_range(args.intensity_range or made_with.get("intensity_range"), args.data_path)
-    features = evaluation.features_of_all(
-        lambda images: copy_features(backbone, images), datasets, device, args.batch_size_per_gpu, args.num_workers
-    )
+    network = partial(copy_features, backbone)
+    features = features_of_all(network, datasets, device, args.batch_size_per_gpu, args.num_workers)
+    evaluation.leave_process_group()
     if rank > 0:
         return
     whiten = Whitening(features["whitening"]) if "whitening" in features else lambda x: x

@@ -8,7 +8,9 @@ on GPUs or CPUs, in one process or under torchrun. Writes a JSON result to the f
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +20,13 @@ from PIL import Image
 from support import evaluation
 from support.arguments import bool_flag, number
 from support.decoding import image_size
+from support.evaluation import features_of_all
 from support.features import to_pixels
 from support.images import ImageList
 from support.plain_pickle import read_plain_pickle
 from support.sources import add_intensity_range
 from utils import UserError, init_distributed, run_main
+from vision_transformer import VisionTransformer
 
 KINDS = ("easy", "hard", "junk")
 # The relevant kinds of images per protocol; the other kinds are removed from the ranking.
@@ -39,14 +43,14 @@ class RevisitedRetrieval:
 
     Attributes:
         database, queries: paths of the images.
-        boxes: per query, (left, top, right, bottom) in pixels.
+        boxes: per query, (left, top, right, bottom) in whole pixels.
         relevance: per query, {"easy", "hard", "junk"} with database indices.
 
     Raises:
         UserError: a file is missing or has other contents.
     """
 
-    def __init__(self, root, name):
+    def __init__(self, root: str | Path, name: str) -> None:
         folder = Path(root) / name
         path = folder / f"gnd_{name}.pkl"
         layout = f"expected {path} and {folder}/jpg/*.jpg"
@@ -54,62 +58,38 @@ class RevisitedRetrieval:
             raise UserError(f"no ground truth {path}: {layout}")
         contents = read_plain_pickle(path)
         try:
-            names = {key: [str(name) for name in contents[key]] for key in ("imlist", "qimlist")}
-            self.relevance = [{kind: integers(entry[kind]) for kind in KINDS} for entry in contents["gnd"]]
-            self.boxes = [tuple(float(value) for value in entry["bbx"]) for entry in contents["gnd"]]
+            names = {key: list_of(str, contents[key]) for key in ("imlist", "qimlist")}
+            self.relevance = [{k: sorted(set(list_of(int, entry[k]))) for k in KINDS} for entry in contents["gnd"]]
+            self.boxes = [tuple(round(float(value)) for value in entry["bbx"]) for entry in contents["gnd"]]
         except (LookupError, TypeError, ValueError, OverflowError) as error:
             expected = "expected imlist, qimlist, and gnd with easy, hard, junk and bbx"
             raise UserError(f"{path} is no ground truth of {name}: {expected}") from error
         self.database, self.queries = ([folder / "jpg" / f"{name}.jpg" for name in part] for part in names.values())
-        if len(self.queries) != len(self.relevance):
+        if not 0 < len(self.queries) == len(self.relevance):
             raise UserError(f"{path} has {len(self.queries)} queries, but relevance for {len(self.relevance)}")
-        if not self.queries:
-            raise UserError(f"{path} has no queries")
         for query, relevance, box in zip(names["qimlist"], self.relevance, self.boxes, strict=True):
-            wrong = self._what_is_wrong(relevance, box)
-            if wrong:
-                raise UserError(f"{path}: query {query} {wrong}")
+            indices = sum(relevance.values(), [])
+            if not (len(box) == 4 and box[0] < box[2] and box[1] < box[3]):
+                raise UserError(f"{path}: query {query} has the box {box[:5]}, expected left, top, right, bottom")
+            if len(set(indices)) < len(indices):
+                raise UserError(f"{path}: query {query} has images that are more than one of easy, hard and junk")
+            if not set(indices) <= set(range(len(self.database))):
+                raise UserError(f"{path}: query {query} names an image that is not one of the {len(self.database)}")
+            if not relevance["easy"] + relevance["hard"]:
+                raise UserError(f"{path}: query {query} has no relevant image, neither easy nor hard")
         missing = [path for path in self.queries + self.database if not os.path.isfile(path)]
         if missing:
             raise UserError(f"{len(missing)} images are missing, the first is {missing[0]}: {layout}")
 
-        for path, box in zip(self.queries, self.boxes, strict=True):
-            check_box(path, box)
 
-    def _what_is_wrong(self, relevance, box):
-        """Return what is wrong with a query's relevance and box, or None."""
-        if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
-            return f"has the box {box}, expected left, top, right, bottom"
-        indices = sum(relevance.values(), [])
-        if len(set(indices)) < len(indices):
-            return "has images that are more than one of easy, hard and junk"
-        unknown = [i for i in indices if not 0 <= i < len(self.database)]
-        if unknown:
-            return f"names image {unknown[0]} of {len(self.database)}"
-        if not relevance["easy"] + relevance["hard"]:
-            return "has no relevant image, neither easy nor hard"
-        return None
+def list_of(kind: type, values: object) -> list:
+    """Return a list if all its values are of this type. Raise TypeError if not."""
+    if not isinstance(values, list) or any(type(value) is not kind for value in values):
+        raise TypeError(f"no list of {kind}")
+    return values
 
 
-def integers(values) -> list[int]:
-    """Return the distinct integers in an array or list. Raise ValueError if it has other values."""
-    values = np.array(values)
-    if values.size and values.dtype.kind not in "iu":
-        raise ValueError("not integers")
-    return sorted(set(values.ravel().tolist()))
-
-
-def check_box(path, box) -> None:
-    """Raise UserError if a box is thinner than a pixel, or if more than a tenth of it lies outside of its image."""
-    width, height = image_size(path)
-    inside = [max(min(box[2], width) - max(box[0], 0), 0), max(min(box[3], height) - max(box[1], 0), 0)]
-    sides = [box[2] - box[0], box[3] - box[1]]
-    if min(sides) < 1 or inside[0] * inside[1] < 0.9 * sides[0] * sides[1]:
-        found = f"the box {box} of {path} does not fit the image of {width}x{height} pixels"
-        raise UserError(f"{found}: expected left, top, right, bottom in pixels")
-
-
-def retrieval_features(backbone, images, multiscale) -> torch.Tensor:
+def retrieval_features(backbone: VisionTransformer, images: torch.Tensor, multiscale: bool) -> torch.Tensor:
     """Return the L2-normalized CLS tokens of images: [B, 3, H, W] -> [B, D].
 
     `multiscale` averages the CLS tokens at 1, 1/√2 and 1/2 of the size. Scales smaller than a patch are skipped.
@@ -122,7 +102,7 @@ def retrieval_features(backbone, images, multiscale) -> torch.Tensor:
     return F.normalize(total)
 
 
-def score(similarity, relevance, protocol) -> dict:
+def score(similarity: np.ndarray, relevance: list[dict[str, list[int]]], protocol: str) -> dict[str, Any]:
     """Score a ranking by a protocol of revisited Oxford and Paris (Radenović et al., CVPR 2018).
 
     Args:
@@ -134,7 +114,8 @@ def score(similarity, relevance, protocol) -> dict:
         {"map", "mp" (at 1, 5 and 10), "aps"} in [0, 1]. A query without relevant images has the average precision None
         and does not count in the means.
     """
-    aps, precisions = [], []
+    aps: list[float | None] = []
+    precisions = []
     ranking = np.argsort(-np.asarray(similarity), axis=0, kind="stable")  # [database, queries]
     for column, kinds in zip(ranking.T, relevance, strict=True):
         relevant = sum((kinds[kind] for kind in PROTOCOLS[protocol]), [])
@@ -153,49 +134,39 @@ def score(similarity, relevance, protocol) -> dict:
     return {"map": float(np.mean(known)), "mp": np.mean(precisions, axis=0).tolist(), "aps": aps}
 
 
-class Shrink:
-    """Shrink a PIL image to at most `side` pixels, keeping the aspect, and normalize it: float [3, H, W]."""
-
-    def __init__(self, side):
-        self.side, self.to_pixels = side, to_pixels()
-
-    def __call__(self, image, factor=1.0):
-        side = self.side * factor
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        return self.to_pixels(image)
-
-
 class RetrievalImages(ImageList):
-    """Images of a benchmark, normalized after shrinking.
+    """Images of a benchmark, shrunk to at most `side` pixels with their aspect and normalized: float [3, H, W].
 
     Args:
         boxes: per image, the part to crop, (left, top, right, bottom) in pixels, or None. A crop is shrunk by the
             factor of its whole image.
-        shrink: Shrink.
     """
 
-    def __init__(self, paths, boxes, shrink):
+    def __init__(self, paths: list[Path], boxes: list, side: int) -> None:
         super().__init__(paths, None, upright=False)
-        self.boxes, self.shrink = boxes, shrink
+        self.boxes, self.side, self.to_pixels = boxes, side, to_pixels()
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         image, label = super().__getitem__(index)
         crop = image.crop(self.boxes[index]) if self.boxes[index] else image
-        return self.shrink(crop, max(crop.size) / max(image.size)), label
+        side = self.side * (max(crop.size) / max(image.size))
+        crop.thumbnail((side, side), Image.Resampling.LANCZOS)
+        return self.to_pixels(crop), label
 
 
-def check_sizes(paths, boxes, side, patch_size) -> None:
-    """Raise UserError if an image, or its box if that is not None, is thinner than a patch after shrinking."""
+def check_sizes(paths: list[Path], boxes: list, side: int, patch_size: int) -> None:
+    """Raise UserError if an image, or the part of it in its box, is thinner than a patch after shrinking."""
     for path, box in zip(paths, boxes, strict=True):
-        size = image_size(path)
-        box_size = (box[2] - box[0], box[3] - box[1]) if box else size
-        thickness = min(box_size) * min(1, side / max(size))
+        width, height = image_size(path)
+        left, top, right, bottom = box or (0, 0, width, height)
+        part = min(right, width) - max(left, 0), min(bottom, height) - max(top, 0)
+        thickness = max(min(part), 0) * min(1, side / max(width, height))
         if thickness < patch_size:
             found = f"{path} is {thickness:.1f} pixels thin at --imsize {side}, a patch has {patch_size} pixels"
             raise UserError(f"{found}: give a larger --imsize, or remove the image")
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line and fill in the defaults of the data set."""
     parser = evaluation.model_parser(__doc__)
     add = parser.add_argument_group("protocol").add_argument
@@ -214,41 +185,40 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return args
 
 
-def main(argv=None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Extract the features on all processes, then rank on rank 0."""
     args = parse_arguments(argv)
     benchmark = RevisitedRetrieval(args.data_path, args.dataset)
-    backbone, made_with, _ = evaluation.open_model(*evaluation.model_options(args), args.seed, args.imsize)
+    backbone, made_with, _ = evaluation.open_model(evaluation.model_spec(args), args.imsize)
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, args.dataset)
     boxes = benchmark.boxes if args.crop_queries else [None] * len(benchmark.queries)
     parts = {"queries": (benchmark.queries, boxes), "database": (benchmark.database, [None] * len(benchmark.database))}
-    for paths, boxes in parts.values():
+    datasets = {}
+    for name, (paths, boxes) in parts.items():
         check_sizes(paths, boxes, args.imsize, max(backbone.patch_embed.patch_size))
-    datasets = {name: RetrievalImages(*part, Shrink(args.imsize)) for name, part in parts.items()}
-    for dataset in datasets.values():
-        dataset.use_intensity_range(args.intensity_range or made_with.get("intensity_range"), args.data_path)
+        datasets[name] = RetrievalImages(paths, boxes, args.imsize)
+        datasets[name].use_intensity_range(args.intensity_range or made_with.get("intensity_range"), args.data_path)
 
     rank, _, device = init_distributed(args.dist_url)
     backbone.to(device)
 
-    def network(images):
+    def network(images: torch.Tensor) -> torch.Tensor:
         return retrieval_features(backbone, images, args.multiscale)
 
     # The images have different sizes: a batch holds one.
-    features = evaluation.features_of_all(network, datasets, device, batch_size=1, num_workers=args.num_workers)
+    features = features_of_all(network, datasets, device, batch_size=1, num_workers=args.num_workers)
+    evaluation.leave_process_group()
     if rank > 0:
         return
     similarity = (features["database"] @ features["queries"].T).numpy()
-    result = {"map": {}, "mp": {}, "aps": {}}
-    for protocol in PROTOCOLS:
-        scored = score(similarity, benchmark.relevance, protocol)
-        for kind, values in result.items():
-            values[protocol] = scored[kind]
+    scores = {protocol: score(similarity, benchmark.relevance, protocol) for protocol in PROTOCOLS}
+    for protocol, scored in scores.items():
         if scored["map"] is not None:
             at = ", ".join(f"mP@{cutoff} {100 * p:.2f}" for cutoff, p in zip(CUTOFFS, scored["mp"], strict=True))
             print(f"{args.dataset} {protocol}: mAP {100 * scored['map']:.2f}, {at}", flush=True)
-    result["images"] = {name: len(images) for name, images in datasets.items()}
-    evaluation.write_result(path, result, made_with, args)
+    result = {kind: {name: scored[kind] for name, scored in scores.items()} for kind in ("map", "mp", "aps")}
+    images = {name: len(dataset) for name, dataset in datasets.items()}
+    evaluation.write_result(path, {**result, "images": images}, made_with, args)
 
 
 if __name__ == "__main__":

@@ -6,22 +6,39 @@ Runs on GPUs or CPUs, in one process or under torchrun. Writes a JSON result to 
 """
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 
 from support import evaluation
 from support.arguments import bool_flag, number
-from support.evaluation import classification_metrics, describe, knn_votes
+from support.evaluation import classification_metrics, describe, features_of_all, knn_votes, top_hits
 from support.features import normalized_cls
 from utils import UserError, init_distributed, run_main
 
 
-def refuse_features(_) -> None:
-    """Refuse DINO's options for files of features."""
-    raise argparse.ArgumentTypeError("not supported; extract_features.py writes features to a file")
+def knn_accuracy(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    test_features: torch.Tensor,
+    test_labels: torch.Tensor,
+    k: int,
+    temperature: float = 0.07,
+) -> tuple[float, float]:
+    """Return (top1, top5) of the weighted k-NN in percent. Top-5 as in DINO, for any number of classes.
+
+    Args:
+        train_features, test_features: [n, D] and [m, D], L2-normalized.
+        train_labels, test_labels: LongTensors [n] and [m], classes from 0.
+        k, temperature: see `support.evaluation.knn_votes`.
+    """
+    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    votes = knn_votes(train_features, train_labels, test_features, num_classes, k, temperature)
+    top1, top5 = (100 * hits.double().mean().item() for hits in top_hits(votes, test_labels))
+    return top1, top5
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = evaluation.model_parser(__doc__, evaluation.PIXELS)
     add = parser.add_argument_group("protocol").add_argument
@@ -29,14 +46,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--temperature", type=number(float, 1e-6), default=0.07, help="temperature of the votes")
     # The default is None, not True: reproduce.py compares it with earlier results, which lack the option.
     add("--use_cuda", type=bool_flag, help="search neighbours on the GPU if available; default: true")
-    hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-    add("--dump_features", "--load_features", type=refuse_features, **hidden)
     evaluation.add_data_arguments(parser)
     evaluation.add_computation_arguments(parser, batch_size=128)
     return parser.parse_args(argv)
 
 
-def main(argv=None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Extract the features on all processes, then classify on rank 0."""
     args = parse_arguments(argv)
     backbone, made_with, crop_size, datasets = evaluation.open_classification(args)
@@ -46,18 +61,20 @@ def main(argv=None) -> None:
 
     rank, _, device = init_distributed(args.dist_url)
     network = normalized_cls(backbone.to(device))
-    features = evaluation.features_of_all(network, datasets, device, args.batch_size_per_gpu, args.num_workers)
+    features = features_of_all(network, datasets, device, args.batch_size_per_gpu, args.num_workers)
+    evaluation.leave_process_group()
     if rank > 0:
         return
     search_device = torch.device("cpu") if args.use_cuda is False else device
     labels = {split: torch.tensor(dataset.labels, device=search_device) for split, dataset in datasets.items()}
     train, val = (features.pop(split).to(search_device) for split in ("train", "val"))
-    result = {"images": {split: len(d) for split, d in datasets.items()}, "crop_size": crop_size, "knn": {}}
+    knn = {}
     for k in args.nb_knn:
         votes = knn_votes(train, labels["train"], val, len(datasets["train"].classes), k, args.temperature)
-        result["knn"][k] = classification_metrics(votes, labels["val"])
-        print(f"k-NN (K={k}): {describe(result['knn'][k])}", flush=True)
-    evaluation.write_result(path, result, made_with, args)
+        knn[k] = classification_metrics(votes, labels["val"])
+        print(f"k-NN (K={k}): {describe(knn[k])}", flush=True)
+    images = {split: len(dataset) for split, dataset in datasets.items()}
+    evaluation.write_result(path, {"images": images, "crop_size": crop_size, "knn": knn}, made_with, args)
 
 
 if __name__ == "__main__":

@@ -7,38 +7,100 @@ stopped run resumes after its last complete epoch. Runs on GPUs or CPUs, in one 
 """
 
 import argparse
+import hashlib
 import itertools
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision.transforms.v2 as T
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from support import checkpoints, evaluation
 from support.arguments import bool_flag, number
-from support.features import extract_features, to_pixels
+from support.evaluation import features_of_all
+from support.features import RawPixels, to_pixels
+from support.images import LabeledImages
 from support.loader import BatchSampler
 from support.weights import load_file
 from utils import UserError, cosine_schedule, init_distributed, run_main
+from vision_transformer import VisionTransformer
 
 # Arguments that may differ when a run resumes, or when its weights are evaluated.
 MAY_CHANGE = "pretrained_weights download output_dir batch_size_per_gpu num_workers val_freq evaluate".split()
 MAY_CHANGE += ["dist_url", "local_rank", "arch", "patch_size", "checkpoint_key"]
 
 
-def linear_features(backbone, images, n_last_blocks, avgpool_patchtokens) -> torch.Tensor:
+# (features [b, D], labels [b], size): one rank's share, possibly empty, of a step with `size` images in total
+Batch = tuple[torch.Tensor, torch.Tensor, int]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The settings whose defaults depend on the network, its pretraining or the data set; see the options."""
+
+    n_last_blocks: int
+    avgpool_patchtokens: bool
+    flip_prob: float
+    num_labels: int
+
+
+@dataclass
+class Training:
+    """A classifier in training, with all that a stopped run resumes from."""
+
+    classifier: nn.Linear
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0  # number of complete epochs
+    history: list[dict[str, float]] = field(default_factory=list)  # the validations
+    best_classifier: dict[str, torch.Tensor] | None = None  # weights of the epoch `best`
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The validation with the highest top-1 accuracy, the first of equal ones."""
+        return max(self.history, key=lambda entry: entry["top1"])
+
+    def add(self, validation: dict[str, float]) -> None:
+        """Add a validation of the classifier's present weights to the history."""
+        self.history.append(validation)
+        if self.best is validation:
+            self.best_classifier = {name: value.clone() for name, value in self.classifier.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the contents of a file of linear weights, with DINO's names of the weights."""
+        return {
+            "epoch": self.epoch,
+            "state_dict": {f"module.linear.{name}": value for name, value in self.classifier.state_dict().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "validations": {"history": self.history, "best_classifier": self.best_classifier},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.classifier.load_state_dict(classifier_state(state["state_dict"]))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.history = state["epoch"], state["validations"]["history"]
+        self.best_classifier = state["validations"]["best_classifier"]
+
+
+@torch.no_grad()
+def linear_features(
+    backbone: VisionTransformer | RawPixels, images: torch.Tensor, n_last_blocks: int, avgpool_patchtokens: bool
+) -> torch.Tensor:
     """Return the features of DINO's linear classifier: images [B, 3, H, W] -> [B, n_last_blocks * D], or D more.
 
     The features are the concatenated CLS tokens of the last blocks. With `avgpool_patchtokens`, the mean of the last
     block's patch tokens is added and all vectors are interleaved, the order of DINO's released linear weights.
     """
+    if len(images) == 0:  # a rank's share of the last step may be empty
+        return images.new_empty(0, backbone.embed_dim * (n_last_blocks + avgpool_patchtokens))
     layers = backbone.get_intermediate_layers(images, n_last_blocks)
     features = [tokens[:, 0] for tokens in layers]
     if avgpool_patchtokens:
@@ -46,7 +108,7 @@ def linear_features(backbone, images, n_last_blocks, avgpool_patchtokens) -> tor
     return torch.cat(features, dim=1)
 
 
-def new_classifier(dim, num_classes, seed) -> nn.Linear:
+def new_classifier(dim: int, num_classes: int, seed: int) -> nn.Linear:
     """Return DINO's linear classifier: weights drawn with standard deviation 0.01, biases 0."""
     classifier = nn.Linear(dim, num_classes)
     nn.init.normal_(classifier.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
@@ -54,55 +116,60 @@ def new_classifier(dim, num_classes, seed) -> nn.Linear:
     return classifier
 
 
-def train_one_epoch(classifier, optimizer, batches) -> float:
-    """Train for one epoch and return the mean loss.
-
-    Args:
-        batches: iterable of (features [b, D], labels [b], size), one rank's share of a step with `size` images in
-            total. The share may be empty.
-    """
-    loss_sum, images = 0.0, 0
+def train_one_epoch(classifier: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Batch]) -> float:
+    """Train for one epoch and return the mean loss."""
+    loss_sum: torch.Tensor | float = 0.0
+    images = 0
     for features, labels, size in batches:
         loss = F.cross_entropy(classifier(features), labels, reduction="sum") / size
         optimizer.zero_grad()
         loss.backward()
         loss = loss.detach()
         if dist.is_initialized():  # the sum over the ranks equals one process with all images of the step
-            for tensor in [loss, *(p.grad for p in classifier.parameters())]:
+            for tensor in [loss, *(p.grad for p in classifier.parameters() if p.grad is not None)]:
                 dist.all_reduce(tensor)
         optimizer.step()
         loss_sum, images = loss_sum + loss * size, images + size
     return float(loss_sum) / images
 
 
-def train(classifier, optimizer, batches, steps_per_epoch, epochs, lr, start_epoch=0) -> Iterator:
-    """Train with a cosine schedule from `lr` to 0, set per epoch, and yield (epoch, mean loss) after each epoch.
+def train(
+    training: Training, batches: Iterator[Batch], steps_per_epoch: int, epochs: int, lr: float
+) -> Iterator[float]:
+    """Train with a cosine schedule from `lr` to 0, set per epoch, and yield the mean loss after each epoch.
 
     Args:
-        batches: iterator over the batches of `train_one_epoch` for all epochs from `start_epoch` on.
+        batches: the batches of all epochs that are left.
 
     Raises:
         UserError: the loss is not finite.
     """
-    for epoch in range(start_epoch, epochs):
-        for group in optimizer.param_groups:
+    for epoch in range(training.epoch, epochs):
+        for group in training.optimizer.param_groups:
             group["lr"] = cosine_schedule(epoch, epochs, lr, 0.0)
-        loss = train_one_epoch(classifier, optimizer, itertools.islice(batches, steps_per_epoch))
+        loss = train_one_epoch(training.classifier, training.optimizer, itertools.islice(batches, steps_per_epoch))
         if not math.isfinite(loss):
             raise UserError(f"the loss of the linear classifier is {loss} in epoch {epoch + 1}: use a smaller --lr")
-        yield epoch, loss
+        training.epoch = epoch + 1
+        yield loss
 
 
-def cached_batches(sampler, features, labels) -> Iterator:
-    """Yield the batches of `train_one_epoch` from features [n, D] and labels [n], in the order of a BatchSampler."""
+def cached_batches(sampler: Iterable, features: torch.Tensor, labels: torch.Tensor) -> Iterator[Batch]:
+    """Yield batches of features [n, D] and labels [n], in the order of a BatchSampler."""
     for _, _, indices in sampler:
         yield features[indices], labels[indices], len(indices)
 
 
-def augmented_batches(sampler, dataset, network, device, num_workers) -> Iterator:
-    """Yield the batches of `train_one_epoch` from AugmentedBatches, in the order of a BatchSampler."""
-    loading = {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
-    loader = DataLoader(dataset, sampler=sampler, batch_size=None, **loading)  # the sampler's keys are whole batches
+def augmented_batches(
+    sampler: BatchSampler,
+    dataset: "AugmentedBatches",
+    network: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device,
+    num_workers: int,
+) -> Iterator[Batch]:
+    """Yield batches of the features of augmented images, in the order of a BatchSampler, whose keys are batches."""
+    pin_memory = device.type == "cuda"
+    loader = DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
     step_size = sampler.batch_size * sampler.world_size
     for step, (pixels, labels) in zip(sampler.steps, loader, strict=True):
         size = min(step_size, sampler.num_samples - step % sampler.steps_per_epoch * step_size)
@@ -110,7 +177,9 @@ def augmented_batches(sampler, dataset, network, device, num_workers) -> Iterato
 
 
 @torch.no_grad()
-def validate(classifier, features, labels, chunk=4096) -> dict[str, float]:
+def validate(
+    classifier: nn.Module, features: torch.Tensor, labels: torch.Tensor, chunk: int = 4096
+) -> dict[str, float]:
     """Return the metrics of `classification_metrics` of a classifier.
 
     Args:
@@ -128,14 +197,12 @@ class AugmentedBatches(Dataset):
     The augmentation of an image is a function of (seed, epoch, sample), whichever process computes it.
     """
 
-    def __init__(self, dataset, crop_size, flip_prob, seed):
-        import torchvision.transforms.v2 as T  # not at the top: importing it takes as long as torch
-
+    def __init__(self, dataset: LabeledImages, crop_size: int, flip_prob: float, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
         self.empty = torch.empty(0, 3, crop_size, crop_size)
         self.transform = T.Compose([T.RandomResizedCrop(crop_size), T.RandomHorizontalFlip(flip_prob), to_pixels()])
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[int, int, list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, _, indices = key
         images, labels = [], []
         with torch.random.fork_rng(devices=[]):
@@ -148,7 +215,7 @@ class AugmentedBatches(Dataset):
         return torch.stack(images) if images else self.empty, torch.tensor(labels, dtype=torch.long)
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = evaluation.model_parser(__doc__, evaluation.PIXELS)
     add = parser.add_argument_group("protocol").add_argument
@@ -166,8 +233,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def protocol_of(args, backbone, made_with, num_classes) -> dict:
-    """Return the settings whose defaults depend on the network, its pretraining or the data set.
+def protocol_of(
+    args: argparse.Namespace, backbone: VisionTransformer | RawPixels, made_with: dict[str, Any], num_classes: int
+) -> Protocol:
+    """Return the protocol that parsed options ask for, with its defaults.
 
     Raises:
         UserError: --n_last_blocks exceeds the network's blocks, --avgpool_patchtokens is given for raw pixels, or
@@ -175,155 +244,142 @@ def protocol_of(args, backbone, made_with, num_classes) -> dict:
     """
     blocks = len(backbone.blocks)  # raw pixels: 1
     base = backbone.embed_dim == 768 and blocks > 1
-    protocol = {"n_last_blocks": 1 if base else min(4, blocks), "avgpool_patchtokens": base}
-    protocol |= {"flip_prob": made_with.get("flip_prob", 0.5), "num_labels": num_classes}
-    protocol |= {name: vars(args)[name] for name in protocol if vars(args)[name] is not None}
-    if protocol["n_last_blocks"] > blocks:
-        raise UserError(f"--n_last_blocks {protocol['n_last_blocks']} is more than the network's {blocks}")
-    if args.pretrained_weights == "pixels" and protocol["avgpool_patchtokens"]:
+    defaults = Protocol(1 if base else min(4, blocks), base, made_with.get("flip_prob", 0.5), num_classes)
+    given = {name: getattr(args, name) for name in asdict(defaults)}
+    protocol = replace(defaults, **{name: value for name, value in given.items() if value is not None})
+    if protocol.n_last_blocks > blocks:
+        raise UserError(f"--n_last_blocks {protocol.n_last_blocks} is more than the network's {blocks}")
+    if args.pretrained_weights == "pixels" and protocol.avgpool_patchtokens:
         raise UserError("--avgpool_patchtokens true needs a network: raw pixels have no patch tokens")
-    if (outputs := protocol["num_labels"]) < num_classes:
-        raise UserError(f"--num_labels {outputs} is fewer than the {num_classes} classes of the data set")
+    if protocol.num_labels < num_classes:
+        raise UserError(f"--num_labels {protocol.num_labels} is fewer than the {num_classes} classes of the data set")
     return protocol
 
 
-def main(argv=None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train and validate the classifier, or only validate it with --evaluate."""
     args = parse_arguments(argv)
-    backbone, made_with, crop_size, splits = evaluation.open_classification(args, not args.cache_features)
-    num_images, num_classes = len(splits["train"]), len(splits["train"].classes)
-    protocol = protocol_of(args, backbone, made_with, num_classes)
+    backbone, made_with, crop_size, splits = evaluation.open_classification(args, augmented=not args.cache_features)
+    protocol = protocol_of(args, backbone, made_with, len(splits["train"].classes))
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, f"linear_{args.dataset}")
-    dim = backbone.embed_dim * (protocol["n_last_blocks"] + protocol["avgpool_patchtokens"])
-    run = {"fingerprint": evaluation.weights_hash(backbone, splits), "args": {**vars(args), **protocol}}
-    defaults = parse_arguments(["--pretrained_weights", "none"])
-    defaults = {**vars(defaults), **protocol_of(defaults, backbone, made_with, num_classes)}
-    state = load_state(args.evaluate, path, run, defaults, (protocol["num_labels"], dim))
+    run = {"fingerprint": fingerprint(backbone, splits), "args": {**vars(args), **asdict(protocol)}}
+    dim = backbone.embed_dim * (protocol.n_last_blocks + protocol.avgpool_patchtokens)
+    file = Path(args.evaluate) if isinstance(args.evaluate, str) else path and path.with_suffix(".pth")
+    state = None
+    if file and file.exists():
+        state = load_state(file, (protocol.num_labels, dim), None if args.evaluate else run)
+    elif args.evaluate:
+        where = f" at {file}" if file else ""
+        raise UserError(f"--evaluate found no linear weights{where}: train them first, or give their file")
 
     rank, world_size, device = init_distributed(args.dist_url)
     batch_size = args.batch_size_per_gpu * world_size
     if state and not args.evaluate and state["batch_size"] != batch_size:
-        trained = f"{path.with_suffix('.pth')} was trained with {state['batch_size']} images per step"
+        trained = f"{file} was trained with {state['batch_size']} images per step"
         raise UserError(f"{trained}, found {batch_size}: use the batch and number of processes of that run")
     backbone.to(device)
 
-    @torch.no_grad()
-    def network(images):
-        if len(images) == 0:  # a rank's share of the last step may be empty
-            return images.new_empty(0, dim)
-        return linear_features(backbone, images, protocol["n_last_blocks"], protocol["avgpool_patchtokens"])
-
-    def extract(split):
-        title = f"{split} features"
-        features = extract_features(network, splits[split], device, args.batch_size_per_gpu, args.num_workers, title)
-        return None if features is None else (features.to(device), torch.tensor(splits[split].labels, device=device))
+    def network(images: torch.Tensor) -> torch.Tensor:
+        return linear_features(backbone, images, protocol.n_last_blocks, protocol.avgpool_patchtokens)
 
     # The backbone is frozen: the features of images without augmentation are computed once.
-    val = extract("val")
+    fixed = ("val", "train") if args.cache_features and not args.evaluate else ("val",)
+    of_split = {split: splits[split] for split in fixed}
+    features = features_of_all(network, of_split, device, args.batch_size_per_gpu, args.num_workers)
+    data = {s: (x.to(device), torch.tensor(splits[s].labels, device=device)) for s, x in features.items()}
     if args.evaluate or args.cache_features:
-        train_data = None if args.evaluate else extract("train")
-        if world_size > 1:
-            dist.destroy_process_group()
+        evaluation.leave_process_group()
         if rank > 0:
             return
         world_size = 1  # rank 0 continues alone
-    classifier = new_classifier(dim, protocol["num_labels"], args.seed).to(device)
-    if args.evaluate:
-        classifier.load_state_dict(state["best_classifier"])
-        print(f"linear: {evaluation.describe(validate(classifier, *val))}", flush=True)
+    classifier = new_classifier(dim, protocol.num_labels, args.seed).to(device)
+    if args.evaluate and state:
+        classifier.load_state_dict(best_classifier(state))
+        print(f"linear: {evaluation.describe(validate(classifier, *data['val']))}", flush=True)
         return
 
-    sampler = BatchSampler(num_images, batch_size // world_size, None, 1, rank, world_size, args.seed, drop_last=False)
-    start_epoch = state["epoch"] if state else 0
-    sampler.steps = range(start_epoch * sampler.steps_per_epoch, args.epochs * sampler.steps_per_epoch)
-    if args.cache_features:
-        batches = cached_batches(sampler, *train_data)
-    else:
-        augmented = AugmentedBatches(splits["train"], crop_size, protocol["flip_prob"], args.seed)
-        batches = augmented_batches(sampler, augmented, network, device, args.num_workers)
     lr = args.lr * batch_size / 256
-    optimizer = torch.optim.SGD(classifier.parameters(), lr=lr, momentum=0.9)
-    validations = {"history": [], "best_classifier": None}
+    training = Training(classifier, torch.optim.SGD(classifier.parameters(), lr=lr, momentum=0.9))
     if state:
-        classifier.load_state_dict(classifier_state(state["state_dict"]))
-        optimizer.load_state_dict(state["optimizer"])
-        validations = {name: state["validations"][name] for name in validations}
-    history = validations["history"]
-    bar = tqdm(total=args.epochs, initial=start_epoch, unit="epoch", disable=rank > 0 or not sys.stderr.isatty())
-    for epoch, loss in train(classifier, optimizer, batches, sampler.steps_per_epoch, args.epochs, lr, start_epoch):
-        bar.update()
+        training.load_state_dict(state)
+    num_images = len(splits["train"])
+    steps_per_epoch = -(-num_images // batch_size)
+    steps = range(training.epoch * steps_per_epoch, args.epochs * steps_per_epoch)
+    share = {"rank": rank, "world_size": world_size, "seed": args.seed}
+    sampler = BatchSampler(num_images, batch_size // world_size, steps, **share, drop_last=False)
+    if args.cache_features:
+        batches = cached_batches(sampler, *data["train"])
+    else:
+        augmented = AugmentedBatches(splits["train"], crop_size, protocol.flip_prob, args.seed)
+        batches = augmented_batches(sampler, augmented, network, device, args.num_workers)
+    for loss in train(training, batches, steps_per_epoch, args.epochs, lr):
         if rank > 0:
             continue
-        if epoch % args.val_freq == 0 or epoch + 1 == args.epochs:
-            history.append({"epoch": epoch + 1, "loss": loss, **validate(classifier, *val)})
-            top1 = history[-1]["top1"]
-            best = max(history, key=lambda entry: entry["top1"])  # the first of equal ones
-            if best is history[-1]:
-                validations["best_classifier"] = {k: value.clone() for k, value in classifier.state_dict().items()}
-            if bar.disable:
-                print(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  top-1 {top1:.2f} %", flush=True)
-            bar.set_postfix({"loss": f"{loss:.3f}", "top-1": f"{top1:.2f}", "best": f"{best['top1']:.2f}"})
-        if path is not None:
-            linear = {f"module.linear.{name}": value for name, value in classifier.state_dict().items()}
-            contents = {**run, "epoch": epoch + 1, "state_dict": linear, "optimizer": optimizer.state_dict()}
-            contents |= {"validations": validations, "batch_size": batch_size}
-            checkpoints.save(contents, path.with_suffix(".pth"))
-    bar.close()
-    if rank == 0:
-        best = max(history, key=lambda entry: entry["top1"])
-        metrics = {name: best[name] for name in evaluation.METRICS if name in best}
-        cached = ", features of un-augmented images" if args.cache_features else ""
-        of = f"(best of {args.epochs} epochs: number {best['epoch']}{cached})"
-        print(f"linear: {evaluation.describe(metrics)} {of}", flush=True)
-        result = {**metrics, "epoch": best["epoch"], "protocol": protocol, "crop_size": crop_size}
-        result["training_images"] = "not augmented, features cached" if args.cache_features else "augmented"
-        result["images"] = {split: len(images) for split, images in splits.items()}
-        result |= {"batch_size": batch_size, "history": history}
-        evaluation.write_result(path, result, made_with, args)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        epoch = training.epoch
+        if (epoch - 1) % args.val_freq == 0 or epoch == args.epochs:
+            metrics = validate(classifier, *data["val"])
+            training.add({"epoch": epoch, "loss": loss, **metrics})
+            print(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  top-1 {metrics['top1']:.2f} %", flush=True)
+        if file is not None:
+            checkpoints.save({**run, **training.state_dict(), "batch_size": batch_size}, file)
+    evaluation.leave_process_group()
+    if rank > 0:
+        return
+    best = training.best
+    metrics = {name: best[name] for name in evaluation.METRICS if name in best}
+    cached = ", features of un-augmented images" if args.cache_features else ""
+    of = f"(best of {args.epochs} epochs: number {best['epoch']}{cached})"
+    print(f"linear: {evaluation.describe(metrics)} {of}", flush=True)
+    result = {**metrics, "epoch": best["epoch"], "protocol": asdict(protocol), "crop_size": crop_size}
+    result["training_images"] = "not augmented, features cached" if args.cache_features else "augmented"
+    result["images"] = {split: len(images) for split, images in splits.items()}
+    result |= {"batch_size": batch_size, "history": training.history}
+    evaluation.write_result(path, result, made_with, args)
 
 
-def classifier_state(state) -> dict:
-    """Strip the prefixes of DINO's linear weights: module.linear.weight -> weight."""
-    return {name.removeprefix("module.").removeprefix("linear."): value for name, value in state.items()}
+def fingerprint(network: nn.Module, splits: dict[str, LabeledImages]) -> str:
+    """Return a SHA-256 hash of a network's weights and of the classes and labels of {split: data set}."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    for split, images in splits.items():
+        digest.update(repr((split, images.classes, images.labels)).encode())
+    return digest.hexdigest()
 
 
-def load_state(evaluate, path, run, defaults, shape) -> dict | None:
-    """Read the state of an earlier run, or linear weights to evaluate. Without an earlier run return None.
+def load_state(file: Path, shape: tuple[int, int], run: dict[str, Any] | None) -> dict[str, Any]:
+    """Read a file of linear weights.
 
     Args:
-        evaluate: None, True, or the file of linear weights.
-        path: path of the result.
-        run: {"fingerprint": hash of backbone and data, "args": all settings}.
-        defaults: {setting: default}.
         shape: (classes, dimension) of the classifier's weight.
+        run: {"fingerprint": hash of backbone and data, "args": all settings} of a run that resumes, or None.
 
     Raises:
-        UserError: there are no linear weights to evaluate, they do not fit, or the earlier run had other settings,
-            weights or images.
+        UserError: the weights do not fit, or belong to other settings, weights or images than those of the run.
     """
-    file = Path(evaluate) if isinstance(evaluate, str) else path and path.with_suffix(".pth")
-    if evaluate and file is None:
-        raise UserError("--evaluate needs --output_dir, or the file of linear weights")
-    if file is None or not file.exists():
-        if evaluate:
-            raise UserError(f"--evaluate found no linear weights at {file}: train them first, or give their file")
-        return None
     state = load_file(file)
     if "state_dict" not in state:
         raise UserError(f"{file} was not written by eval_linear.py: expected its linear weights, or DINO's")
-    ours = state.get("validations", {}).get("best_classifier")
-    state["best_classifier"] = ours or classifier_state(state["state_dict"])  # DINO saves those of the best epoch
-    found = {name: tuple(value.shape) for name, value in state["best_classifier"].items()}
-    if found != {"weight": shape, "bias": shape[:1]}:
-        raise UserError(f"{file} holds {found}, expected a weight of {shape} and a bias: another network or data set")
-    if evaluate:
-        return state
-    if state.get("fingerprint") != run["fingerprint"]:
-        raise UserError(f"{file} was trained on other weights or images: move it, or give another --output_dir")
-    checkpoints.refuse_other_run(state["args"], run["args"], defaults, MAY_CHANGE, file)
+    shapes = {name: tuple(value.shape) for name, value in best_classifier(state).items()}
+    if shapes != {"weight": shape, "bias": shape[:1]}:
+        raise UserError(f"{file} holds {shapes}, expected a weight of {shape} and a bias: another network or data set")
+    if run is not None:
+        if state.get("fingerprint") != run["fingerprint"]:
+            raise UserError(f"{file} was trained on other weights or images: move it, or give another --output_dir")
+        defaults = vars(parse_arguments(["--pretrained_weights", "none"]))
+        checkpoints.refuse_other_run(state["args"], run["args"], defaults, MAY_CHANGE, file)
     return state
+
+
+def best_classifier(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the classifier's weights of the best epoch. DINO's files hold no others."""
+    return state.get("validations", {}).get("best_classifier") or classifier_state(state["state_dict"])
+
+
+def classifier_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Strip the prefixes of DINO's linear weights: module.linear.weight -> weight."""
+    return {name.removeprefix("module.").removeprefix("linear."): value for name, value in state.items()}
 
 
 if __name__ == "__main__":

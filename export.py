@@ -26,7 +26,6 @@ import torch
 from augment import MEAN, STD
 from support import evaluation
 from support.files import atomic_write, make_folder, write_safetensors
-from support.weights import load_backbone
 from utils import UserError, run_main
 from vision_transformer import WIDTHS, VisionTransformer
 
@@ -138,8 +137,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{path} already exists and is not overwritten: remove it, or give another --output_dir")
     if args.onnx and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
         raise UserError("--onnx needs more packages: pip install onnx onnxscript onnxruntime")
-    torch.manual_seed(0)  # of random weights
-    backbone, _ = load_backbone(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
+    backbone, *_ = evaluation.open_model(evaluation.model_spec(args))
     make_folder(folder, "--output_dir")
 
     config, state = timm_config(backbone), backbone.state_dict()

@@ -19,14 +19,16 @@ Features are float32, or float16 with `--half`. Metadata are JSON.
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from support import evaluation
-from support.features import eval_transform
+from support.features import eval_transform, extract_features
 from support.files import atomic_write, make_folder, write_safetensors
+from support.images import ImageList
 from support.sources import build_dataset, data_spec
 from utils import UserError, init_distributed, run_main
 from vision_transformer import WIDTHS
@@ -40,31 +42,32 @@ FEATURES = {
 MAX_METADATA = 10**8 - 10**4  # bytes; safetensors refuses headers of more than 10**8 bytes
 
 
-def write_features(path, features, labels, paths, classes, made_with) -> None:
+def write_features(
+    path: Path, features: torch.Tensor, labels: list[int], paths: list[str], classes: list[str], made_with: str
+) -> None:
     """Write a file of features atomically, in the format that the module's docstring describes.
 
     Args:
         path: ends in .npz or .safetensors.
-        features: tensor on the CPU.
-        labels: list of ints.
-        paths, classes: lists of names.
+        features: on the CPU.
         made_with: JSON text.
 
     Raises:
         UserError: the file cannot be written.
     """
-    labels = torch.tensor(labels, dtype=torch.int64)
+    numbers = torch.tensor(labels, dtype=torch.int64)
     with atomic_write(path) as temporary:
         if path.suffix == ".safetensors":
             metadata = {"paths": json.dumps(paths), "classes": json.dumps(classes), "made_with": made_with}
-            write_safetensors({"features": features, "labels": labels}, temporary, metadata)
+            write_safetensors({"features": features, "labels": numbers}, temporary, metadata)
         else:
-            names = {"paths": np.array(paths, dtype=str), "classes": np.array(classes, dtype=str)}
+            arrays = {"features": features.numpy(), "labels": numbers.numpy(), "made_with": np.array(made_with)}
+            arrays |= {"paths": np.array(paths, dtype=str), "classes": np.array(classes, dtype=str)}
             with temporary.open("wb") as file:  # np.savez adds a suffix to a path
-                np.savez(file, features=features.numpy(), labels=labels.numpy(), made_with=np.array(made_with), **names)
+                np.savez(file, allow_pickle=False, **arrays)
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = evaluation.model_parser(__doc__)
     layout = "folder of images, whose direct subfolders are classes; or with train and val; or the folder of CIFAR-10"
@@ -78,7 +81,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv=None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Extract the features on all processes and write them on rank 0.
 
     Memory: rank 0 holds all features; with several processes, each also holds its own share. Patch tokens of ViT-S/16
@@ -90,31 +93,31 @@ def main(argv=None) -> None:
         raise UserError(f"--output {path} ends in {path.suffix or 'no suffix'!r}, expected .npz or .safetensors")
     if path.exists():
         raise UserError(f"{path} already exists and is not overwritten: remove it, or give another --output")
-    backbone, pretraining, crop_size = evaluation.open_model(*evaluation.model_options(args), args.seed, args.crop_size)
-    transform = eval_transform(crop_size)
-    dataset = build_dataset(data_spec(args, pretraining), args.split, transform)
-    dataset.upright = False  # as in the evaluations
-    found = {"arch": WIDTHS.get(backbone.embed_dim), "patch_size": backbone.patch_embed.patch_size[0]}
-    found |= {"crop_size": crop_size, "pretraining": pretraining}
-    made_with = json.dumps({**vars(args), **found}, default=str)
+    backbone, pretraining, crop_size = evaluation.open_model(evaluation.model_spec(args), args.crop_size)
+    dataset = build_dataset(data_spec(args, pretraining), args.split, eval_transform(crop_size))
     paths = [f"{args.split}/{i}" for i in range(len(dataset))]
-    if hasattr(dataset, "paths"):
+    if isinstance(dataset, ImageList):
+        dataset.upright = False  # as in the evaluations
         root = args.data_path if args.data_path and os.path.isdir(args.data_path) else dataset.root
         paths = [os.path.relpath(file, root) for file in dataset.paths]
+    network_settings = {"arch": WIDTHS.get(backbone.embed_dim), "patch_size": backbone.patch_embed.patch_size[0]}
+    settings = {**vars(args), **network_settings, "crop_size": crop_size, "pretraining": pretraining}
+    made_with = json.dumps(settings, default=str)
     if path.suffix == ".safetensors" and len(json.dumps(json.dumps(paths))) + len(made_with) > MAX_METADATA:
         raise UserError(f"the paths of {len(paths)} images exceed the header of {path}: give an --output in .npz")
     make_folder(path.parent, "the folder of --output")
 
-    rank, _, device = init_distributed(args.dist_url)
+    _, _, device = init_distributed(args.dist_url)
     backbone.to(device)
     dtype = torch.float16 if args.half else torch.float32
 
-    def network(images):
+    def network(images: torch.Tensor) -> torch.Tensor:
         return FEATURES[args.features](backbone(images))
 
     batch_size, workers = args.batch_size_per_gpu, args.num_workers
-    (features,) = evaluation.features_of_all(network, {"image": dataset}, device, batch_size, workers, dtype).values()
-    if rank > 0:
+    features = extract_features(network, dataset, device, batch_size, workers, "image features", dtype)
+    evaluation.leave_process_group()
+    if features is None:
         return
     if args.features == "patches":
         features = features.unflatten(1, (-1, backbone.embed_dim))

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from utils import UserError, one_line_errors, run_main
 SBATCH_OPTIONS = ("partition", "account", "qos", "constraint", "comment")
 
 
-def parse_arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Return (the options of the job, the words for main_lgssl.py)."""
     epilog = "All other options go to main_lgssl.py, see its --help."
     parser = ArgumentParser(description=__doc__.splitlines()[0], epilog=epilog)
@@ -56,17 +57,16 @@ def parse_arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
 class Training:
     """The work of each process of the job. submitit pickles it, and a requeued job loads the same pickle."""
 
-    def __init__(self, words, gpus):
+    def __init__(self, words: list[str], gpus: int) -> None:
         self.words, self.gpus = words, gpus
 
-    def __call__(self):
+    def __call__(self) -> None:
         import submitit
 
         job = submitit.JobEnvironment()
         local = job.cluster == "local"
-        os.environ["RANK"] = str(job.global_rank)
-        os.environ["WORLD_SIZE"] = str(job.num_tasks)
-        os.environ["LOCAL_RANK"] = str(job.local_rank)
+        ranks = {"RANK": job.global_rank, "WORLD_SIZE": job.num_tasks, "LOCAL_RANK": job.local_rank}
+        os.environ |= {name: str(value) for name, value in ranks.items()}
         os.environ["MASTER_ADDR"] = "127.0.0.1" if local else job.hostnames[0]
         os.environ["MASTER_PORT"] = str(10000 + int(job.raw_job_id) % 50000)
         if not self.gpus:
@@ -80,7 +80,7 @@ class Training:
             subprocess.run(["scontrol", "requeue", job.job_id], check=True, timeout=60)
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Submit the job and return the exit code."""
     args, words = parse_arguments(argv)
     output_dir = main_lgssl.parse_arguments(words).output_dir  # refuses bad options before anything is submitted
@@ -95,12 +95,11 @@ def main(argv=None) -> int:
     try:
         executor = submitit.AutoExecutor(folder / "submitit", cluster=args.cluster)
     except RuntimeError as error:
-        expected = "run this on a machine that has it, or give --cluster local"
-        raise UserError(f"found no SLURM (srun) on this machine: {expected}") from error
+        raise UserError("found no SLURM on this machine: run this where srun is, or give --cluster local") from error
     parameters = {f"slurm_{name}": getattr(args, name) for name in SBATCH_OPTIONS}
+    parameters |= {name: getattr(args, name) for name in ("nodes", "tasks_per_node", "cpus_per_task", "mem_gb")}
     parameters |= {"name": args.job_name, "timeout_min": args.timeout, "slurm_signal_delay_s": args.signal_delay}
-    parameters |= {"nodes": args.nodes, "tasks_per_node": args.tasks_per_node, "cpus_per_task": args.cpus_per_task}
-    parameters |= {"gpus_per_node": args.gpus_per_node or None, "mem_gb": args.mem_gb}
+    parameters["gpus_per_node"] = args.gpus_per_node or None
     executor.update_parameters(**{name: value for name, value in parameters.items() if value is not None})
     # The job imports this repository regardless of the folder from which it is submitted.
     paths = [str(Path(__file__).parent.absolute()), *filter(None, [os.environ.get("PYTHONPATH")])]

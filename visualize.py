@@ -387,8 +387,8 @@ def main(argv=None) -> None:
         figures.check_output(path)
     backbone, made_with, img_size = None, {}, None
     if args.pretrained_weights is not None:
-        model, crop_size = evaluation.model_options(args), getattr(args, "crop_size", None)
-        backbone, made_with, img_size = evaluation.open_model(*model, args.seed, crop_size)
+        crop_size = getattr(args, "crop_size", None)
+        backbone, made_with, img_size = evaluation.open_model(evaluation.model_spec(args), crop_size)
         backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     pages, text = args.draw(args, backbone, made_with, img_size)
     written = [printable(file) for path in args.output for file in figures.save(pages, path)]

@@ -1,34 +1,69 @@
 """Shared parts of the evaluations: options, opening of model and images, k-NN, average precision, JSON results."""
 
-import copy
-import hashlib
+import argparse
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from sklearn.metrics import roc_auc_score
+from torch.utils.data import Dataset
 
 from support.arguments import ArgumentParser, number
 from support.features import RawPixels, eval_transform, extract_features, whole_transform
 from support.files import make_folder, write_text
+from support.images import ImageList, LabeledImages
 from support.sources import DataSpec, add_source_arguments, build_dataset, data_spec
 from support.weights import load_backbone
 from utils import UserError
-from vision_transformer import ARCHITECTURES, MAX_SIDE, architecture
+from vision_transformer import ARCHITECTURES, MAX_SIDE, VisionTransformer, architecture
+
+PIXELS = "; pixels: no network, but the pixels minus the mean training image"  # see `open_classification`
+METRICS = {"top1": "top-1", "top5": "top-5", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
 
 
-def model_parser(doc, other_weights="") -> ArgumentParser:
+@dataclass(frozen=True)
+class ModelSpec:
+    """Names a network: the options of `add_model_arguments`, and the seed of random weights."""
+
+    pretrained_weights: str
+    arch: str | None = None
+    patch_size: int | None = None
+    checkpoint_key: str = "teacher"
+    seed: int = 0
+
+
+class OpenedModel(NamedTuple):
+    """A network, its pretraining as recorded in the file, and the side of its images in pixels."""
+
+    backbone: VisionTransformer
+    made_with: dict[str, Any]
+    img_size: int
+
+
+class Classification(NamedTuple):
+    """An opened model, or RawPixels in its place, and the data sets by split, "train" and "val"."""
+
+    backbone: VisionTransformer | RawPixels
+    made_with: dict[str, Any]
+    img_size: int
+    splits: dict[str, LabeledImages]
+
+
+def model_parser(doc: str, other_weights: str = "") -> ArgumentParser:
     """Return a parser with the options of a model. The first line of `doc` describes the command."""
     parser = ArgumentParser(description=doc.splitlines()[0], epilog="@FILE reads options from a file.")
     add_model_arguments(parser, other_weights=other_weights)
     return parser
 
 
-def add_model_arguments(parser, required=True, other_weights="") -> None:
-    """Add the options of `open_model`.
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True, other_weights: str = "") -> None:
+    """Add the options of `ModelSpec`.
 
     Args:
         required: make --pretrained_weights mandatory.
@@ -42,30 +77,26 @@ def add_model_arguments(parser, required=True, other_weights="") -> None:
     add("--patch_size", type=number(int, 1), help="side of a patch in pixels; default: read from the weights, or 16")
 
 
-def model_options(args) -> tuple:
-    """Return the first four arguments of `open_model` from parsed options."""
-    return args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key
+def model_spec(args: argparse.Namespace) -> ModelSpec:
+    """Return the network that parsed options name."""
+    return ModelSpec(**{field.name: getattr(args, field.name) for field in fields(ModelSpec) if field.name in args})
 
 
 def add_data_arguments(
-    parser, layout="folder with train/CLASS and val/CLASS, or of a torchvision data set"
+    parser: argparse.ArgumentParser,
+    layout: str = "folder with train/CLASS and val/CLASS, or of a torchvision data set",
 ) -> Callable:
-    """Add the options of a data set. `layout` is the help of --data_path.
-
-    Returns:
-        the argument group's `add_argument`
-    """
+    """Add the options of a data set. `layout` is the help of --data_path. Return the group's `add_argument`."""
     add = parser.add_argument_group("data").add_argument
     add_source_arguments(add, layout)
-    add(
-        "--crop_size",
-        type=number(int, 1, MAX_SIDE),
-        help="side of the images in pixels; default: the pretraining's, or 224",
-    )
+    text = "side of the images in pixels; default: the pretraining's, or 224"
+    add("--crop_size", type=number(int, 1, MAX_SIDE), help=text)
     return add
 
 
-def add_computation_arguments(parser, batch_size=None, json_result=True) -> None:
+def add_computation_arguments(
+    parser: argparse.ArgumentParser, batch_size: int | None = None, json_result: bool = True
+) -> None:
     """Add the options of computation and output.
 
     Args:
@@ -83,37 +114,34 @@ def add_computation_arguments(parser, batch_size=None, json_result=True) -> None
     add("--local_rank", "--local-rank", type=int, help="ignored; the rank is read from the environment")
 
 
-def open_model(pretrained_weights, arch, patch_size, checkpoint_key, seed, img_size=None) -> tuple:
+def open_model(spec: ModelSpec, img_size: int | None = None) -> OpenedModel:
     """Load a backbone with `support.weights.load_backbone` and choose the size of its images.
 
-    Args:
-        seed: seed of random weights, which equal the initial weights of `main_lgssl.py --seed` on all processes.
-        img_size: side of the images in pixels. None: the size of the pretraining's global crops, or 224.
+    Random weights equal the initial weights of `main_lgssl.py --seed` on all processes.
 
-    Returns:
-        (backbone, made_with, img_size), where `made_with` describes the pretraining as recorded in the file
+    Args:
+        img_size: side of the images in pixels. None: the size of the pretraining's global crops, or 224.
 
     Raises:
         UserError: as `load_backbone`, or the images are smaller than a patch.
     """
-    torch.manual_seed(seed)
-    backbone, made_with = load_backbone(pretrained_weights, arch, patch_size, checkpoint_key, img_size or 224)
+    torch.manual_seed(spec.seed)
+    backbone, made_with = load_backbone(
+        spec.pretrained_weights, spec.arch, spec.patch_size, spec.checkpoint_key, img_size or 224
+    )
     img_size = img_size or made_with.get("global_crops_size", 224)
     check_image_side(img_size, backbone)
-    return backbone, made_with, img_size
+    return OpenedModel(backbone, made_with, img_size)
 
 
-def check_image_side(side, backbone) -> None:
+def check_image_side(side: int, backbone: VisionTransformer) -> None:
     """Raise UserError if images of this side in pixels are smaller than a patch."""
     patch_size = backbone.patch_embed.patch_size[0]
     if side < patch_size:
         raise UserError(f"images of side {side} are smaller than a patch of {patch_size} pixels: give a larger side")
 
 
-PIXELS = "; pixels: no network, but the pixels minus the mean training image"  # see `open_classification`
-
-
-def open_classification(args, augmented=False) -> tuple:
+def open_classification(args: argparse.Namespace, augmented: bool = False) -> Classification:
     """Open the network and the images of a classification from parsed options.
 
     --pretrained_weights pixels opens RawPixels, which subtract the mean of the training images, on images that are not
@@ -122,46 +150,45 @@ def open_classification(args, augmented=False) -> tuple:
     Args:
         augmented: the caller augments the training images, which therefore have no transform.
 
-    Returns:
-        (backbone, made_with, img_size, {"train": data set, "val": data set}), see `open_model` and `open_splits`
+    Raises:
+        UserError: see `open_model` and `open_splits`.
     """
-    pixels = args.pretrained_weights == "pixels"
-    if pixels:
-        backbone, made_with, img_size = None, {}, args.crop_size or 64
+    backbone: VisionTransformer | RawPixels | None = None
+    if args.pretrained_weights == "pixels":
+        made_with: dict[str, Any] = {}
+        img_size = args.crop_size or 64
+        transform = whole_transform(img_size)
     else:
-        backbone, made_with, img_size = open_model(*model_options(args), args.seed, args.crop_size)
-    plain = whole_transform(img_size) if pixels else eval_transform(img_size)
-    splits = open_splits(data_spec(args, made_with), {"train": None if augmented else plain, "val": plain})
-    if pixels:
-        train = copy.copy(splits["train"])
-        train.transform = plain
+        backbone, made_with, img_size = open_model(model_spec(args), args.crop_size)
+        transform = eval_transform(img_size)
+    splits = open_splits(data_spec(args, made_with), {"train": transform, "val": transform})
+    train = splits["train"]
+    if backbone is None:
         backbone = RawPixels(sum(train[i][0] for i in range(len(train))) / len(train))
-    return backbone, made_with, img_size, splits
+    if augmented:
+        train.transform = None
+    return Classification(backbone, made_with, img_size, splits)
 
 
-def open_splits(spec: DataSpec, transforms) -> dict:
+def open_splits(spec: DataSpec, transforms: dict[str, Callable | None]) -> dict[str, LabeledImages]:
     """Open the training and validation images of a data set and check that they belong together.
 
     Args:
-        spec: names the images.
         transforms: {"train": transform, "val": transform}.
 
-    Returns:
-        {"train": data set, "val": data set}
-
     Raises:
-        UserError: see `check_splits`.
+        UserError: see `build_dataset` and `check_splits`.
     """
-    splits = {s: build_dataset(spec, s, transforms[s]) for s in ("train", "val")}
+    splits = {split: build_dataset(spec, split, transform) for split, transform in transforms.items()}
     check_splits(splits, spec.data_path or spec.dataset)
     return splits
 
 
-def check_splits(splits, data_path) -> None:
+def check_splits(splits: dict[str, LabeledImages], data_path: str | Path) -> None:
     """Check the labels and classes of a data set's splits, and make them ignore EXIF orientation as DINO does.
 
     Args:
-        splits: {split: data set}.
+        splits: {split: data set}, with "train" and possibly "val".
         data_path: name of the data set, for messages.
 
     Raises:
@@ -170,49 +197,62 @@ def check_splits(splits, data_path) -> None:
     """
     train, val = splits["train"], splits.get("val")
     layout = f"expected {train.layout.format(data_path)}"
-    if val is not None and hasattr(train, "paths"):
-        twin = str(val.root) + train.paths[0].removeprefix(str(train.root))
-        is_file = os.path.exists(twin)  # and not a part of one
-        if twin in val.paths and (os.path.samefile(train.paths[0], twin) if is_file else twin == train.paths[0]):
+    if isinstance(train, ImageList) and isinstance(val, ImageList):
+        first, twin = train.paths[0], str(val.root) + train.paths[0].removeprefix(str(train.root))
+        if twin in val.paths and os.path.realpath(first) == os.path.realpath(twin):
             raise UserError(f"{data_path} has no {train.splits}, or they hold the same files: {layout}")
     for split, images in splits.items():
-        images.upright = False  # DINO's evaluations ignore the EXIF orientation
-        unlabeled = images.labels.count(-1)
-        if unlabeled:
+        if isinstance(images, ImageList):
+            images.upright = False
+        if unlabeled := images.labels.count(-1):
             which = "the" if unlabeled == len(images) else f"{unlabeled} of the {len(images)}"
             raise UserError(f"{which} {split} images of {data_path} have no labels, {layout}")
     if val is not None and train.classes != val.classes:
         only = {"train": sorted({*train.classes} - {*val.classes}), "val": sorted({*val.classes} - {*train.classes})}
-        found = [f"{len(x)} only in {s} ({', '.join(x[:5])}{', ...' * (len(x) > 5)})" for s, x in only.items() if x]
-        raise UserError(f"the classes of {data_path} differ, {' and '.join(found)}: {layout}")
-    found = sorted(set(train.labels))
-    if len(found) < 2:
-        name = train.classes[found[0]]
-        raise UserError(f"the train images of {data_path} have only one class, {name}: expected at least two; {layout}")
+        parts = [f"{len(names)} only in {split} ({', '.join(names[:5])})" for split, names in only.items() if names]
+        raise UserError(f"the classes of {data_path} differ, {' and '.join(parts)}: {layout}")
+    if len(set(train.labels)) < 2:
+        only = train.classes[train.labels[0]]
+        raise UserError(f"the train images of {data_path} have only one class, {only}: expected at least two; {layout}")
 
 
-def features_of_all(network, datasets, device, batch_size, num_workers, dtype=torch.float32) -> dict:
-    """Extract the features of several data sets with all processes, then leave the process group.
-
-    Only rank 0 has the features and continues alone.
+def features_of_all(
+    network: Callable[[torch.Tensor], torch.Tensor],
+    datasets: Mapping[str, Dataset],
+    device: torch.device,
+    batch_size: int,
+    num_workers: int,
+) -> dict[str, torch.Tensor]:
+    """Extract the features of several data sets with all processes, see `extract_features`.
 
     Args:
-        network: images [B, 3, H, W] -> features [B, D].
         datasets: {name: data set of (normalized image, label)}.
-        batch_size, num_workers, dtype: as in `extract_features`.
 
     Returns:
-        {name: features [n, D] on the CPU}; on other ranks than 0 {name: None}
+        {name: features [n, D] on the CPU}; on other ranks than 0 {}
     """
     features = {}
     for name, images in datasets.items():
-        features[name] = extract_features(network, images, device, batch_size, num_workers, f"{name} features", dtype)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        of_images = extract_features(network, images, device, batch_size, num_workers, f"{name} features")
+        if of_images is not None:
+            features[name] = of_images
     return features
 
 
-def knn_votes(train_features, train_labels, test_features, num_classes, k, temperature=0.07) -> torch.Tensor:
+def leave_process_group() -> None:
+    """Leave the process group: rank 0 goes on alone, for longer than the others would wait for it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def knn_votes(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    test_features: torch.Tensor,
+    num_classes: int,
+    k: int,
+    temperature: float = 0.07,
+) -> torch.Tensor:
     """Classify test features by a weighted vote of their k most similar training features (paper, section 4.2).
 
     Each neighbour votes for its class with exp(similarity / temperature). The similarity is the dot product:
@@ -246,48 +286,52 @@ def knn_votes(train_features, train_labels, test_features, num_classes, k, tempe
     return votes
 
 
-def classification_metrics(scores, labels) -> dict[str, float]:
-    """Return the metrics of a classification in percent.
+def top_hits(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return whether the class of an image has the highest score, and whether it has one of the five highest.
 
-    A class with score 0 is never a hit. DINO's k-NN sorts 1,000 columns of votes, of which a data set with fewer
-    classes leaves some unused: a class without votes ties at 0 with them and is almost never counted as a hit.
+    The first class wins a tie. A class with score 0 is never a hit: DINO's k-NN sorts 1,000 columns of votes, of which
+    a data set with fewer classes leaves some unused; a class without votes ties at 0 with them and is almost never
+    counted as a hit.
 
     Args:
         scores: [m, C], at least 0: shares of votes or probabilities.
         labels: LongTensor [m].
 
     Returns:
-        top1: share of the images whose class has the highest score; the first class wins a tie.
-        top5: share of the images whose class is among the five highest scores. Only for more than five classes.
-        balanced_accuracy: mean over the classes of top1 among the images of a class.
-        auroc: area under the ROC curve of the score of class 1. Only for two classes that both occur, and finite
-            scores.
+        (top1, top5), bool [m] each
     """
     own = scores.gather(1, labels[:, None])
     earlier = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
     rank = ((scores > own) | ((scores == own) & earlier)).sum(1)
-    hits = {"top1": (rank < 1) & (own[:, 0] > 0), "top5": (rank < 5) & (own[:, 0] > 0)}
-    metrics = {name: 100 * hit.double().mean().item() for name, hit in hits.items()}
-    if scores.shape[1] <= 5:
-        del metrics["top5"]
-    recalls = [hits["top1"][labels == label].double().mean() for label in labels.unique()]
-    metrics["balanced_accuracy"] = 100 * (sum(recalls) / len(recalls)).item()
-    if scores.shape[1] == 2 and 0 < labels.sum() < len(labels) and scores.isfinite().all():
-        from sklearn.metrics import roc_auc_score  # takes a second, and few data sets have two classes
+    return (rank < 1) & (own[:, 0] > 0), (rank < 5) & (own[:, 0] > 0)
 
+
+def classification_metrics(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Return the metrics of a classification in percent; for the arguments see `top_hits`.
+
+    Returns:
+        top1, top5: share of the images that are hits; top5 only for more than five classes.
+        balanced_accuracy: mean over the classes of top1 among the images of a class.
+        auroc: area under the ROC curve of the score of class 1. Only for two classes that both occur, and finite
+            scores.
+    """
+    top1, top5 = (hits.double() for hits in top_hits(scores, labels))
+    metrics = {"top1": 100 * top1.mean().item()}
+    if scores.shape[1] > 5:
+        metrics["top5"] = 100 * top5.mean().item()
+    recalls = torch.stack([top1[labels == label].mean() for label in labels.unique()])
+    metrics["balanced_accuracy"] = 100 * recalls.mean().item()
+    if scores.shape[1] == 2 and 0 < labels.sum() < len(labels) and scores.isfinite().all():
         metrics["auroc"] = 100 * float(roc_auc_score(labels.cpu().numpy(), scores[:, 1].cpu().numpy()))
     return metrics
 
 
-METRICS = {"top1": "top-1", "top5": "top-5", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
-
-
-def describe(metrics) -> str:
+def describe(metrics: dict[str, float]) -> str:
     """Return the metrics of `classification_metrics` as text."""
     return ", ".join(f"{METRICS[name]} {value:.2f} %" for name, value in metrics.items())
 
 
-def average_precision(ranks, count) -> float:
+def average_precision(ranks: Sequence[int], count: int) -> float:
     """Return the average precision of one query as in the Holidays and Copydays package.
 
     This is the area under the precision-recall curve, computed with trapezoids.
@@ -303,7 +347,7 @@ def average_precision(ranks, count) -> float:
     return total
 
 
-def result_file(output_dir, pretrained_weights, name) -> Path | None:
+def result_file(output_dir: str | None, pretrained_weights: str, name: str) -> Path | None:
     """Return the path of a result: NAME.json in `output_dir`, by default in the folder of the weights.
 
     Random weights, raw pixels and timm's names have no folder: without `output_dir` there is no result file, None.
@@ -318,28 +362,18 @@ def result_file(output_dir, pretrained_weights, name) -> Path | None:
     return folder / f"{re.sub('[:/]', '_', name)}.json"
 
 
-def write_result(path, result, made_with, args) -> None:
+def write_result(
+    path: Path | None, result: dict[str, Any], made_with: dict[str, Any], args: argparse.Namespace
+) -> None:
     """Write a result as JSON, with the settings of evaluation and pretraining.
 
     Args:
         path: return value of `result_file`; None writes nothing.
-        result: dictionary.
-        made_with: return value of `open_model`.
-        args: namespace of the evaluation's arguments.
+        made_with: see `OpenedModel`.
+        args: arguments of the evaluation.
     """
     if path is None:
         return
     contents = {**result, "pretraining": made_with, "args": vars(args)}
     write_text(json.dumps(contents, indent=2, default=str) + "\n", path)
     print(f"written to {path}", flush=True)
-
-
-def weights_hash(network, splits) -> str:
-    """Return a SHA-256 hash of a network's weights and of the classes and labels of {split: data set}."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    for split, images in splits.items():
-        digest.update(repr((split, images.classes, images.labels)).encode())
-    return digest.hexdigest()

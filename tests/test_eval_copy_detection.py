@@ -86,6 +86,7 @@ def test_whole_protocol_against_a_naive_one(copydays_folder, tmp_path, capsys):
 
     database = whiten(np.concatenate([features("copydays/original"), features("distractors")]))
     output = capsys.readouterr().out
+    assert "note: strong has 36 images, the official one 229" in output
     for block, copies in (("strong", 3), ("jpegqual/15", 1)):
         precisions = []
         for i, query in enumerate(whiten(features(f"copydays/{block}"))):
@@ -97,24 +98,6 @@ def test_whole_protocol_against_a_naive_one(copydays_folder, tmp_path, capsys):
     assert result["images"] == {"original": 12, "strong": 36, "jpegqual/15": 12, "distractors": 10, "whitening": 60}
 
 
-def test_copies_are_found_where_their_originals_are(copydays_folder, tmp_path, capsys):
-    """A network finds most copies, even without training; with the originals' names mixed up it finds few."""
-    right = evaluate(copydays_folder, tmp_path, "--topk", 0)["map"]
-    output = capsys.readouterr()
-    assert "note: strong has 36 images, the official one 229" in output.out
-    originals = sorted((copydays_folder / "copydays/original").glob("*.jpg"))
-    mixed = tmp_path / "mixed/copydays"
-    (mixed / "original").mkdir(parents=True)
-    (mixed / "strong").symlink_to(copydays_folder / "copydays/strong")
-    for path, other in zip(originals, originals[5:] + originals[:5], strict=True):
-        (mixed / "original" / path.name).symlink_to(other)
-    wrong = evaluate(tmp_path / "mixed", tmp_path, "--topk", 0)["map"]
-    assert list(wrong) == ["strong"]
-    assert right["jpegqual/15"] > 0.9
-    assert right["strong"] > 0.6
-    assert wrong["strong"] < 0.25
-
-
 def test_bad_input_is_named(copydays_folder, tmp_path, capsys):
     def message(folder, *words):
         with pytest.raises(UserError) as error:
@@ -124,18 +107,13 @@ def test_bad_input_is_named(copydays_folder, tmp_path, capsys):
     (tmp_path / "copydays/original").mkdir(parents=True)
     (tmp_path / "copydays/strong").mkdir()
     assert f"no images in {tmp_path}/copydays/original: Copydays is" in message(tmp_path)
-    Image.new("RGB", (9, 9)).save(tmp_path / "copydays/original/200000.jpg")
-    Image.new("RGB", (9, 9)).save(tmp_path / "copydays/strong/200101.jpg")
+    for path in ("copydays/original/200000.jpg", "copydays/strong/200101.jpg", "one.jpg"):
+        Image.new("RGB", (9, 9)).save(tmp_path / path)
     assert "200101.jpg has no original: expected" in message(tmp_path)
     assert "cannot read" in message(copydays_folder, "--whitening_path", tmp_path / "absent")
     (tmp_path / "list.txt").write_text("one.jpg\n")
-    assert "lists 1 images, 1 are missing; the first:" in message(
-        copydays_folder, "--distractors_path", tmp_path / "list.txt"
-    )
-    Image.new("RGB", (9, 9)).save(tmp_path / "one.jpg")
     evaluate(copydays_folder, tmp_path, "--whitening_path", tmp_path / "list.txt")
     assert "warning: whitening: 1 images do not span the 192 dimensions" in capsys.readouterr().err
     (tmp_path / "one.jpg").write_bytes(b"broken")
-    assert f"cannot read image {tmp_path}/one.jpg" in message(
-        copydays_folder, "--whitening_path", tmp_path / "list.txt"
-    )
+    words = ("--whitening_path", tmp_path / "list.txt")
+    assert f"cannot read image {tmp_path}/one.jpg" in message(copydays_folder, *words)

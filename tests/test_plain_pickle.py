@@ -17,32 +17,30 @@ class Hostile:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_plain_pickles_are_read(tmp_path, protocol):
-    contents = {
-        "names": ["a", "ü"],
-        "arrays": [
-            np.array([], np.int64),
-            np.asfortranarray(np.eye(3)[:2]),
-            np.arange(3, dtype=">i4"),
-            np.arange(3),
-            np.zeros((2, 2), np.float32),
-            np.array(["x", "y"]),
-            np.array([[1], 2], object),
-        ],
-        "others": (1, 2.5, None, True, {3, 4}, frozenset([5]), np.float64(6.5), np.int32(7), b"bytes"),
-    }
-    (tmp_path / "p.pkl").write_bytes(pickle.dumps(contents, protocol))
+def test_plain_pickles_are_read_with_arrays_as_lists(tmp_path, protocol):
+    lists = np.empty(2, object)
+    lists[0], lists[1] = [1, 2], [3]
+    arrays = [
+        np.array([], np.int64),
+        np.asfortranarray(np.eye(3)[:2]),
+        np.arange(3, dtype=">i4"),
+        np.zeros((2, 2), np.float32),
+        np.array(["x", "y"]),
+        lists,
+        lists,
+    ]
+    others = (1, 2.5, None, True, {3, 4}, frozenset([5]), np.float64(6.5), np.int32(7), b"bytes", ["a", "ü"])
+    (tmp_path / "p.pkl").write_bytes(pickle.dumps({"arrays": arrays, "others": others}, protocol))
     read = read_plain_pickle(tmp_path / "p.pkl")
-    assert (read["names"], read["others"]) == (contents["names"], contents["others"])
-    for array, expected in zip(read["arrays"], contents["arrays"], strict=True):
-        np.testing.assert_array_equal(array, expected)
+    assert read["others"] == others
+    assert read["arrays"] == [array.ravel("K").tolist() for array in arrays]
 
 
 def test_pickles_of_numpy_1_and_python_2_are_read(tmp_path):
     contents = b"(dS'easy'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
     contents += b"(I1\n(I2\ntcnumpy\ndtype\n(S'u1'\nI0\nI1\ntRI00\nS'\\x01\\xff'\ntbs."
     (tmp_path / "p.pkl").write_bytes(contents)
-    np.testing.assert_array_equal(read_plain_pickle(tmp_path / "p.pkl")["easy"], [1, 255])
+    assert read_plain_pickle(tmp_path / "p.pkl") == {"easy": [1, 255]}
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -68,50 +66,30 @@ def pickled_array(dtype, shape, raw, state=b"(I3\nS'<'\nNNNI-1\nI-1\nI0\ntb"):
     return array + b"(I1\n" + shape + dtype + b"I00\n" + raw + b"tb."
 
 
-@pytest.mark.parametrize(
-    "contents",
-    [
-        pickled_array(b"V8", b"(I1\nt", b"S'12345678'\n"),
-        pickled_array(b"i8,O", b"(I1\nt", b"S'12345678'\n"),
-        pickled_array(b"i8", b"(I9\nt", b"S'12345678'\n"),
-        pickled_array(b"i8", b"(I1000000000\nI1000000000\nt", b"S''\n"),
-        pickled_array(b"i8", b"(I1\nt", b"S'1234567'\n"),
-        pickled_array(b"i8", b"(I1\nt", b"S'12345678'\n", state=b"I5\nb"),
-        pickled_array(b"U99999999999", b"(I1\nt", b"S'12345678'\n"),
-    ],
-)
-def test_made_up_arrays_are_refused(tmp_path, contents):
+def test_made_up_arrays_are_refused(tmp_path):
     """NumPy's own unpickling would read memory out of bounds."""
-    (tmp_path / "p.pkl").write_bytes(contents)
-    with pytest.raises(UserError, match="cannot read .*; expected only plain containers"):
-        read_plain_pickle(tmp_path / "p.pkl")
+    path, one = tmp_path / "p.pkl", b"(I1\nt"
+    path.write_bytes(pickled_array(b"i8", one, b"S'\\x07\\x00\\x00\\x00\\x00\\x00\\x00\\x00'\n"))
+    assert read_plain_pickle(path) == [7]
+    for dtype, shape, raw in (
+        (b"V8", one, b"S'12345678'\n"),
+        (b"O8", one, b"S'12345678'\n"),
+        (b"i8", b"(I9\nt", b"S'12345678'\n"),
+        (b"i8", b"(I1000000000\nI1000000000\nt", b"S''\n"),
+        (b"i8", one, b"S'1234567'\n"),
+        (b"U99999999999", one, b"S'12345678'\n"),
+    ):
+        path.write_bytes(pickled_array(dtype, shape, raw))
+        with pytest.raises(UserError, match="cannot read .*; expected only plain containers"):
+            read_plain_pickle(path)
 
 
-def test_a_right_array_of_the_same_making_is_read(tmp_path):
-    (tmp_path / "p.pkl").write_bytes(pickled_array(b"i8", b"(I1\nt", b"S'\\x07\\x00\\x00\\x00\\x00\\x00\\x00\\x00'\n"))
-    np.testing.assert_array_equal(read_plain_pickle(tmp_path / "p.pkl"), [7])
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_an_array_of_lists_can_occur_twice(tmp_path, protocol):
-    lists = np.empty(2, object)
-    lists[0], lists[1] = [1, 2], [3, 4]
-    (tmp_path / "p.pkl").write_bytes(pickle.dumps([lists, lists], protocol))
-    for found in read_plain_pickle(tmp_path / "p.pkl"):
-        assert found.tolist() == [[1, 2], [3, 4]]
-
-
-def test_small_pickles_of_huge_contents_are_refused(tmp_path):
+def test_nested_lists_and_huge_numbers_end_at_once(tmp_path):
     nested = []
     for _ in range(60):
         nested = [nested, nested]
+    nested.append(nested)
     (tmp_path / "p.pkl").write_bytes(pickle.dumps({"gnd": nested}))
-    with pytest.raises(UserError, match="it expands to more than 1000[0-9]{3} values"):
-        read_plain_pickle(tmp_path / "p.pkl")
+    assert len(read_plain_pickle(tmp_path / "p.pkl")["gnd"]) == 3
     (tmp_path / "p.pkl").write_bytes(b"\x80\x02Nr\xff\xff\xff\x7f.")  # a memo index of 2^31
     assert read_plain_pickle(tmp_path / "p.pkl") is None
-    loop = []
-    loop.append(loop)
-    (tmp_path / "p.pkl").write_bytes(pickle.dumps(loop))
-    with pytest.raises(UserError, match="it is damaged"):
-        read_plain_pickle(tmp_path / "p.pkl")

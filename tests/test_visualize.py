@@ -66,7 +66,7 @@ def test_attention_draws_each_head_and_what_it_holds_on_to(drawn, capsys):
     (figure,) = drawn
     titles = [axis.get_title() for axis in figure.axes]
     assert titles.count("head 3") == titles.count("mean of heads") == 2
-    backbone = visualize.evaluation.open_model("none", "vit_micro", 8, "teacher", 0)[0]
+    backbone = visualize.evaluation.open_model(visualize.evaluation.ModelSpec("none", "vit_micro", 8)).backbone
     for i, path in enumerate(map(photograph, ("china", "flower"))):
         image = visualize.whole_patches(visualize.open_image(path, 8), 64, 8)
         attention = visualize.features.cls_attention(backbone, image)
@@ -95,7 +95,7 @@ def test_features_are_drawn_below_their_images(drawn):
     run("features", *MICRO, "--image_size", 64)
     above, below = drawn[0].axes[::2], drawn[0].axes[1::2]
     assert [axis.get_title() for axis in above] == ["china", "flower"]
-    backbone = visualize.evaluation.open_model("none", "vit_micro", 8, "teacher", 0)[0]
+    backbone = visualize.evaluation.open_model(visualize.evaluation.ModelSpec("none", "vit_micro", 8)).backbone
     named = visualize.open_images(["china", "flower"], Namespace(max_images=2, image_size=64), backbone, 224)
     images = list(named.values())
     colors, explained = visualize.features.principal_colors(
@@ -115,7 +115,7 @@ def ends_of(lines, columns_a, columns_b, patch_size):
 def test_matches_draws_and_counts_the_agreement(drawn, capsys):
     run("matches", *MICRO, "--global_crops_size", 64, "--local_crops_size", 32, "--pairs", 3, "--seed", 2)
     (figure,) = drawn
-    backbone = visualize.evaluation.open_model("none", "vit_micro", 8, "teacher", 2)[0]
+    backbone = visualize.evaluation.open_model(visualize.evaluation.ModelSpec("none", "vit_micro", 8, seed=2)).backbone
     image = visualize.open_image(photograph("china"), 8)
     agree, near, total = 0, 0, 0
     crop = MultiCrop(global_size=64, local_size=32, local_number=1, geometry="image", seed=2)  # the training's
@@ -207,7 +207,7 @@ def test_plain_crops_are_cut_where_their_boxes_say(photographs):
 def test_nearest_images_are_ranked(drawn, photo_folder, capsys):
     query = photo_folder / "val/china/0.jpg"
     run("neighbours", query, photo_folder / "val", *MICRO, "--k", 3, "--num_workers", 0)
-    backbone = visualize.evaluation.open_model("none", "vit_micro", 8, "teacher", 0)[0]
+    backbone = visualize.evaluation.open_model(visualize.evaluation.ModelSpec("none", "vit_micro", 8)).backbone
     transform = visualize.features.eval_transform(224)
 
     def cls(path):
@@ -229,7 +229,7 @@ def test_nearest_images_are_ranked(drawn, photo_folder, capsys):
 def test_nearest_patches_are_ranked(drawn, photo_folder, capsys):
     paths = [photo_folder / "val/china/0.jpg", photo_folder / "val/flower/0.jpg"]  # 300x240
     run("neighbours", *paths, *MICRO, "--patch", 150, 60, "--k", 4, "--image_size", 64)
-    backbone = visualize.evaluation.open_model("none", "vit_micro", 8, "teacher", 0)[0]
+    backbone = visualize.evaluation.open_model(visualize.evaluation.ModelSpec("none", "vit_micro", 8)).backbone
     images = [visualize.whole_patches(visualize.open_image(path, 8), 64, 8) for path in paths]  # 8 by 10 patches
     tokens = [backbone(normal(image).float())[0, 1:].detach().double() for image in images]
     query = 2 * 10 + 5  # row 2 of 8, column 5 of 10
