@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     transform = whole_transform(args.imsize)
     datasets = {name: ImageList(files, transform, upright=False) for name, files in paths.items() if files}
     for dataset in datasets.values():
-        dataset.use_intensity_range(args.intensity_range or made_with.get("intensity_range"), args.data_path)
+        dataset.use_intensity_range(args.intensity_range or made_with.get("intensity_range"))
     network = partial(copy_features, backbone)
     features = features_of_all(network, datasets, device, args.batch_size_per_gpu, args.num_workers)
     evaluation.leave_process_group()

@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, (paths, boxes) in parts.items():
         check_sizes(paths, boxes, args.imsize, max(backbone.patch_embed.patch_size))
         datasets[name] = RetrievalImages(paths, boxes, args.imsize)
-        datasets[name].use_intensity_range(args.intensity_range or made_with.get("intensity_range"), args.data_path)
+        datasets[name].use_intensity_range(args.intensity_range or made_with.get("intensity_range"))
 
     rank, _, device = init_distributed(args.dist_url)
     backbone.to(device)

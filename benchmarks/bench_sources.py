@@ -1,4 +1,4 @@
-"""Time reading the same JPEGs of 500×375 pixels from a folder, tars and a data set of Hugging Face on one core.
+"""Time reading the same JPEGs of 500×375 pixels from a folder, parquet files and tars on one core.
 
     python -m benchmarks.bench_sources
 
@@ -12,6 +12,7 @@ import statistics
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from PIL import Image
 from benchmarks.machine import machine, print_table
 from support.arguments import ArgumentParser, number
 from support.images import ResizedArray
-from support.sources import build_dataset
+from support.sources import DataSpec, build_dataset
 
 PER_SHARD = 1000  # images per tar
 
@@ -36,24 +37,24 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{machine()}; CPU time of one core, {args.images} images")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["HF_HOME"] = f"{folder}/cache"
+        os.environ["HF_HOME"] = f"{folder}/cache"  # before `datasets` is imported
         named, _ = write_sources(Path(folder) / "large", photographs(args.images))
         print_table(("source", "ms/image", "images/s per core", "of the folder's"), throughput(named, args.rounds))
         print()
         small = [encoded(Image.new("RGB", (8, 8), (i, 0, 0))) for i in range(20)]
         named, writing = write_sources(Path(folder) / "small", (small[i % 20] for i in range(args.start_images)))
         rows = []
-        for name, arguments in named.items():
+        for name, spec in named.items():
             seconds = []
             for _ in range(4):
                 start = time.process_time()
-                build_dataset(**arguments)
+                build_dataset(spec)
                 seconds.append(time.process_time() - start)
             rows.append((name, f"{seconds[0]:.3f}", f"{statistics.median(seconds[1:]):.3f}", f"{writing[name]:.0f}"))
         print_table((f"start with {args.start_images} images", "s, first", "s, later", "s, writing the data"), rows)
 
 
-def photographs(count):
+def photographs(count: int) -> Iterator[bytes]:
     """Yield encoded crops of 500×375 pixels of scikit-learn's photographs."""
     from sklearn.datasets import load_sample_image
 
@@ -64,18 +65,18 @@ def photographs(count):
         yield encoded(photos[i % 2].crop((left, top, left + 500, top + 375)))
 
 
-def encoded(image) -> bytes:
+def encoded(image: Image.Image) -> bytes:
     """Return an image as a JPEG of quality 90."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
-def write_sources(folder, images) -> tuple[dict, dict]:
+def write_sources(folder: Path, images: Iterable[bytes]) -> tuple[dict[str, DataSpec], dict[str, float]]:
     """Write encoded images in three ways, in the same order.
 
     Returns:
-        ({source: arguments of `build_dataset`}, {source: seconds})
+        ({source: DataSpec}, {source: seconds})
     """
     import datasets
 
@@ -102,21 +103,21 @@ def write_sources(folder, images) -> tuple[dict, dict]:
     start = time.process_time()
     datasets.disable_progress_bars()
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["0", "1"])})
-    (folder / "hf").mkdir()
+    (folder / "parquet").mkdir()
     for first in range(0, len(images), 10 * PER_SHARD):
         part = images[first : first + 10 * PER_SHARD]
         stored = [{"bytes": contents, "path": None} for contents in part]
         labels = [2 * i // len(images) for i in range(first, first + len(part))]
         rows = datasets.Dataset.from_dict({"image": stored, "label": labels}, features)
-        rows.to_parquet(folder / f"hf/train-{first // (10 * PER_SHARD):04}.parquet")
-    seconds["hf"] = time.process_time() - start
-    paths = {name: {"dataset": name, "data_path": folder / name} for name in ("folder", "tar")}
-    return {**paths, "hf": {"dataset": f"hf:{folder}/hf"}}, seconds
+        rows.to_parquet(folder / f"parquet/train-{first // (10 * PER_SHARD):04}.parquet")
+    seconds["parquet"] = time.process_time() - start
+    specs = {"folder": DataSpec("folder", folder / "folder")}
+    return {**specs, **{name: DataSpec(f"hf:{folder}/{name}") for name in ("parquet", "tar")}}, seconds
 
 
-def throughput(named, rounds) -> list:
+def throughput(named: dict[str, DataSpec], rounds: int) -> list[tuple[str, str, str, str]]:
     """Return rows of the table: time of decoding and resizing to 256×256, in a random order."""
-    sides = {name: build_dataset(**arguments, transform=ResizedArray(256)) for name, arguments in named.items()}
+    sides = {name: build_dataset(spec, transform=ResizedArray(256)) for name, spec in named.items()}
     (count,) = {len(images) for images in sides.values()}
     seconds = {name: [] for name in sides}
     for i in range(1 + rounds):

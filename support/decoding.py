@@ -4,7 +4,9 @@ import contextlib
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,7 +18,7 @@ MAX_PIXELS = 2**26  # 8192×8192, 200 MB decoded; larger images are bad, see --o
 
 
 @contextlib.contextmanager
-def opened(path, file=None) -> Iterator[Image.Image]:
+def opened(path: str | Path, file: BinaryIO | None = None) -> Iterator[Image.Image]:
     """Open an image file, without Pillow's warnings. All errors inside the context become a UserError with the path.
 
     Args:
@@ -35,7 +37,13 @@ def opened(path, file=None) -> Iterator[Image.Image]:
         raise UserError(f"cannot read image {printable(path)}: {first_line(error)}") from error
 
 
-def read_image(path, min_side=None, upright=True, intensity_range=None, file=None) -> Image.Image:
+def read_image(
+    path: str | Path,
+    min_side: int | None = None,
+    upright: bool = True,
+    intensity_range: Sequence[float] | None = None,
+    file: BinaryIO | None = None,
+) -> Image.Image:
     """Decode an image of any PIL mode to RGB, with transparent parts white.
 
     Args:
@@ -82,7 +90,7 @@ def read_image(path, min_side=None, upright=True, intensity_range=None, file=Non
         return image.convert("RGB")
 
 
-def image_size(path) -> tuple[int, int]:
+def image_size(path: str | Path) -> tuple[int, int]:
     """Return (width, height) in pixels from a file's header.
 
     Raises:
@@ -96,15 +104,15 @@ class UnknownRange(ValueError):
     """The values of a signed or float image have no known range."""
 
 
-def refuse_unknown_range(image, intensity_range) -> None:
+def refuse_unknown_range(image: Image.Image, intensity_range: Sequence[float] | None) -> None:
     """Raise UnknownRange if an opened image needs an intensity range and there is none."""
-    signed = image.mode == "F" or (image.mode == "I" and image.format == "TIFF")  # unsigned PNG and PPM may be I, too
+    signed = image.mode == "F" or (image.mode == "I" and image.format == "TIFF")  # unsigned PNG and PPM may also be I
     if signed and not intensity_range:
         kind = "floats" if image.mode == "F" else "signed or 32-bit integers"
         raise UnknownRange(f"its values are {kind}; give --intensity_range LOW HIGH, one range for all images")
 
 
-def gray_levels(values, intensity_range) -> np.ndarray:
+def gray_levels(values: np.ndarray, intensity_range: Sequence[float] | None) -> np.ndarray:
     """Map an array of intensities to uint8, see `read_image`.
 
     Raises:
@@ -116,7 +124,7 @@ def gray_levels(values, intensity_range) -> np.ndarray:
     return ((values.astype(np.float64).clip(low, high) - low) * 255 // (high - low)).astype(np.uint8)
 
 
-def refuse_irregular(path) -> None:
+def refuse_irregular(path: str | Path) -> None:
     """Raise ValueError if a path is not a regular file. Reading a pipe or a device could wait forever."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")

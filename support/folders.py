@@ -2,29 +2,26 @@
 
 import os
 import re
-import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from support import index
-from support.decoding import refuse_irregular
-from support.images import ImageList
+from support.files import read_text
+from support.images import ImageList, Paths
 from utils import UserError, printable, warn
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp")
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # names of splits in other layouts
 
 
-def open_folder(split, data_path, classes, rebuild_index) -> ImageList:
+def open_folder(split: str, data_path: str | Path, classes: str | Path | None) -> ImageList:
     """Open a folder or a list of images, see `sources.build_dataset`."""
     path = Path(data_path)
     lists = {name: path / f"{name}.txt" for name in ("train", "val")}
     has_lists = all(map(os.path.isfile, lists.values())) and not all(os.path.isdir(path / name) for name in lists)
     if not (os.path.isfile(path) or has_lists):
-        return ImageFolder(path, split, classes, rebuild_index)
-    for option, value in {"classes": classes, "rebuild_index": rebuild_index}.items():
-        if value:
-            raise UserError(f"--{option} has no effect with a list of images: omit it, or give a folder")
+        return ImageFolder(path, split, classes)
+    if classes:
+        raise UserError("--classes has no effect with a list of images: omit it, or give a folder")
     images = ListedImages(lists[split] if has_lists else path)
     images.has_splits = has_lists
     return images
@@ -33,16 +30,13 @@ def open_folder(split, data_path, classes, rebuild_index) -> ImageList:
 class ImageFolder(ImageList):
     """The images in a folder and its subfolders, sorted by path. See `sources.build_dataset`.
 
-    Args:
-        rebuild_index: read the folders even if there is an index of them, see `index.read`.
-
     Attributes:
         root: folder that is read, `train` or `val` if the folder has both.
         classes: names of the class folders, which hold at least one image.
         labels: label of each image, -1 if it is not in a class folder.
     """
 
-    def __init__(self, root, split="train", classes_file=None, rebuild_index=False):
+    def __init__(self, root: str | Path, split: str = "train", classes_file: str | Path | None = None):
         super().__init__([])
         root = Path(root)
         if not os.path.isdir(root):
@@ -50,17 +44,11 @@ class ImageFolder(ImageList):
             raise UserError(f"no folder {root}: --data_path takes {expected}")
         self.has_splits = (root / "train").is_dir() and (root / "val").is_dir()
         self.root = root / split if self.has_splits else root
-        listing = None if classes_file or rebuild_index else index.read(self.root)
-        if listing is None:
-            started = time.time()
-            listing, is_complete = list_folder(self.root, classes_file)
-            if is_complete and not classes_file:
-                index.write(self.root, listing, started)
-        self.paths, self.labels, self.classes, _ = listing
+        self.paths, self.labels, self.classes = list_folder(self.root, classes_file)
 
 
-def list_folder(root, classes_file=None) -> tuple[index.Listing, bool]:
-    """Return (listing of the images below a folder, whether all folders could be read).
+def list_folder(root: Path, classes_file: str | Path | None = None) -> tuple[Paths, list[int], list[str]]:
+    """Return (paths, labels, classes) of the images below a folder.
 
     Args:
         classes_file: file that lists the class folders, or None.
@@ -68,21 +56,20 @@ def list_folder(root, classes_file=None) -> tuple[index.Listing, bool]:
     Raises:
         UserError: see `sources.build_dataset`.
     """
-    unread: list[str] = []
-    _, subfolders, files = next(walk(root, unread=unread), (root, [], []))
+    _, subfolders, files = next(walk(root), (root, [], []))
     folders = [root / name for name in subfolders if not name.startswith(".")]
     refuse_other_splits(root, folders)
-    prefix = index.prefix_of(root)
-    names, read, classes = [name for name in sorted(files) if has_image_name(name)], [""], []
+    names = [name for name in sorted(files) if has_image_name(name)]
     if classes_file is not None:
         folders, names = listed_folders(root, classes_file), []
     labels = [-1] * len(names)
+    classes: list[str] = []
+    prefix = str(root / "x")[:-1]
     others = set(map(os.path.realpath, [root, *folders]))
     for folder in folders:
-        paths = []
-        for top, _, below in walk(folder, others, unread):
-            read.append(top.removeprefix(prefix))
-            paths += [os.path.join(top, name) for name in below if has_image_name(name)]
+        paths = [
+            os.path.join(top, name) for top, _, below in walk(folder, others) for name in below if has_image_name(name)
+        ]
         if paths:
             names += [path.removeprefix(prefix) for path in sorted(paths)]
             labels += [len(classes)] * len(paths)
@@ -91,32 +78,32 @@ def list_folder(root, classes_file=None) -> tuple[index.Listing, bool]:
             raise UserError(f"the class folder {folder}, which {classes_file} lists, has no images")
     if not names:
         raise UserError(f"no images below {root}, expected files that end in {' '.join(IMAGE_SUFFIXES)}")
-    return index.Listing(index.Paths(names, prefix), labels, classes, read), not unread
+    return Paths(names, prefix), labels, classes
 
 
-def listed_folders(root, classes_file) -> list[Path]:
+def listed_folders(root: Path, classes_file: str | Path) -> list[Path]:
     """Return the class folders in `root` that a file lists, one name per line.
 
     Raises:
         UserError: the file cannot be read, is empty, or names a folder that is missing or is listed twice.
     """
-    names = [line.rstrip("/") for line in read_lines(classes_file, "the name of one class folder per line")]
+    names = [line.rstrip("/") for line in read_lines(classes_file)]
     missing = [name for name in names if name == ".." or Path(name).name != name or not os.path.isdir(root / name)]
     if missing:
-        found = f"lacks {len(missing)} of the {len(names)} class folders in {classes_file}"
-        raise UserError(f"{root} {found}, the first is {printable(missing[0])}")
+        counts = f"{len(missing)} of the {len(names)} class folders in {classes_file}"
+        raise UserError(f"{root} lacks {counts}, the first is {printable(missing[0])}")
     twice = [name for i, name in enumerate(names) if name in names[:i]]
     if twice:
         raise UserError(f"{classes_file} lists the class {printable(twice[0])} twice, expected each class once")
     return [root / name for name in names]
 
 
-def refuse_other_splits(root, folders) -> None:
+def refuse_other_splits(root: Path, folders: list[Path]) -> None:
     """Raise UserError if the subfolders of a folder are named like splits, as Train and Val, or train without val.
 
-    A class may be called "train" if there are other classes. Names like test_set and train2017 count as splits, too.
+    A class may be called "train" if there are other classes. Names like test_set and train2017 count as splits.
     """
-    words = {folder.name: re.match("[a-z]*", folder.name.lower())[0] for folder in folders}
+    words = {folder.name: re.split("[^a-z]", folder.name.lower())[0] for folder in folders}
     splits = [name for name, word in words.items() if word in SPLITS]
     both = len({words[name] in ("train", "training") for name in splits}) == 2
     if both or (splits and len(splits) == len(folders)):
@@ -124,7 +111,7 @@ def refuse_other_splits(root, folders) -> None:
         raise UserError(f"{root} has {', '.join(splits)}, {expected}: rename them, or give one of them as --data_path")
 
 
-def walk(folder, others=frozenset(), unread=None) -> Iterator[tuple[str, list, list]]:
+def walk(folder: Path, others: Collection[str] = ()) -> Iterator[tuple[str, list[str], list[str]]]:
     """Walk through a folder like `os.walk`, follow links, and read no folder twice.
 
     Links to parents of the folder are not followed. A folder that cannot be read is skipped with a warning. Files are
@@ -132,24 +119,21 @@ def walk(folder, others=frozenset(), unread=None) -> Iterator[tuple[str, list, l
 
     Args:
         others: real paths of folders that are not read either.
-        unread: list to which the paths of folders that cannot be read are added.
     """
 
-    def warn_of(error):
-        if unread is not None:
-            unread.append(error.filename)
+    def warn_of(error: OSError) -> None:
         warn(f"cannot read folder {printable(error.filename)}: {error.strerror}; skipping it")
 
     real = Path(os.path.realpath(folder))
     seen = {str(real), *map(str, real.parents)}
     for top, below, names in os.walk(folder, onerror=warn_of, followlinks=True):
-        found = {os.path.realpath(os.path.join(top, name)): name for name in sorted(below, reverse=True)}
-        below[:] = sorted(name for path, name in found.items() if path not in seen and path not in others)
-        seen.update(found)
+        targets = {os.path.realpath(os.path.join(top, name)): name for name in sorted(below, reverse=True)}
+        below[:] = sorted(name for path, name in targets.items() if path not in seen and path not in others)
+        seen.update(targets)
         yield top, below, names
 
 
-def has_image_name(name) -> bool:
+def has_image_name(name: str) -> bool:
     """Return whether a file name has a suffix of IMAGE_SUFFIXES and is not hidden."""
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
@@ -163,16 +147,16 @@ class ListedImages(ImageList):
         labels: label of each image, -1 if the file has none.
     """
 
-    def __init__(self, source):
-        paths, names = read_list(source)
+    def __init__(self, path: str | Path):
+        paths, names = read_list(path)
         super().__init__(paths)
-        self.root, self.classes = Path(source).parent, sorted(set(names))
+        self.root, self.classes = Path(path).parent, sorted(set(names))
         numbers = {name: i for i, name in enumerate(self.classes)}
         if names:
             self.labels = [numbers[name] for name in names]
 
 
-def listed_images(source) -> list[Path]:
+def listed_images(source: str | Path) -> list[Path]:
     """Return the paths of the images in a folder and its subfolders, or of the images that a text file lists.
 
     For the format of the file, see `read_list`; classes are ignored.
@@ -185,7 +169,7 @@ def listed_images(source) -> list[Path]:
     return list(map(Path, read_list(source)[0]))
 
 
-def read_list(source) -> tuple[list[str], list[str]]:
+def read_list(source: str | Path) -> tuple[list[str], list[str]]:
     """Read a list of images: one path per line, relative to the file, or PATH<tab>CLASS in all lines.
 
     Returns:
@@ -194,38 +178,29 @@ def read_list(source) -> tuple[list[str], list[str]]:
     Raises:
         UserError: the file cannot be read or is empty, only some lines have a class, or images are missing.
     """
-    expected = "a folder of images, or a text file with one path per line"
-    lines = [line.partition("\t") for line in read_lines(source, expected)]
+    lines = [line.partition("\t") for line in read_lines(source)]
     names = [name.strip() for _, _, name in lines]
-    have_class = sum(map(bool, names))
-    if 0 < have_class < len(lines):
-        first = printable(next(path for path, _, name in lines if not name.strip()))
-        found = f"{source} has a class after a tab for {have_class} of its {len(lines)} images, but not for {first}"
-        raise UserError(f"{found}: expected a class in every line, or in none")
+    unlabeled = [path for path, _, name in lines if not name.strip()]
+    if 0 < len(unlabeled) < len(lines):
+        counts = f"a class after a tab for {len(lines) - len(unlabeled)} of its {len(lines)} images"
+        first = printable(unlabeled[0])
+        raise UserError(f"{source} has {counts}, but not for {first}: expected a class in every line, or in none")
     folder = os.path.dirname(source)
     paths = [os.path.join(folder, path.rstrip()) for path, _, _ in lines]
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
-        found = f"{source} lists {len(paths)} images, {len(missing)} are missing"
-        raise UserError(f"{found}; the first: {printable(missing[0])}")
-    return paths, names if have_class else []
+        counts = f"{len(paths)} images, {len(missing)} are missing"
+        raise UserError(f"{source} lists {counts}; the first: {printable(missing[0])}")
+    return paths, [] if unlabeled else names
 
 
-def read_lines(path, expected) -> list[str]:
+def read_lines(path: str | Path) -> list[str]:
     """Return the lines of a text file that are not blank, without surrounding spaces.
 
-    Args:
-        expected: text for the message.
-
     Raises:
-        UserError: the path is no regular file, the file is not UTF-8, or all its lines are blank.
+        UserError: the file cannot be read, see `read_text`, or all its lines are blank.
     """
-    try:
-        refuse_irregular(path)
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        if not lines:
-            raise ValueError("it is empty")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or ("not text" if isinstance(error, UnicodeError) else error)
-        raise UserError(f"cannot read {printable(path)} ({reason}): expected {expected}") from error
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"cannot read {printable(path)}: it is empty")
     return lines

@@ -1,10 +1,14 @@
-"""Images of Hugging Face's `datasets`, memory-mapped, from a local folder or the hub."""
+"""Images of Hugging Face's `datasets`, memory-mapped, from local files, among them tars, or the hub."""
 
+import glob
 import io
 import os
+import re
 import sys
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -15,6 +19,23 @@ from utils import UserError, first_line, is_first_process, printable
 # Names of the splits there, the preferred one first
 NAMES = {"train": ("train", "training"), "val": ("validation", "valid", "val", "dev", "test", "testing")}
 SAVED = ("dataset_dict.json", "state.json")  # files in folders of `save_to_disk`
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".tar.gz": "webdataset"}
+LABELS = ("label", "cls")  # columns of integers that are labels by default; tars have cls
+MAX_FILES = 2**20  # of a pattern
+
+
+class Rows(NamedTuple):
+    """A split of a data set.
+
+    Attributes:
+        rows: `datasets.Dataset`.
+        split: name of the split there.
+        has_splits: whether training and validation images differ.
+    """
+
+    rows: Any
+    split: str
+    has_splits: bool
 
 
 class HuggingFaceImages(ImageList):
@@ -23,13 +44,13 @@ class HuggingFaceImages(ImageList):
     Images are decoded by `read_image` from the stored bytes, or from the file whose path is stored without bytes.
 
     Args:
-        name: folder of parquet or Arrow files or of `save_to_disk`, a parquet or Arrow file, another folder that
-            `datasets.load_dataset` takes, or a name on the hub.
-        image_column, label_column: columns. None: the only images, and the only ClassLabel or the integers called
-            "label". Without such labels, all are -1.
+        name: folder of parquet, Arrow or tar files or of `save_to_disk`, such a file, a pattern of such files, another
+            folder that `datasets.load_dataset` takes, or a name on the hub. See `files_of`.
+        image_column, label_column: columns. None: the only images, and the only ClassLabel or the integers in one of
+            LABELS. Without such labels, all are -1.
 
     Attributes:
-        paths: NAME/SPLIT/ROW of each image, for messages.
+        paths: NAME/SPLIT/ROW of each image, for messages; of tars NAME/SPLIT/ROW/SAMPLE.
 
     Raises:
         UserError: `datasets` is missing, the name cannot be opened, or a split or column is missing or of another type.
@@ -37,18 +58,21 @@ class HuggingFaceImages(ImageList):
 
     splits, layout = "splits train and validation or test", "splits train and validation or test with labels"
 
-    def __init__(self, name, split="train", image_column=None, label_column=None):
+    def __init__(
+        self, name: str, split: str = "train", image_column: str | None = None, label_column: str | None = None
+    ):
         rows, split_name, self.has_splits = open_rows(name, split)
         self.root, features = name, rows.features
         self.column = find_images(features, image_column, name)
         label_column = find_labels(features, label_column, name)
-        super().__init__(f"{name}/{split_name}/{row}" for row in range(len(rows)))
-        if not self.paths:
-            raise UserError(f"the split {split_name} of {name} has no images")
         self.numbers = np.arange(len(rows))
         try:
+            samples = [""] * len(rows)
+            if "__key__" in features and "__url__" in features:  # of tars
+                samples = [f"/{key}" for key in read_column(rows, "__key__").to_pylist()]
+            super().__init__(f"{name}/{split_name}/{row}{sample}" for row, sample in enumerate(samples))
             if label_column is not None:
-                self.labels, self.classes = read_labels(rows, label_column, f"{label_column} of {name}")
+                self.labels, self.classes = read_labels(rows, label_column, name)
             from datasets import Image
 
             rows = rows.select_columns([self.column])
@@ -58,7 +82,7 @@ class HuggingFaceImages(ImageList):
         except Exception as error:
             raise UserError(f"cannot read {printable(name)}: {printable(first_line(error))}") from error
 
-    def file(self, index) -> BinaryIO:
+    def file(self, index: int) -> BinaryIO:
         try:
             value = self.rows[int(self.numbers[index])][self.column]
             contents = value.get("bytes") if isinstance(value, dict) else value
@@ -69,101 +93,158 @@ class HuggingFaceImages(ImageList):
                 contents = Path(value["path"]).read_bytes()
             return io.BytesIO(contents)
         except Exception as error:  # Arrow has its own for damaged files
-            raise UserError(
-                f"cannot read image {printable(self.paths[index])}: {printable(first_line(error))}"
-            ) from error
+            reason = printable(first_line(error))
+            raise UserError(f"cannot read image {printable(self.paths[index])}: {reason}") from error
 
-    def keep(self, indices) -> None:
+    def keep(self, indices: Sequence[int]) -> None:
         super().keep(indices)
         self.numbers = self.numbers[indices]
 
 
-def open_rows(name, split) -> tuple:
-    """Return (`datasets.Dataset` of a split, its name there, whether training and validation images differ).
-
-    Says when the validation images are those of the test split.
-    """
+def open_rows(name: str, split: str) -> Rows:
+    """Open a split of a data set. Says when the validation images are those of the test split."""
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"--dataset hf:{name} needs the package datasets: pip install datasets") from error
     if int(datasets.__version__.split(".")[0]) < 4:
-        found = f"found datasets {datasets.__version__}, which runs scripts that data sets bring"
-        raise UserError(f"{found}: pip install --upgrade datasets")
+        version = f"found datasets {datasets.__version__}, which runs scripts that data sets bring"
+        raise UserError(f"{version}: pip install --upgrade datasets")
     is_first = is_first_process()
     if not (is_first and sys.stderr.isatty()):
         datasets.disable_progress_bars()
-    path, is_local = Path(name), os.path.exists(name)
-    if not is_local and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2):
-        raise UserError(
-            f"no folder {printable(name)}: --dataset hf: takes a folder of parquet or Arrow files, or a name"
-        )
+    files = files_of(name)
+    is_local = bool(files) or os.path.exists(name)
     level = datasets.logging.get_verbosity()
     if is_local:
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error is enough
     try:
-        if any((path / file).is_file() for file in SAVED):
-            found = datasets.load_from_disk(name)
-        elif path.is_file():
-            kind = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix)
-            if kind is None:
-                raise ValueError("its name ends in neither .parquet nor .arrow")
-            found = datasets.load_dataset(kind, data_files=name)
+        if any(os.path.isfile(os.path.join(name, file)) for file in SAVED):
+            opened = datasets.load_from_disk(name)
         else:
-            found = datasets.load_dataset(name)
+            kind = builder_of(name) or name
+            builder = datasets.load_dataset_builder(kind, data_files=files or None)
+            if builder.config.data_files and not os.path.isdir(builder.cache_dir):  # its copy is still to be made
+                for paths in builder.config.data_files.values():
+                    check_tars(paths)
+            builder.download_and_prepare()
+            opened = builder.as_dataset()
     except Exception as error:  # of many kinds, by the kind of the files and the state of the network
         reason = first_line(error.__cause__ or error)
         where = "" if is_local else ", which is no folder here, from the hub"
         raise UserError(f"cannot open the data set {printable(name)}{where}: {printable(reason)}") from error
     finally:
         datasets.logging.set_verbosity(level)
-    splits = dict(found) if isinstance(found, dict) else {str(found.split or "train"): found}
-    chosen = {kind: find_split(splits, names) for kind, names in NAMES.items()}
-    if chosen[split] is None:
+    parts = dict(opened) if isinstance(opened, dict) else {str(opened.split or "train"): opened}
+    chosen = {kind: find_split(parts, names) for kind, names in NAMES.items()}
+    part = chosen[split]
+    if part is None:
         expected = "train" if split == "train" else "validation or test"
-        raise UserError(f"{name} has the splits {', '.join(splits)}, expected {expected}")
+        raise UserError(f"{name} has the splits {', '.join(parts)}, expected {expected}")
     has_splits = chosen["train"] != chosen["val"]
-    if is_first and split == "val" and has_splits and chosen["val"] not in NAMES["val"][:3]:
-        print(f"{name} has no validation split: its split {chosen['val']} is used", flush=True)
-    return splits[chosen[split]], chosen[split], has_splits
+    if is_first and split == "val" and has_splits and part not in NAMES["val"][:3]:
+        print(f"{name} has no validation split: its split {part} is used", flush=True)
+    return Rows(parts[part], part, has_splits)
 
 
-def find_split(splits, names) -> str | None:
+def builder_of(name: str) -> str:
+    """Return the builder of files with the ending of a name; "" if there is none."""
+    return next((builder for suffix, builder in BUILDERS.items() if name.endswith(suffix)), "")
+
+
+def files_of(name: str) -> list[str]:
+    """Return the files that a path or a pattern names; an empty list for a folder and for a name on the hub.
+
+    A pattern has ranges as {000..099} and wildcards. All files of a range must exist.
+
+    Raises:
+        UserError: there is no such file, or no data set is read from such files.
+    """
+    if os.path.isdir(name):
+        return []
+    is_pattern = bool(re.search(r"[*?[{]", name))
+    is_path = name.startswith(("/", ".", "~")) or len(Path(name).parts) > 2
+    if not (os.path.exists(name) or is_pattern or is_path or builder_of(name)):
+        return []
+    expected = "a folder, a file or a pattern of files that end in .parquet, .arrow, .tar or .tar.gz, or a name"
+    files: list[str] = []
+    for path in [name] if os.path.exists(name) else expand(name):
+        matches = [path] if os.path.exists(path) else sorted(glob.glob(path))
+        if not matches:
+            what = "file" if builder_of(name) else "folder"
+            raise UserError(f"no {what} {printable(path)}: --dataset hf: takes {expected}")
+        files += matches
+    if not builder_of(name) or not all(map(os.path.isfile, files)):
+        raise UserError(f"cannot read {printable(name)}: --dataset hf: takes {expected}")
+    return files
+
+
+def expand(pattern: str) -> list[str]:
+    """Expand ranges: {08..11} becomes 08, 09, 10, 11, as in a shell."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if found is None:
+        return [pattern]
+    first, last = found.groups()
+    if not 0 <= int(last) - int(first) < MAX_FILES:
+        raise UserError(f"the range {found[0]} of {printable(pattern)} names no files, or more than {MAX_FILES}")
+    numbers = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+    return [path for i in numbers for path in expand(pattern[: found.start()] + i + pattern[found.end() :])]
+
+
+def check_tars(paths: Iterable[str]) -> None:
+    """Check the structure of the local tars among some files. Python's reader takes a damaged header for the end.
+
+    Raises:
+        ValueError, tarfile.TarError, OSError: a tar is damaged or cut short.
+    """
+    for path in paths:
+        if builder_of(path) != "webdataset" or "://" in path:
+            continue
+        refuse_irregular(path)
+        try:
+            with tarfile.open(path) as archive:
+                names = archive.getnames()
+                archive.fileobj.seek(archive.offset)
+                if any(archive.fileobj.read(tarfile.BLOCKSIZE) or b"?"):
+                    raise tarfile.ReadError(f"no header after {names[-1] if names else 'its beginning'}")
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise ValueError(f"{path} is damaged or cut short: {first_line(error).rstrip(':')}") from None
+
+
+def find_split(splits: Iterable[str], names: Sequence[str]) -> str | None:
     """Return the first of several names that is a split. If there is only one split, return that."""
-    return next((name for name in names if name in splits), next(iter(splits)) if len(splits) == 1 else None)
+    splits = list(splits)
+    return next((name for name in names if name in splits), splits[0] if len(splits) == 1 else None)
 
 
-def is_image(feature) -> bool:
+def is_image(feature: Any) -> bool:
     """Return whether a column holds images: of the type Image, or its storage without that type's name."""
-    import datasets
-
     if isinstance(feature, dict):
         return {name: kind_of(part) for name, part in feature.items()} == {"bytes": "binary", "path": "string"}
-    return isinstance(feature, datasets.Image)
+    return kind_of(feature) == "Image"
 
 
-def kind_of(feature) -> str:
+def kind_of(feature: Any) -> str:
     """Return the type of a column: int64, binary, ClassLabel, Image, ..."""
-    import datasets
+    kind = type(feature).__name__
+    return feature.dtype if kind == "Value" else kind
 
-    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
-
-def find_images(features, given, name) -> str:
+def find_images(features: Mapping[str, Any], given: str | None, name: str) -> str:
     """Return the column of the images. A given one may also hold encoded images as plain bytes.
 
     Raises:
         UserError: it is missing or of another type, or there are several without a given one.
     """
-    found = [column for column in features if is_image(features[column])]
+    images = [column for column in features if is_image(features[column])]
     binary = [column for column in features if kind_of(features[column]) in ("binary", "large_binary")]
-    column = choose(features, given, found, [*found, *binary], name, "image")
+    column = choose(features, given, images, [*images, *binary], name, "image")
     if column is None:
         refuse(features, name, "no column of images", "--image_column")
     return column
 
 
-def find_labels(features, given, name) -> str | None:
+def find_labels(features: Mapping[str, Any], given: str | None, name: str) -> str | None:
     """Return the column of the labels, or None if there is none.
 
     Raises:
@@ -171,42 +252,49 @@ def find_labels(features, given, name) -> str | None:
     """
     classes = [column for column in features if kind_of(features[column]) == "ClassLabel"]
     integers = [column for column in features if kind_of(features[column]).startswith(("int", "uint"))]
-    found = classes or [column for column in integers if column == "label"]
-    return choose(features, given, found, [*classes, *integers], name, "label")
+    labels = classes or [column for column in integers if column in LABELS]
+    return choose(features, given, labels, [*classes, *integers], name, "label")
 
 
-def choose(features, given, found, accepted, name, kind) -> str | None:
-    """Return the given column, or the only one that was found, or None without one.
+def choose(
+    features: Mapping[str, Any], given: str | None, candidates: list[str], accepted: list[str], name: str, kind: str
+) -> str | None:
+    """Return the given column, or the only candidate, or None without one.
 
     Args:
-        found: columns, one of which may be taken if none is given.
+        candidates: columns, one of which may be taken if none is given.
         accepted: columns that may be given.
         kind: "image" or "label".
     """
-    if given is None and len(found) > 1:
-        refuse(features, name, f"{len(found)} columns of {kind}s", f"--{kind}_column")
+    if given is None and len(candidates) > 1:
+        refuse(features, name, f"{len(candidates)} columns of {kind}s", f"--{kind}_column")
     if given is not None and given not in accepted:
         what = f"no {kind}s in the column {given}" if given in features else f"no column {given}"
         refuse(features, name, what, f"another --{kind}_column")
-    return given if given is not None else next(iter(found), None)
+    return given if given is not None else next(iter(candidates), None)
 
 
-def refuse(features, name, what, option) -> NoReturn:
+def refuse(features: Mapping[str, Any], name: str, what: str, option: str) -> NoReturn:
     columns = ", ".join(f"{column} ({kind_of(feature)})" for column, feature in features.items())
     raise UserError(f"{printable(name)} has {what}: its columns are {printable(columns)}; give {option}")
 
 
-def read_labels(rows, column, shown_name) -> tuple[list[int], list[str]]:
-    """Return (labels, classes) without reading the images. Missing labels and -1 are images without a label.
+def read_column(rows: Any, column: str) -> Any:
+    """Return a column as an Arrow array, without reading the others."""
+    return rows.select_columns([column]).with_format("arrow")[:].column(column)
+
+
+def read_labels(rows: Any, column: str, name: str) -> tuple[list[int], list[str]]:
+    """Return (labels, classes). Missing labels and -1 are images without a label.
 
     Raises:
-        UserError: a label is below -1, or no index of a class name.
+        UserError: a label is below -1, or is not the number of a class name.
     """
     names = getattr(rows.features[column], "names", None)
-    table = rows.select_columns([column]).with_format("arrow")[:]
-    labels = table.column(column).cast("int64").fill_null(-1).to_numpy()
+    labels = read_column(rows, column).cast("int64").fill_null(-1).to_numpy()
     highest = len(names) - 1 if names else 2**63 - 1
     outside = labels[(labels < -1) | (labels > highest)]
     if len(outside):
-        raise UserError(f"the column {shown_name} has the label {outside[0]}, expected -1 (none) to {highest}")
+        expected = f"expected -1 (none) to {highest}"
+        raise UserError(f"the column {column} of {name} has the label {outside[0]}, {expected}")
     return (labels.tolist(), list(names)) if names else numbered_classes(labels)

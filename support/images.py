@@ -4,24 +4,58 @@ Each item of a data set is (image, label): an RGB PIL image, or the output of `t
 has no label.
 """
 
-from typing import BinaryIO
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
 from augment import resize
-from support import index
 from support.decoding import UnknownRange, gray_levels, opened, read_image, refuse_unknown_range
 from utils import UserError, is_first_process, printable, warn
 
 PROBED = 16  # number of images whose intensities are checked when a folder is opened
 MIN_LEVELS = 32  # gray levels; an image of more than 8 bits that keeps fewer causes a warning
-WARNED = set()  # values of `data_path` that `use_intensity_range` has warned of
+
+
+class Paths(Sequence[str]):
+    """A list of paths as one array of bytes, which forked workers share. A list of strings would be copied by each.
+
+    Args:
+        names: paths, relative to `prefix`.
+        prefix: text before each of them.
+    """
+
+    def __init__(self, names: Iterable[str], prefix: str = ""):
+        encoded = [os.fsencode(name) for name in names]
+        self.text, self.prefix = b"".join(encoded), prefix
+        self.ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def _name(self, index: int) -> str:
+        return os.fsdecode(self.text[self.ends[index] : self.ends[index + 1]])
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a path; of a slice, a list of paths."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return self.prefix + self._name(range(len(self))[index])
+
+    def __iter__(self) -> Iterator[str]:
+        return (self.prefix + self._name(i) for i in range(len(self)))
+
+    def keep(self, indices: Sequence[int]) -> "Paths":
+        """Return the paths with these indices."""
+        return Paths(map(self._name, indices), self.prefix)
 
 
 class LabeledImages(Dataset):
-    """Base of the data sets. Subclasses define `image(index)`, which returns a PIL image.
+    """Base of the data sets.
 
     Attributes:
         labels: label of each image, -1 if it has none.
@@ -31,72 +65,86 @@ class LabeledImages(Dataset):
         splits, layout: what splits are called, and what is expected for an evaluation, for messages.
     """
 
-    transform, classes, has_splits = None, (), True
+    labels: list[int]
+    classes: Sequence[str] = ()
+    transform: Callable | None = None
+    has_splits = True
     splits, layout = "subfolders train and val", "{0}/train/CLASS/IMAGE and {0}/val/CLASS/IMAGE"
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.image(index)
         return (self.transform(image) if self.transform else image), self.labels[index]
+
+    def image(self, index: int) -> Image.Image:
+        """Return an RGB image. Raises UserError if it cannot be read."""
+        raise NotImplementedError
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Keep only the images with these indices."""
+        self.labels = [self.labels[i] for i in indices]
 
 
 class ArrayImages(LabeledImages):
     """Images in memory, uint8 [n, H, W] or [n, H, W, 3]."""
 
-    def __init__(self, pixels, labels, classes):
+    def __init__(self, pixels: np.ndarray, labels: Iterable[int], classes: Iterable[str]):
         self.pixels, self.labels, self.classes = pixels, list(map(int, labels)), list(classes)
 
-    def image(self, index) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index]).convert("RGB")
 
-    def keep(self, indices) -> None:
-        """Keep only the images with these indices."""
-        self.pixels, self.labels = self.pixels[indices], [self.labels[i] for i in indices]
+    def keep(self, indices: Sequence[int]) -> None:
+        super().keep(indices)
+        self.pixels = self.pixels[indices]
 
 
 class ImageList(LabeledImages):
     """The images of a list of paths, without labels.
 
     Attributes:
-        paths: path of each image, a sequence.
+        paths: path of each image.
+        root: the folder, or another part that the paths have in common. A run that resumes may find it elsewhere.
 
     See `decoding.read_image` for `min_side`, `upright` and `intensity_range`. A UserError of `transform` gets the path
     of the image.
     """
 
-    min_side = intensity_range = None
+    root: str | Path = ""
+    min_side: int | None = None
+    intensity_range: Sequence[float] | None = None
 
-    def __init__(self, paths, transform=None, upright=True):
-        self.paths, self.transform, self.upright = index.Paths(map(str, paths)), transform, upright
+    def __init__(self, paths: Iterable[str | Path], transform: Callable | None = None, upright: bool = True):
+        self.paths, self.transform, self.upright = Paths(map(str, paths)), transform, upright
         self.labels = [-1] * len(self.paths)
 
-    def file(self, index) -> BinaryIO | None:
+    def file(self, index: int) -> BinaryIO | None:
         """Return a file to decode instead of opening the path, which then only names it. None opens the path."""
+        return None
 
-    def image(self, index) -> Image.Image:
-        file = self.file(index)
-        return read_image(self.paths[index], self.min_side, self.upright, self.intensity_range, file)
+    def image(self, index: int) -> Image.Image:
+        return read_image(self.paths[index], self.min_side, self.upright, self.intensity_range, self.file(index))
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.image(index)
         try:
             return (self.transform(image) if self.transform else image), self.labels[index]
         except UserError as error:
             raise UserError(f"cannot use image {printable(self.paths[index])}: {error}") from error
 
-    def use_intensity_range(self, intensity_range, data_path) -> None:
+    def use_intensity_range(self, intensity_range: Sequence[float] | None) -> None:
         """Set the intensity range, and check on a few images that their intensities survive the conversion to 8 bits.
 
-        Warns, once per `data_path`, if an image of more than 8 bits keeps fewer than MIN_LEVELS gray levels.
+        Warns, once per data set, if an image of more than 8 bits keeps fewer than MIN_LEVELS gray levels.
 
         Raises:
             UserError: the range is empty, or an image needs a range and there is none. Bad images are skipped.
         """
         if intensity_range and not intensity_range[0] < intensity_range[1]:
             raise UserError("--intensity_range {} {}: expected two numbers, the smaller first".format(*intensity_range))
-        self.intensity_range = intensity_range
+        self.intensity_range, warned = intensity_range, False
         for i in range(0, len(self), -(-len(self) // PROBED)):
             path = self.paths[i]
             try:
@@ -110,18 +158,18 @@ class ImageList(LabeledImages):
                 if isinstance(error.__cause__, UnknownRange):
                     raise
                 continue
-            if data_path not in WARNED and kept < MIN_LEVELS and kept < (found := len(np.unique(values))):
-                WARNED.add(data_path)
+            count = len(np.unique(values))
+            if kept < min(MIN_LEVELS, count) and not warned and is_first_process():
                 hint = f"see --intensity_range; its values are {values.min()} to {values.max()}"
-                if is_first_process():
-                    warn(f"{printable(path)} keeps {kept} of its {found} gray levels in 8 bits: {hint}")
+                warn(f"{printable(path)} keeps {kept} of its {count} gray levels in 8 bits: {hint}")
+                warned = True
 
-    def keep(self, indices) -> None:
-        """Keep only the images with these indices."""
-        self.paths, self.labels = self.paths.keep(indices), [self.labels[i] for i in indices]
+    def keep(self, indices: Sequence[int]) -> None:
+        super().keep(indices)
+        self.paths = self.paths.keep(indices)
 
 
-def numbered_classes(values) -> tuple[list[int], list[str]]:
+def numbered_classes(values: np.ndarray) -> tuple[list[int], list[str]]:
     """Return (labels, classes) of images whose classes are numbers.
 
     Args:
@@ -135,10 +183,10 @@ def numbered_classes(values) -> tuple[list[int], list[str]]:
 class ResizedArray:
     """PIL image -> uint8 array [size, size, 3], resized without keeping the aspect ratio; `size` 0 does not resize."""
 
-    def __init__(self, size):
+    def __init__(self, size: int):
         self.size = size
 
-    def __call__(self, image):
+    def __call__(self, image: Image.Image) -> np.ndarray:
         pixels = np.array(image)
         if self.size and image.size != (self.size, self.size):
             # Antialiased; within one gray level of Pillow's result in a quarter of the time.

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from sklearn.datasets import load_digits
 
-from support import torchvision_sets
 from support.arguments import number
 from support.decoding import read_image
 from support.folders import ImageFolder, open_folder
 from support.hf import HuggingFaceImages
 from support.images import ArrayImages, ImageList, LabeledImages
-from support.tar import TarImages
+from support.torchvision_sets import open_torchvision
 from utils import UserError, first_line
 
 IMAGENET100_CLASSES = Path(__file__).parent.parent / "recipes" / "imagenet100_cmc.txt"
@@ -40,23 +40,24 @@ def add_source_arguments(add: Callable, layout: str, free: Callable | None = Non
     Args:
         add: the group's `add_argument`.
         layout: help of --data_path.
+        free: the same for options that a run that resumes may change. Default: `add`.
     """
-    kinds = "folder, imagenet100, tar, hf:NAME_OR_PATH, cifar10, torchvision:NAME, elpv, digits or photographs; hf and "
-    kinds += "the last three need no --data_path"
+    free = free or add
+    kinds = "folder, imagenet100, hf:NAME_OR_PATH (also tars), cifar10, torchvision:NAME, elpv, digits or photographs; "
+    kinds += "hf and the last three need no --data_path"
     add("--dataset", type=dataset_name, default="folder", help=f"source of images: {kinds}")
-    (free or add)("--data_path", help=layout)
+    free("--data_path", help=layout)
     add("--classes", help="file with the class folders to use, one per line; imagenet100 has its own list")
     add("--image_column", help="column of the images, for hf. Default: the only one")
-    add("--label_column", help="column of the labels, for hf. Default: the only one with class names, or label")
-    (free or add)("--download", action="store_true", help="let torchvision download its data set if it is missing")
-    add("--rebuild_index", action="store_true", help="read folders and tars again, even if there is an index")
+    add("--label_column", help="column of the labels, for hf. Default: the only one with class names, or label or cls")
+    free("--download", action="store_true", help="let torchvision download its data set if it is missing")
     add("--train_images", type=number(int, 1), help="use only N training images, drawn once. Default: all")
     add("--tuning", action="store_true", help="hold out a fifth of the training images and use them as validation "
         "images, for choosing settings")  # fmt: skip
     add_intensity_range(add)
 
 
-def add_intensity_range(add) -> None:
+def add_intensity_range(add: Callable) -> None:
     """Add --intensity_range to an argument group, given the group's `add_argument`."""
     add("--intensity_range", type=number(float), nargs=2, metavar=("LOW", "HIGH"), help="values of 16-bit, 32-bit and "
         "float images that become gray levels 0 and 255; signed and float images need it. Default: 0 65535; "
@@ -68,26 +69,25 @@ class DataSpec:
     """Names the images of a data set: the options of `add_source_arguments`.
 
     Attributes:
-        dataset: a kind of SOURCES, with its name where it has one.
+        dataset: a key of KINDS, with a name where the kind has one.
             "folder": all images in `data_path` and its subfolders. The classes are the direct subfolders, if any.
                 Or the images in a list, `data_path` itself, or train.txt and val.txt in it, see `folders.read_list`.
             "imagenet100": a folder, restricted to the classes in a list.
-            "tar": images in tars with WebDataset's layout, see `tar.TarImages`.
             "hf:NAME_OR_PATH": images of Hugging Face's `datasets`, see `hf.HuggingFaceImages`.
             "cifar10": CIFAR-10, "torchvision:CIFAR10".
-            "torchvision:NAME": a classification data set of torchvision in `data_path`, see `torchvision_sets.load`.
+            "torchvision:NAME": a classification data set of torchvision in `data_path`, see
+                `torchvision_sets.open_torchvision`.
             "elpv": photographs of solar cells, see `solar_cells`.
             "digits": scikit-learn's 1,797 scanned digits of 8×8 pixels, 1,400 for training and 397 for validation.
             "photographs": crops of photographs that scikit-learn and scikit-image ship.
         data_path: folder of the images. If it has subfolders `train` and `val`, only the subfolder of the split is
-            read. For "tar" also a pattern of paths.
+            read.
         classes: file with one class folder per line. Default: no restriction; for "imagenet100" its own list.
         image_column, label_column: see `hf.HuggingFaceImages`.
         download: let torchvision download the data set if it is missing.
         train_images: number of training images to use, drawn once. None: all.
         tuning: use only these training images, a fifth of them for validation and the others for training.
         intensity_range: see `decoding.read_image`.
-        rebuild_index: read a folder or tars even if there is an index of them.
     """
 
     dataset: str
@@ -99,7 +99,6 @@ class DataSpec:
     train_images: int | None = None
     tuning: bool = False
     intensity_range: Sequence[float] | None = None
-    rebuild_index: bool = False
 
 
 def data_spec(args: argparse.Namespace, made_with: dict[str, Any] | None = None) -> DataSpec:
@@ -114,7 +113,7 @@ def data_spec(args: argparse.Namespace, made_with: dict[str, Any] | None = None)
     if getattr(args, "split", None) == "val" and args.train_images and not args.tuning:
         raise UserError("--train_images has no effect with --split val: use --split train, or omit --train_images")
     spec = DataSpec(**{field.name: getattr(args, field.name) for field in fields(DataSpec)})
-    if made_with and "intensity_range" in find_source(spec.dataset)[0].options:
+    if made_with and "intensity_range" in find_kind(spec.dataset)[0].options:
         spec = replace(spec, intensity_range=spec.intensity_range or made_with.get("intensity_range"))
     return spec
 
@@ -134,52 +133,53 @@ def build_dataset(
         UserError: an argument has no effect on the data set, the folder or a class is missing, the subfolders are named
             like splits, there are no images, or fewer than `train_images`.
     """
-    opened = "train" if spec.tuning else split
-    source, name = find_source(spec.dataset)
-    given = {name: value for name, value in vars(spec).items() if name not in ("dataset", "train_images", "tuning")}
+    kind, name = find_kind(spec.dataset)
+    given = {option: value for option, value in vars(spec).items() if option not in ("dataset", *COMMON_OPTIONS)}
     for option, value in given.items():
-        if value and option not in source.options:
+        if value and option not in kind.options:
             raise UserError(
                 f"--{option} has no effect with --dataset {spec.dataset}: omit it, or give another --dataset"
             )
-    if "data_path" in source.options and not spec.data_path:
+    if "data_path" in kind.options and not spec.data_path:
         raise UserError(f"--dataset {spec.dataset} needs --data_path, the folder of the images")
-    options = {option: given[option] for option in source.options if option != "intensity_range"}
-    images = source.open(split=opened, **options, **({"name": name} if name else {}))
+    options = {option: given[option] for option in kind.options if option != "intensity_range"}
+    opened = "train" if spec.tuning else split
+    images = kind.open(split=opened, **options, **({"name": name} if name else {}))
     if not len(images):
         raise UserError(f"--dataset {spec.dataset} has no {opened} images")
-    if "intensity_range" in source.options:
-        images.use_intensity_range(spec.intensity_range, spec.data_path or name)
-    images.transform, images.min_side = transform, min_side
+    images.transform = transform
     if opened == "train" and (spec.train_images or spec.tuning):
-        count = spec.train_images or len(images)
-        if count > len(images):
-            raise UserError(f"--train_images {count} is more than the {len(images)} training images")
-        if spec.tuning and count < 5:
-            raise UserError(f"--tuning holds out a fifth of the training images, found {count}, expected at least 5")
-        chosen = np.random.default_rng(0).permutation(len(images))[:count]
-        if spec.tuning:
-            chosen = chosen[: count // 5] if split == "val" else chosen[count // 5 :]
-        images.keep(sorted(chosen.tolist()))
+        images.keep(drawn(len(images), spec, split))
+    if isinstance(images, ImageList):
+        images.min_side = min_side
+        if "intensity_range" in kind.options:
+            images.use_intensity_range(spec.intensity_range)
     return images
 
 
-def open_imagenet100(split, data_path, classes) -> ImageList:
+def drawn(total: int, spec: DataSpec, split: str) -> list[int]:
+    """Return the training images that --train_images and --tuning leave of a number of images, ascending.
+
+    Raises:
+        UserError: there are too few images.
+    """
+    count = spec.train_images or total
+    if count > total:
+        raise UserError(f"--train_images {count} is more than the {total} training images")
+    if spec.tuning and count < 5:
+        raise UserError(f"--tuning holds out a fifth of the training images, found {count}, expected at least 5")
+    chosen = np.random.default_rng(0).permutation(total)[:count]
+    if spec.tuning:
+        chosen = chosen[: count // 5] if split == "val" else chosen[count // 5 :]
+    return sorted(chosen.tolist())
+
+
+def open_imagenet100(split: str, data_path: str | Path, classes: str | Path | None) -> ImageList:
     """Open a folder of ImageNet, restricted to the 100 classes in its list."""
     return ImageFolder(data_path, split, classes or IMAGENET100_CLASSES)
 
 
-def open_torchvision(split, name, data_path, download) -> LabeledImages:
-    """Open a data set of torchvision, see `torchvision_sets.load`."""
-    images, labels, classes = torchvision_sets.load(name, split, data_path, download)
-    if isinstance(images, np.ndarray):
-        return ArrayImages(images, labels, classes)
-    listed = ImageList(images)
-    listed.root, listed.labels, listed.classes = Path(data_path), labels, classes
-    return listed
-
-
-def solar_cells(split) -> ImageList:
+def solar_cells(split: str) -> ImageList:
     """Open the photographs of solar cells in the package elpv-dataset, with the classes functional and defective.
 
     2,624 electroluminescence photographs of 300×300 pixels (Buerhop-Lopez et al., 2018; Deitsch et al., 2021). A cell
@@ -196,31 +196,26 @@ def solar_cells(split) -> ImageList:
     root = Path(package.origin).parent / "data"
     try:
         lines = [line.split() for line in (root / "labels.csv").read_text().splitlines()]
-        paths, probabilities, kinds = zip(*lines, strict=True) if lines else ((), (), ())
-        probabilities = list(map(float, probabilities))
-        if not paths or {*kinds} - {"mono", "poly"}:
+        cells = [(path, int(float(probability) >= 0.5), kind) for path, probability, kind in lines]
+        if not cells or {kind for _, _, kind in cells} - {"mono", "poly"}:
             raise ValueError("no cells, or a type other than mono and poly")
-        if not all(0 <= probability <= 1 for probability in probabilities):
-            raise ValueError("a probability that is not in [0, 1]")
     except (OSError, ValueError) as error:
         expected = "expected lines of path, probability and type; install elpv-dataset again"
         raise UserError(f"cannot read {root / 'labels.csv'} ({first_line(error)}): {expected}") from error
-    chosen, labels = [], [int(probability >= 0.5) for probability in probabilities]
+    chosen = []
     for i, group in enumerate(itertools.product((0, 1), ("mono", "poly"))):
-        members = [index for index, found in enumerate(zip(labels, kinds, strict=True)) if found == group]
+        members = [index for index, (_, *cell) in enumerate(cells) if tuple(cell) == group]
         shuffled = np.random.default_rng((0, i)).permutation(members).tolist()
         count = round(len(members) * 3 / 4)
         chosen += shuffled[:count] if split == "train" else shuffled[count:]
-    images = ImageList(root / path for path in paths)
-    images.root, images.labels, images.classes = root, labels, ["functional", "defective"]
+    images = ImageList(root / path for path, _, _ in cells)
+    images.root, images.labels, images.classes = root, [label for _, label, _ in cells], ["functional", "defective"]
     images.keep(sorted(chosen))
     return images
 
 
-def digits(split) -> ArrayImages:
+def digits(split: str) -> ArrayImages:
     """Open scikit-learn's copy of the UCI handwritten digits, with a fixed random split into 1,400 and 397 images."""
-    from sklearn.datasets import load_digits  # importing takes a second, and few runs need it
-
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.images))
     order = order[:1400] if split == "train" else order[1400:]
@@ -228,7 +223,7 @@ def digits(split) -> ArrayImages:
     return ArrayImages(pixels, data.target[order], map(str, range(10)))
 
 
-def photograph(name) -> Path:
+def photograph(name: str) -> Path:
     """Return the path of one of PHOTOGRAPHS, which scikit-learn and scikit-image install.
 
     Raises:
@@ -236,7 +231,7 @@ def photograph(name) -> Path:
     """
     package, place = PHOTOGRAPHS[name]
     try:
-        path = Path(importlib.import_module(package).__file__).parent / place
+        path = Path(str(importlib.import_module(package).__file__)).parent / place
     except ImportError as error:
         raise UserError(f"the photograph {name} comes with scikit-image: pip install scikit-image") from error
     if not path.is_file():
@@ -244,7 +239,7 @@ def photograph(name) -> Path:
     return path
 
 
-def photograph_crops(split) -> ArrayImages:
+def photograph_crops(split: str) -> ArrayImages:
     """Open square crops of the PHOTOGRAPHS, labeled by photograph: data for experiments without a download.
 
     Each photograph is resized to a shorter side of 320 pixels. Crops have a side of 128 pixels. Validation crops lie in
@@ -263,52 +258,55 @@ def photograph_crops(split) -> ArrayImages:
     return ArrayImages(np.stack(crops), np.arange(len(classes)).repeat(count), classes)
 
 
-class Source(NamedTuple):
+class Kind(NamedTuple):
     """A kind of data set.
 
     Attributes:
-        open: function of `split`, of the `options` but intensity_range, and of `name` where the source has names.
-        options: arguments of `build_dataset` that it accepts; all accept train_images and tuning.
+        open: function of `split`, of the `options` but intensity_range, and of `name` where the kind has names.
+        options: attributes of DataSpec that it accepts; all accept COMMON_OPTIONS.
         name: what --dataset takes after the kind and a colon, for messages; "" if nothing.
     """
 
-    open: Callable
-    options: tuple = ()
+    open: Callable[..., LabeledImages]
+    options: tuple[str, ...] = ()
     name: str = ""
 
 
-# {kind, the part of --dataset before a colon: Source}
-SOURCES = {
-    "folder": Source(open_folder, ("data_path", "classes", "intensity_range", "rebuild_index")),
-    "imagenet100": Source(open_imagenet100, ("data_path", "classes", "intensity_range")),
-    "cifar10": Source(partial(open_torchvision, name="CIFAR10"), ("data_path", "download")),
-    "torchvision": Source(open_torchvision, ("data_path", "download"), "NAME"),
-    "tar": Source(TarImages, ("data_path", "intensity_range", "rebuild_index")),
-    "hf": Source(HuggingFaceImages, ("image_column", "label_column", "intensity_range"), "NAME_OR_PATH"),
-    "elpv": Source(solar_cells),
-    "digits": Source(digits),
-    "photographs": Source(photograph_crops),
+COMMON_OPTIONS = ("train_images", "tuning")
+# {the part of --dataset before a colon: Kind}
+KINDS = {
+    "folder": Kind(open_folder, ("data_path", "classes", "intensity_range")),
+    "imagenet100": Kind(open_imagenet100, ("data_path", "classes", "intensity_range")),
+    "cifar10": Kind(partial(open_torchvision, name="CIFAR10"), ("data_path", "download")),
+    "torchvision": Kind(open_torchvision, ("data_path", "download"), "NAME"),
+    "hf": Kind(HuggingFaceImages, ("image_column", "label_column", "intensity_range"), "NAME_OR_PATH"),
+    "elpv": Kind(solar_cells),
+    "digits": Kind(digits),
+    "photographs": Kind(photograph_crops),
 }
 
 
-def find_source(dataset) -> tuple[Source, str]:
-    """Return (source, name) of a value of --dataset, KIND or KIND:NAME. The name is "" where the source has none.
+def find_kind(dataset: str) -> tuple[Kind, str]:
+    """Return (kind, name) of a value of --dataset, KIND or KIND:NAME. The name is "" where the kind has none.
 
     Raises:
-        UserError: there is no such source, or a name is missing or too much.
+        UserError: there is no such kind, its name is missing, or it has none.
     """
-    kind, colon, name = dataset.partition(":")
-    found = SOURCES.get(kind)
-    if found is None or bool(found.name) != bool(name) or (colon and not name):
-        known = [f"{kind}:{each.name}" if each.name else kind for kind, each in SOURCES.items()]
+    key, colon, name = dataset.partition(":")
+    if key == "tar":
+        paths = "where PATH is a tar, a folder of tars, or a pattern as 'shards/{000..099}.tar'"
+        raise UserError(f"tars are read with --dataset hf:PATH and without --data_path, {paths}")
+    kind = KINDS.get(key)
+    if kind is None or bool(kind.name) != bool(name) or (colon and not name):
+        known = [f"{key}:{each.name}" if each.name else key for key, each in KINDS.items()]
         raise UserError(f"found {dataset!r}, expected one of {', '.join(known)}")
-    return found, name
+    return kind, name
 
 
-def dataset_name(text) -> str:
-    """Check a value of --dataset, see `find_source`. An argparse type."""
+def dataset_name(text: str) -> str:
+    """Check a value of --dataset, see `find_kind`. An argparse type."""
     try:
-        find_source(text)
+        find_kind(text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text

@@ -65,7 +65,7 @@ ELSEWHERE = {
     "python -m benchmarks.bench_matching": "test_benchmarks.py",
     "python -m benchmarks.bench_knn": "test_benchmarks.py",
     "python -m benchmarks.bench_watching": "test_benchmarks.py",
-    "python -m benchmarks.bench_index": "test_sources.py",
+    "python -m benchmarks.bench_folder": "test_sources.py",
     "python -m benchmarks.bench_sources": "test_benchmarks.py",
 }
 # Files that the commands of a page write
