@@ -62,6 +62,7 @@ def one_line_errors() -> Iterator[None]:
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run the main function of a script, see `one_line_errors`, and exit with the code that it returns."""
+    os.environ["MPLBACKEND"] = "agg"  # needs no display; matplotlib cannot be imported with an unknown one
     with one_line_errors():
         code = main()
     sys.exit(code)
