@@ -1,10 +1,8 @@
-"""Reproduce the paper's tables, one command per row, and studies in small that run on two CPU cores.
+"""Reproduce the paper's tables, one command per row.
 
     python reproduce.py list                                                tables, rows, and what is done
     python reproduce.py show table6 --row mean --data_root DATA             print the commands of a row
     python reproduce.py run table6 --row mean --data_root DATA              run the commands that are not done yet
-    python reproduce.py run solar                                           run a study: digits, solar or fashion
-    python reproduce.py search solar                                        search for the settings of a study
     python reproduce.py report --output results.md                          tables of the paper's numbers and ours
     python reproduce.py lists IMAGENET --output_dir LISTS                   lists of images for copy detection
 
@@ -14,23 +12,27 @@ images that differs from the paper's.
 
 import argparse
 import json
+import math
 import os
+import shlex
+import subprocess
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import eval_copy_detection
 import eval_image_retrieval
 import eval_knn
 import eval_linear
 import main_lgssl
-from support.arguments import ArgumentParser, number
-from support.files import make_folder, write_text
+from support.arguments import ROOT, ArgumentParser, number
+from support.files import make_folder, read_json, write_text
+from support.options import may_change
+from support.report import read_log
 from support.sources import IMAGENET100_CLASSES
-from support.steps import COLUMNS, ROOT, Step, mark, markdown, progress, score
-from support.study import STUDIES, is_done, run_study, search, seeds_of, study_steps
-from support.study import report as study_report
 from utils import UserError, run_main
 
 # Total batches of recipes/choices.args and of eval_linear.py on the four GPUs of the released code. They are the same
@@ -48,15 +50,90 @@ IMAGES = {
     "roxford5k": {"queries": 70, "database": 4993},
     "rparis6k": {"queries": 70, "database": 6322},
 }
-JOBS = min(os.cpu_count(), 8)
-SEARCHES = ("solar", "fashion")  # studies with recipes that were searched
 # Files and folders of the data sets below --data_root.
 TREE = "cifar10/cifar-10-batches-py/data_batch_1 imagenet/train imagenet/val copydays/original copydays/strong".split()
 TREE += "roxford5k/gnd_roxford5k.pkl roxford5k/jpg rparis6k/gnd_rparis6k.pkl rparis6k/jpg".split()
+# Arguments that depend on the location of the data or on the number of processes. They are not settings of a run.
+PLACES = "data_path whitening_path distractors_path classes pretrained_weights output_dir".split()
+PLACES += "batch_size_per_gpu accum_steps num_workers use_cuda".split()
+
+
+class Column(NamedTuple):
+    """A column of the tables.
+
+    Attributes:
+        title: its title.
+        evaluation: name of the evaluation behind its numbers.
+        number: function from the evaluation's result to the number.
+        form: format of its numbers.
+    """
+
+    title: str
+    evaluation: str
+    number: Callable[[dict[str, Any]], float]
+    form: str = ".2f"
+
+
+COLUMNS = {
+    "linear": Column("linear", "linear", lambda r: r["top1"]),
+    "knn10": Column("k-NN, K = 10", "knn", lambda r: r["knn"]["10"]["top1"]),
+    "knn20": Column("k-NN, K = 20", "knn", lambda r: r["knn"]["20"]["top1"]),
+    "copydays": Column("copy detection", "copydays", lambda r: r["map"]["strong"], ".3f"),
+    "oxford_medium": Column("Oxford M", "roxford5k", lambda r: 100 * r["map"]["medium"]),
+    "oxford_hard": Column("Oxford H", "roxford5k", lambda r: 100 * r["map"]["hard"]),
+    "paris_medium": Column("Paris M", "rparis6k", lambda r: 100 * r["map"]["medium"]),
+    "paris_hard": Column("Paris H", "rparis6k", lambda r: 100 * r["map"]["hard"]),
+}
+
+
+@dataclass
+class Step:
+    """One command: a script with its options.
+
+    Attributes:
+        name: "pretraining", "lists" or the name of an evaluation.
+        words: the script and its options.
+        result: file that the command writes.
+        processes: number of processes of the command.
+    """
+
+    name: str
+    words: Sequence[str | Path | int]
+    result: Path
+    processes: int = 1
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments that pretraining or evaluation parse from the words."""
+        script = main_lgssl if self.name == "pretraining" else EVALUATIONS[self.name]
+        return vars(script.parse_arguments([str(word) for word in self.words[1:]]))
+
+    def done(self) -> bool:
+        """Return whether the command has finished with these settings."""
+        if self.name == "lists":
+            return self.result.is_file()
+        if self.name == "pretraining":
+            run = self.result.parent
+            return progress(run) == 1.0 and not differences(self.settings(), recorded(run / "args.json"))
+        result = read_result(self.result)
+        return result is not None and not differences(self.settings(), result["args"])
+
+    def line(self) -> str:
+        """Return the command as a user types it, and whether it is done."""
+        launcher = f"torchrun --standalone --nproc_per_node={self.processes}" if self.processes > 1 else "python"
+        return f"{launcher} {shlex.join(map(str, self.words))}{'    # done' if self.done() else ''}"
+
+    def run(self) -> int:
+        """Run the command unless it is done, and return its exit code."""
+        if self.done():
+            return 0
+        script, *words = map(str, self.words)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
+        launcher = [sys.executable, *torchrun] if self.processes > 1 else [sys.executable]
+        return subprocess.run([*launcher, str(ROOT / script), *words]).returncode
 
 
 @cache
-def paper() -> dict:
+def paper() -> dict[str, Any]:
     """Return the paper's tables: {"tables": {name: {"title", "columns", "rows"}}, "contradictions"}."""
     return json.loads((ROOT / "recipes" / "paper.json").read_text(encoding="utf-8"))
 
@@ -76,47 +153,47 @@ class Setup:
     runs: Path
     processes: int = 1
     classes: str | None = None
-    extra: tuple = ()
+    extra: Sequence[str] = ()
 
-    def class_words(self) -> list:
+    def class_words(self) -> list[str]:
         """Return the option that names the classes of ImageNet-100."""
         return ["--classes", self.classes] if self.classes else []
 
-    def data_words(self, dataset) -> list:
+    def data_words(self, dataset: str) -> list[str | Path]:
         """Return the options that name the images of a data set."""
         path = self.data_root / ("cifar10" if dataset == "cifar10" else "imagenet")
         return ["--data_path", path, *(self.class_words() if dataset == "imagenet100" else [])]
 
-    def share(self, total, whose) -> int:
+    def share(self, total: int, whose: str) -> int:
         """Return one process's share of a total batch."""
         if total % self.processes:
             raise UserError(f"--nproc_per_node {self.processes} does not divide {whose} batch of {total}")
         return total // self.processes
 
 
-def recipe_arguments(recipe) -> argparse.Namespace:
+def recipe_arguments(recipe: str) -> argparse.Namespace:
     """Return the arguments of a recipe."""
     return main_lgssl.parse_arguments([f"@{ROOT / 'recipes' / recipe}.args"])
 
 
-def pretraining_step(recipe, setup) -> Step:
+def pretraining_step(recipe: str, setup: Setup) -> Step:
     """Return the pretraining of a recipe, with the total batch split over processes and micro-batches."""
     args = recipe_arguments(recipe)
     share = setup.share(TOTAL_BATCH, "the recipes'")
     batch_size = next(size for size in range(min(args.batch_size_per_gpu, share), 0, -1) if share % size == 0)
-    words = ["main_lgssl.py", f"@recipes/{recipe}.args", *setup.data_words(args.dataset)]
+    words: list[str | Path | int] = ["main_lgssl.py", f"@recipes/{recipe}.args", *setup.data_words(args.dataset)]
     words += ["--batch_size_per_gpu", batch_size, "--accum_steps", share // batch_size]
     words += ["--output_dir", setup.runs / recipe, *setup.extra]
     return Step("pretraining", words, setup.runs / recipe / "checkpoint.pth", setup.processes)
 
 
-def evaluation_steps(recipe, names, setup) -> list:
+def evaluation_steps(recipe: str, names: Iterable[str], setup: Setup) -> list[Step]:
     """Return the evaluations of a recipe. Copy detection is preceded by the step that draws its lists of images."""
     dataset = recipe_arguments(recipe).dataset
     folder, lists, imagenet = setup.runs / recipe, setup.runs / "lists", setup.data_root / "imagenet"
     steps = []
     for name in names:
-        result = f"{name}.json"
+        result, words = f"{name}.json", []
         if name in ("linear", "knn"):
             words = ["--dataset", dataset, *setup.data_words(dataset)]
             if name == "linear":
@@ -134,149 +211,192 @@ def evaluation_steps(recipe, names, setup) -> list:
     return steps
 
 
-def whitened_on_all(recipe) -> bool:
+def whitened_on_all(recipe: str) -> bool:
     """Return whether the whitening is learned on all of ImageNet-1K, as for networks trained on it (section 4.3.1)."""
     return recipe.startswith("imagenet1k")
 
 
-def evaluations_of(table) -> list:
+def evaluations_of(table: dict[str, Any]) -> list[str]:
     """Return the evaluations behind the columns of a table of the paper."""
-    return list(dict.fromkeys(COLUMNS[column][1] for column in table["columns"]))
+    return list(dict.fromkeys(COLUMNS[column].evaluation for column in table["columns"]))
 
 
-def report(runs) -> str:
-    """Return the tables of the paper in Markdown, and those of the studies that were run."""
+def recorded(path: Path) -> dict[str, Any]:
+    """Return the dictionary in a JSON file, or an empty one if the file is missing or broken."""
+    try:
+        return read_json(path)
+    except UserError:
+        return {}
+
+
+def progress(run: Path) -> float:
+    """Return the share of its epochs that a pretraining has finished."""
+    log, epochs = run / "log.txt", recorded(run / "args.json").get("epochs")
+    entries = read_log(log) if log.is_file() and (run / "checkpoint.pth").is_file() else []
+    done = entries[-1].get("epoch", -1) + 1 if entries else 0
+    return done / epochs if isinstance(epochs, int) and 0 <= done <= epochs > 0 else 0.0
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """Return an evaluation's result, or None if it is missing or its pretraining had not finished."""
+    result = {"images": {}, "pretraining": {}, "args": None, **recorded(path)}
+    if not all(isinstance(result[name], dict) for name in ("images", "pretraining", "args")):
+        return None
+    return result if result["pretraining"].get("epoch") == result["pretraining"].get("epochs") else None
+
+
+def score(column: str, result: dict[str, Any] | None) -> float | None:
+    """Return the number of a column in an evaluation's result, or None without a result that has a finite number."""
+    try:
+        value = COLUMNS[column].number(result or {})
+    except (KeyError, TypeError):
+        return None
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def differences(expected: dict[str, Any], actual: dict[str, Any]) -> list[str]:
+    """Return the settings of `actual` that differ from the expected ones, as texts.
+
+    Paths are not settings, nor is a precision that the machine decides. Settings that `actual` lacks are newer than its
+    version, which worked as by default.
+    """
+    ignored = {*may_change(expected), *PLACES}
+    return [
+        f"--{name} {actual[name]} instead of {'its default' if value is None else value}"
+        for name, value in expected.items()
+        if name not in ignored and actual.get(name, value) != value
+    ]
+
+
+def remarks(step: Step, pretraining: dict[str, Any], images: dict[str, int]) -> str:
+    """Return how the result of an evaluation differs from the recipe, the protocol and the data set, or "".
+
+    Args:
+        step: an evaluation with a result.
+        pretraining: the recipe's settings.
+        images: {split or block of the data set: number of images}.
+    """
+    result, wanted = read_result(step.result), step.settings()
+    assert result is not None
+    batch_size = result["pretraining"].get("batch_size", TOTAL_BATCH)
+    changed = [] if batch_size == TOTAL_BATCH else [f"a total batch of {batch_size} instead of {TOTAL_BATCH}"]
+    changed += differences(pretraining, result["pretraining"])
+    if step.name == "linear" and result.get("batch_size") != wanted["batch_size_per_gpu"]:
+        changed.append(f"{result.get('batch_size')} images per step instead of {wanted['batch_size_per_gpu']}")
+    changed += differences(wanted, result["args"])
+    for split, count in images.items():
+        if (number := result["images"].get(split, 0)) != count:
+            changed.append(f"{number} {split} images instead of {count}")
+    return f"{step.name}: {', '.join(changed)}." if changed else ""
+
+
+def markdown(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown. The first row is the header."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], "|" + "---|" * lines[0].count(" | ") + "---|", *lines[1:]]
+
+
+def report(runs: Path) -> str:
+    """Return the tables of the paper with our numbers in Markdown."""
     lines = ["Each cell: the paper's number / ours (difference).", ""]
     setup = Setup(Path("DATA"), runs)
     for name, table in paper()["tables"].items():
-        rows, notes = [], {}
+        rows: list[list[str]] = [["method", *(COLUMNS[column].title for column in table["columns"])]]
+        notes: dict[str, int] = {}  # {text: number}
         for row in table["rows"].values():
             recipe, cells = row["recipe"], [row["method"]]
             steps = {step.name: step for step in evaluation_steps(recipe, evaluations_of(table), setup)}
             pretraining = vars(recipe_arguments(recipe))
             for column, theirs in zip(table["columns"], row["paper"], strict=True):
-                _, evaluation, _, form = COLUMNS[column]
-                if (ours := score(column, steps[evaluation])) is None:
+                evaluation, form = COLUMNS[column].evaluation, COLUMNS[column].form
+                ours = score(column, read_result(steps[evaluation].result))
+                if ours is None:
                     cells.append(f"{theirs:{form}} / not run")
                     continue
                 images = IMAGES[pretraining["dataset"] if evaluation in ("linear", "knn") else evaluation]
                 if evaluation == "copydays" and whitened_on_all(recipe):
                     images = {**images, "whitening": IMAGES["folder"]["train"]}
-                note = mark(notes, steps[evaluation], pretraining, TOTAL_BATCH, images)
-                cells.append(f"{theirs:{form}} / {ours:{form}} ({ours - theirs:+{form}}){note}")
+                note = remarks(steps[evaluation], pretraining, images)
+                reference = f" [{notes.setdefault(note, len(notes) + 1)}]" if note else ""
+                cells.append(f"{theirs:{form}} / {ours:{form}} ({ours - theirs:+{form}}){reference}")
             rows.append(cells)
-        header = ["method", *(COLUMNS[column][0] for column in table["columns"])]
-        lines += [f"### Table {name.removeprefix('table')}. {table['title']}", "", *markdown(header, rows, notes), ""]
+        lines += [f"### Table {name.removeprefix('table')}. {table['title']}", "", *markdown(rows), ""]
+        if notes:
+            lines += [*(f"[{i}] {text}" for text, i in notes.items()), ""]
     lines += ["### Where the paper contradicts itself", ""]
     lines += [f"- {text}" for text in paper()["contradictions"]]
-    for study in STUDIES:
-        lines += ["", *found] if (found := study_report(study, runs)) else []
     return "\n".join(lines) + "\n"
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
     rest = "-- OPTIONS go to main_lgssl.py."
     parser = ArgumentParser(description=__doc__.splitlines()[0], epilog=f"COMMAND --help lists its options. {rest}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, text, epilog=None):
-        sub = commands.add_parser(name, help=text, description=f"{text.capitalize()}.", epilog=epilog)
-        sub.set_defaults(table=None, row=None)
-        return sub
+    def command(name: str, text: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=f"{text.capitalize()}.", epilog=epilog)
 
-    for name, text in (("list", "list the tables and what is done"), ("report", "compare results with the paper's")):
-        sub = command(name, text)
-        sub.add_argument("--row", nargs="+", help=argparse.SUPPRESS)  # for an error message that says why not
-        sub.add_argument("--runs", default="runs", help="folder of all runs and results")
-    sub.add_argument("--output", help="file of the report; default: print the report")
+    sub = command("list", "list the tables and what is done")
+    sub.add_argument("--runs", default="runs", type=Path, help="folder of all runs and results")
+    sub = command("report", "compare results with the paper's")
+    sub.add_argument("--runs", default="runs", type=Path, help="folder of all runs and results")
+    sub.add_argument("--output", type=Path, help="file of the report; default: print the report")
+    tables = paper()["tables"]
     for name, text in (("show", "print the commands of a table's rows"), ("run", "run the commands that are not done")):
         sub = command(name, text, rest)
         add = sub.add_argument_group("what").add_argument
-        tables = (*paper()["tables"], *STUDIES)
-        add("table", nargs="?", metavar="TABLE", choices=tables, help=f"table1 to table8, or {', '.join(STUDIES)}")
+        add("table", metavar="TABLE", choices=tables, help="table1 to table8")
         add("--row", nargs="+", help="rows of the table as printed by `list`; default: all")
-        add("--seeds", type=number(int, 1), help="number of seeds (studies); default: that of each row, 3 or 5")
         add = sub.add_argument_group("where").add_argument
-        add("--data_root", help=f"folder of the data sets that the rows need, any of {', '.join(TREE)}")
+        default = {"default": "DATA"} if name == "show" else {"required": True}
+        add("--data_root", type=Path, **default, help=f"folder of what the rows need of {', '.join(TREE)}")
         add("--classes", help="file of 100 class folders; default: recipes/imagenet100_cmc.txt")
-        add("--runs", default="runs", help="folder of all runs and results")
+        add("--runs", default="runs", type=Path, help="folder of all runs and results")
         add = sub.add_argument_group("computation").add_argument
         add("--nproc_per_node", type=number(int, 1), default=1, help="number of processes, which share the batch")
-        add("--jobs", type=number(int, 1), default=JOBS, help="number of simultaneous runs (studies)")
-    sub = command("search", "search for the settings of a study, for DINO and for the mean loss apart")
-    add = sub.add_argument_group("what").add_argument
-    add("table", metavar="STUDY", choices=SEARCHES, help=", ".join(SEARCHES))
-    add("--trials", type=number(int, 1), default=12, help="number of trials per method")
-    add("--output", type=Path, help="file of JSON lines, one per trial; finished trials are skipped. Default: "
-        "STUDY-search.jsonl in --runs")  # fmt: skip
-    add = sub.add_argument_group("where and how").add_argument
-    add("--data_root", help="folder of the data sets (fashion)")
-    add("--runs", default="runs", help="folder of all runs and results")
-    add("--jobs", type=number(int, 1), default=JOBS, help="number of simultaneous trials")
     sub = command("lists", "write the lists of images for copy detection (section 4.3.1)")
     add = sub.add_argument_group("images").add_argument
     add("imagenet", metavar="IMAGENET", help="ImageNet: class folders, or train and val with class folders")
     add("--classes", default=IMAGENET100_CLASSES, help="file of the class folders to exclude")
     add = sub.add_argument_group("lists").add_argument
-    add("--output_dir", default=".", help="folder of whitening.txt and distractors.txt")
+    add("--output_dir", default=".", type=Path, help="folder of whitening.txt and distractors.txt")
     add("--whitening", type=number(int, 1), default=20000, help="number of images in whitening.txt")
     add("--distractors", type=number(int, 1), default=10000, help="number of images in distractors.txt")
     add("--seed", type=number(int, 0), default=0, help="seed of the drawing")
 
     args = parser.parse_args(argv[:split])
     args.extra = argv[split + 1 :]
-    if args.command in ("show", "run") and args.table is None:
-        parser.error(f"{args.command} needs a table: {', '.join((*paper()['tables'], *STUDIES))}")
-    if args.row and args.table is None:
-        parser.error(f"--row {args.row[0]} needs a table")
-    study = STUDIES.get(args.table)
-    rows = study.rows if study else paper()["tables"][args.table]["rows"] if args.table else {}
-    unknown = [row for row in args.row or [] if row not in rows]
-    if unknown:
-        parser.error(f"{args.table} has no row {unknown[0]}, expected some of {', '.join(rows)}")
-    if args.command in ("run", "search") and not (study and study.folder is None) and args.data_root is None:
-        needed = study.folder if study else ", ".join(TREE)
-        parser.error(f"{args.command} {args.table} needs --data_root, the folder of the data sets: {needed}")
-    args.row = args.row or list(rows)
+    if args.command in ("show", "run"):
+        rows = tables[args.table]["rows"]
+        if unknown := [row for row in args.row or [] if row not in rows]:
+            parser.error(f"{args.table} has no row {unknown[0]}, expected some of {', '.join(rows)}")
     return args
 
 
-def main(argv=None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.command == "lists":
         counts = {"num_whitening": args.whitening, "num_distractors": args.distractors}
         lists = eval_copy_detection.copydays_lists(args.imagenet, **counts, seed=args.seed, classes=args.classes)
-        write_lists(lists, Path(args.output_dir))
+        write_lists(lists, args.output_dir)
         return
-    runs, only_show = Path(args.runs), args.command == "show"
-    if os.path.exists(runs) and not runs.is_dir():
-        raise UserError(f"--runs {runs} is a file, expected the folder of all runs")
+    if os.path.exists(args.runs) and not args.runs.is_dir():
+        raise UserError(f"--runs {args.runs} is a file, expected the folder of all runs")
     if args.command == "list":
-        list_tables(runs)
+        list_tables(args.runs)
     elif args.command == "report" and args.output is None:
-        print(report(runs), end="")
+        print(report(args.runs), end="")
     elif args.command == "report":
-        make_folder(Path(args.output).parent, "the folder of --output")
-        write_text(report(runs), Path(args.output))
-    elif args.command == "search":
-        check_study_data(STUDIES[args.table], args.data_root)
-        output = args.output or runs / f"{args.table}-search.jsonl"
-        make_folder(output.parent, "the folder of --output")
-        search(args.table, args.trials, output, runs, args.jobs, args.data_root)
-    elif args.table in STUDIES:
-        if not only_show:
-            check_study_data(STUDIES[args.table], args.data_root)
-        words = (args.row, args.seeds, runs, args.jobs, args.data_root or "DATA", args.extra, only_show)
-        run_study(args.table, *words)
+        make_folder(args.output.parent, "the folder of --output")
+        write_text(report(args.runs), args.output)
     else:
-        data_root = Path(args.data_root or "DATA")
-        setup = Setup(data_root, runs, args.nproc_per_node, args.classes, tuple(args.extra))
-        run_rows(args.table, args.row, setup, only_show)
+        setup = Setup(args.data_root, args.runs, args.nproc_per_node, args.classes, args.extra)
+        run_rows(args.table, args.row, setup, only_show=args.command == "show")
 
 
-def write_lists(lists, folder) -> None:
+def write_lists(lists: Sequence[Sequence[str | Path]], folder: Path) -> None:
     """Write the lists (whitening, distractors) of image paths to whitening.txt and distractors.txt, a path per line."""
     make_folder(folder, "--output_dir")
     for name, paths in zip(("whitening", "distractors"), lists, strict=True):
@@ -284,15 +404,16 @@ def write_lists(lists, folder) -> None:
         print(f"{len(paths)} images in {folder / name}.txt", flush=True)
 
 
-def run_rows(table, rows, setup, only_show) -> None:
-    """Run the steps of some rows of a table of the paper that are not done, or only print all steps."""
-    contents, steps = paper()["tables"][table], {}
-    for row in rows:
+def run_rows(table: str, rows: Sequence[str] | None, setup: Setup, only_show: bool) -> None:
+    """Run the steps of some or all rows of a table that are not done, or only print all steps."""
+    contents = paper()["tables"][table]
+    steps: dict[str, list[Step]] = {}
+    for row in rows or contents["rows"]:
         recipe = contents["rows"][row]["recipe"]
         evaluations = evaluation_steps(recipe, evaluations_of(contents), setup)
         steps[row] = [pretraining_step(recipe, setup), *evaluations]
     if not only_show:
-        check_data(sum(steps.values(), []), setup.data_root)
+        check_data([step for steps_of_row in steps.values() for step in steps_of_row], setup.data_root)
     for row, steps_of_row in steps.items():
         print(f"# {table}, {contents['rows'][row]['method']}", flush=True)
         for step in steps_of_row:
@@ -301,13 +422,7 @@ def run_rows(table, rows, setup, only_show) -> None:
                 raise UserError(f"{step.name} failed with exit code {code}: fix its error and run this command again")
 
 
-def check_study_data(study, data_root) -> None:
-    """Raise UserError if the data set of a study is not where it is expected."""
-    if study.folder and not (Path(data_root) / study.folder).is_dir():
-        raise UserError(f"no {Path(data_root) / study.folder}: expected the files of {study.title} there")
-
-
-def list_tables(runs) -> None:
+def list_tables(runs: Path) -> None:
     """Print each table and row, and what is done of it."""
     for name, table in paper()["tables"].items():
         print(f"{name}: {table['title']}")
@@ -316,18 +431,14 @@ def list_tables(runs) -> None:
             state = [f"pretraining {int(100 * progress(runs / entry['recipe']))}%"]
             state += [f"{step.name} {'done' if step.done() else '-'}" for step in steps if step.name != "lists"]
             print(f"  {row:17} {entry['recipe']:29} {', '.join(state)}")
-    for name, study in STUDIES.items():
-        print(f"{name}: study in small, {study.title}")
-        for row, (_, recipe, _, seeds, _) in study.rows.items():
-            done = [is_done(study_steps(name, row, seed, runs)) for seed in seeds_of(name, row, runs)]
-            print(f"  {row:17} {recipe or 'no pretraining':29} {sum(done)} of {seeds} seeds done")
 
 
-def check_data(steps, data_root) -> None:
+def check_data(steps: Iterable[Step], data_root: Path) -> None:
     """Raise UserError if a data set of the steps to run is not where it is expected."""
     for step in steps:
         # The retrieval benchmarks get `data_root` itself and are named like their folders.
-        folders = {step.name, *(Path(word).name for word in step.words if Path(word).parent == data_root)}
+        paths = [Path(word) for word in step.words[1:] if isinstance(word, Path)]
+        folders = {step.name, *(path.name for path in paths if path.parent == data_root)}
         for path in TREE:
             if path.split("/")[0] in folders and not (data_root / path).exists() and not step.done():
                 raise UserError(f"no {data_root / path}: expected below {data_root} {', '.join(TREE)}")

@@ -108,10 +108,6 @@ def result(contents):
     return text_file("runs/cifar10_vit_tiny16_mean/knn_cifar10.json", json.dumps(contents))
 
 
-def study_result(contents):
-    return text_file("runs/digits/mean-0/knn_digits.json", json.dumps(contents))
-
-
 # Options of the pretraining: name, options, message
 OPTIONS = [
     ("unknown option", "--lrr 1", r"unknown option --lrr; did you mean --lr\?"),
@@ -312,10 +308,9 @@ COMMANDS = [
     ),
     ("plot in an unknown format", "plot_runs.py {run} --output {here}/p.svgz", "found the suffix '.svgz'"),
     ("table of another paper", "reproduce.py show table99", "invalid choice: 'table99'"),
-    ("no table", "reproduce.py run", "run needs a table: table1"),
+    ("no table", "reproduce.py run", "required: TABLE"),
     ("row of another table", "reproduce.py show table6 --row dinov2", "table6 has no row dinov2, expected some of"),
-    ("row without table", "reproduce.py list --row mean", "--row mean needs a table"),
-    ("table without data", "reproduce.py run table6 --row mean", "needs --data_root"),
+    ("table without data", "reproduce.py run table6 --row mean", "required: --data_root"),
     ("table with missing data", "reproduce.py run table6 --data_root {here} --runs {here}/runs", "expected below"),
     (
         "processes that do not divide the batch",
@@ -339,8 +334,6 @@ COMMANDS = [
         "cannot write to the folder of --output|cannot open",
     ),
     ("report with a long name", f"reproduce.py report --runs {{here}} --output {{here}}/{LONG}", "File name too long"),
-    ("study without jobs", "reproduce.py run digits --jobs 0", "--jobs: found '0'"),
-    ("search for an unknown study", "reproduce.py search digits", "invalid choice: 'digits'"),
     ("lists of no images", "reproduce.py lists {here} --output_dir {here}", "no images|class folders|lacks"),
     ("job without nodes", "run_with_submitit.py --nodes 0", "--nodes: found '0'"),
     (
@@ -535,17 +528,9 @@ RESULTS = [
         NOT_RUN,
         folder("runs/cifar10_vit_tiny16_mean/knn_cifar10.json"),
     ),
-    (
-        "report of a study's result of other types",
-        "report",
-        NOT_RUN,
-        study_result({"args": [], "images": None, "knn": {"10": None}}),
-    ),
-    ("list of a broken result", "list", "table1", text_file("runs/digits/mean-0/knn_digits.json", b"\xff\xfe")),
     ("list of a log of other types", "list", NOT_BEGUN, copied_run(log({"epoch": "3"}, []), to=RECIPE)),
     ("list of a run of many epochs", "list", NOT_BEGUN, copied_run(run_arguments(epochs="many"), to=RECIPE)),
     ("list of a run of no epochs", "list", NOT_BEGUN, copied_run(run_arguments(epochs=0), to=RECIPE)),
-    ("list of a folder in place of a study's run", "list", "table1", folder("runs/digits/mean-0/knn_digits.json")),
     ("list of no runs", "list", NOT_BEGUN, None),
 ]
 # Places to write to: name, words, message, function

@@ -27,7 +27,7 @@ def test_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "digits.args").write_text("--lr 3")
     assert parser().parse_args(["@recipes/digits.args"]).lr == 3
-    (tmp_path / "run.args").write_text("@recipes/study.args")  # inside a file, paths are relative to that file
+    (tmp_path / "run.args").write_text("@recipes/laptop.args")  # inside a file, paths are relative to that file
     with pytest.raises(SystemExit):
         main_lgssl.parse_arguments(["@run.args"])
 

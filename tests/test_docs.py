@@ -20,7 +20,9 @@ import losses
 import patch_matching
 import reproduce
 import vision_transformer
-from support import sources, study
+from studies.report import report
+from studies.rows import STUDIES
+from support import sources
 from support.weights import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -52,10 +54,13 @@ ELSEWHERE = {
     "torchrun --nproc_per_node=8 eval_linear.py": "test_launchers.py",
     "python run_with_submitit.py": "test_slurm.py",
     "python reproduce.py run": "test_reproduce.py",
-    "python reproduce.py search": "test_study.py",
+    "python -m studies run": "test_study.py",
+    "python -m studies search": "test_study.py",
+    "python -m studies report": "test_study.py",
     "python main_lgssl.py @recipes/digits.args": "test_warm_start.py",
-    "python main_lgssl.py @recipes/solar_mean.args": "test_reproduce.py",
+    "python main_lgssl.py @studies/solar_mean.args": "test_study.py",
     "python plot_runs.py": "test_plot_runs.py",
+    "grep -E": "test_docs.py",  # a filter of lines
     "python visualize.py": "test_visualize.py",
     "python export.py": "test_export.py",
     "python eval_knn.py": "test_eval_knn.py",
@@ -118,7 +123,7 @@ def test_every_file_that_is_named_is_there(page):
         assert path.exists(), target
         assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target
     for name in set(re.findall(r"`((?:[\w./]+/)?\w+\.(?:py|args|txt|sh|toml))`", prose)):
-        places = [ROOT / folder / name for folder in ("", "support", "recipes", "tests", "benchmarks")]
+        places = [ROOT / folder / name for folder in ("", "support", "studies", "recipes", "tests", "benchmarks")]
         assert name in ("main_dino.py", "log.txt") or any(place.exists() for place in places), name
 
 
@@ -150,7 +155,7 @@ def test_the_table_of_recipes_has_each_with_its_tables():
     ("name", "title"), {"solar": "Solar cells", "fashion": "Fashion-MNIST", "digits": "Digits"}.items()
 )
 def test_the_tables_of_the_studies_are_those_of_the_report(name, title):
-    tables = [line for line in study.report(name, ROOT / "docs/study") if line.startswith("|")]
+    tables = [line for line in report(STUDIES[name], ROOT / f"studies/{name}.csv") if line.startswith("|")]
     section = PAGES["docs/study.md"].partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     assert re.findall(r"^\|.*", section, re.M) == tables
     for line in tables[2:6] if name != "digits" else []:  # untrained, raw pixels, DINO and mean are in README, too

@@ -147,6 +147,17 @@ def test_labels_name_the_arguments_that_differ(write_run):
         labels(*mean, write_run("again"))
 
 
+def test_curves_of_studies_are_drawn_per_row(tmp_path, drawn):
+    lines = ["row,seed,epoch,loss,knn_top1,entropy_share,matched_patches", "dino,0,1,5,,,", "dino,0,2,4,50,,0"]
+    path = tmp_path / "curves.csv"
+    path.write_text("\n".join([*lines, lines[0], "dino,1,2,2,60,,0", "mean --lr 1,0,1,3,,,7", ""]))
+    axes, legend = drawn(path)
+    assert legend == ["dino (1 to 2 seeds)", "mean --lr 1 (1 seed)"]
+    np.testing.assert_allclose(axes["Loss"].lines[0].get_xydata(), [[1, 5], [2, 3]])
+    np.testing.assert_allclose(axes["Online k-NN"].lines[0].get_xydata(), [[2, 55]])
+    np.testing.assert_allclose(axes["Matched patches"].lines[1].get_xydata(), [[1, 7]])
+
+
 def test_the_figure_is_written(write_run, tmp_path, capsys):
     path = tmp_path / "runs.pdf"
     plot_runs.main([str(write_run("r")[0]), "--output", str(path)])
@@ -160,6 +171,10 @@ def test_bad_input_is_refused_in_one_line(write_run, tmp_path, capsys):
     empty.mkdir()
     (fresh / "log.txt").write_text("")
     (broken / "args.json").write_text("{")
+    header = "row,seed,epoch,loss,knn_top1,entropy_share,matched_patches\n"
+    tables = {"short": header + "dino,0\n", "other": "row,loss\n", "text": header + "dino,0,1,low,,,\n", "none": header}
+    for name, text in tables.items():
+        (tmp_path / f"{name}.csv").write_text(text)
     for words, message in [
         ([tmp_path / "absent"], "no .*absent/log.txt: expected"),
         ([empty], "no .*empty/log.txt: expected the --output_dir of a run"),
@@ -168,6 +183,10 @@ def test_bad_input_is_refused_in_one_line(write_run, tmp_path, capsys):
         ([good, "--output", tmp_path / "runs.xyz"], "cannot write .*'.xyz', expected .png or .pdf"),
         ([good, "--output", f"{good}/log.txt/runs.png"], "cannot write to the folder of --output .*: File exists"),
         ([good, "--output", empty], "expected .png or .pdf"),
+        ([tmp_path / "short.csv"], "short.csv: expected a CSV file with the columns row,seed,epoch,loss,"),
+        ([tmp_path / "other.csv"], "other.csv: expected a CSV file with the columns row,seed,epoch,loss,"),
+        ([tmp_path / "text.csv"], "text.csv: could not convert string to float: 'low'"),
+        ([tmp_path / "none.csv"], "none.csv has no runs"),
     ]:
         with pytest.raises(UserError, match=message):
             plot_runs.main(list(map(str, words)))

@@ -1,52 +1,61 @@
 import json
 import math
+import multiprocessing
 import re
 import shlex
 import statistics
+import subprocess
+import sys
 
 import numpy as np
+import pandas as pd
 import pytest
-import torch
+from conftest import ROOT
 
 import main_lgssl
-import reproduce
-from support import study
-from support.steps import ROOT
-from support.study import DINO_SETTING, STUDIES, draw, interval, judged, read_trials, report, spread, study_steps
+import plot_runs
+from studies import __main__ as command
+from studies.report import interval, read_runs, report, search_report
+from studies.rows import DINO_SETTING, SEARCHED, SEARCHES, SPACE, STUDIES, draw, search_of
+from studies.runs import RUN_COLUMNS, Place, append, commands, settings
 from utils import UserError
 
 
-def write(steps, linear, knn, *changes, name="digits"):
-    """Write the results of the steps of a row as the evaluations do, with further words for the linear evaluation."""
-    *pretraining, linear_step, knn_step = steps
-    linear_step.words += changes
-    settings = vars(pretraining[0].settings()) if pretraining else {}
-    made_with = {**settings, "epoch": settings["epochs"], "batch_size": 32} if pretraining else {}
-    neighbours = {str(k): {"top1": knn + k, "balanced_accuracy": knn - k} for k in (10, 20)}
-    contents = {"linear": {"top1": linear, "batch_size": 128}, "knn": {"knn": neighbours}}
-    for step in (linear_step, knn_step):
-        result = {**contents[step.name], "images": STUDIES[name].images, "args": vars(step.settings())}
-        step.result.parent.mkdir(parents=True, exist_ok=True)
-        step.result.write_text(json.dumps({**result, "pretraining": made_with}, default=str))
+def arguments(study, row, place):
+    """Return the arguments that each script of a run parses, {script: dictionary}."""
+    return {
+        script: vars(__import__(script.removesuffix(".py")).parse_arguments(words))
+        for script, words in commands(study, row, 0, place).items()
+    }
+
+
+def write(path, study, values, extra=(), images=None):
+    """Append results to a CSV file as a run does: {row: [(linear, knn10, knn20, balanced) per seed]}."""
+    place = Place(path.parent, extra=list(extra))
+    for row, numbers in values.items():
+        for seed, scores in enumerate(numbers):
+            text = settings(commands(study, row, seed, place))
+            append(path, RUN_COLUMNS, [[row, seed, *scores, None, None, *(images or study.images), text]])
 
 
 def test_report_is_mean_standard_deviation_and_difference_to_dino(tmp_path):
-    values = {"dino": [70.0, 71.5, 75.0], "mean": [73.0, 76.0], "pixels": [80.0]}
-    for row, scores in values.items():
-        for seed, value in enumerate(scores):
-            changes = ["--epochs", "9"] if (row, seed) == ("dino", 1) else []
-            write(study_steps("digits", row, seed, tmp_path), value, 60.0, *changes)
-    lines = report("digits", tmp_path)
-    dino, mean = (f"{sum(v) / len(v):.1f} ± {statistics.stdev(v):.1f}" for v in (values["dino"], values["mean"]))
-    assert f"| DINO | 3 | {dino} [1] | 70.0 ± 0.0 | 80.0 ± 0.0 | 50.0 ± 0.0 |" in lines
-    assert f"| Ours, mean | 2 | {mean} | 70.0 ± 0.0 | 80.0 ± 0.0 | 50.0 ± 0.0 |" in lines
+    study, path = STUDIES["digits"], tmp_path / "digits.csv"
+    dino, mean = [70.0, 71.5, 75.0], [73.0, 76.0]
+    write(path, study, {"dino": [(x, 70.0, 80.0, 50.0) for x in dino], "mean": [(x, 70.0, 80.0, 50.0) for x in mean]})
+    write(path, study, {"pixels": [(80.0, 70.0, 80.0, 50.0)]})
+    write(path, study, {"dino": [(1.0, 2.0, 3.0, 4.0)]}, extra=["--use_bn_in_head", "false"])
+    write(path, study, {"mean": [(5.0, 6.0, 7.0, 8.0)] * 2}, images=(9, 397))
+    lines = report(study, path)
+    ours, theirs = (f"{statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" for v in (mean, dino))
+    assert f"| DINO | 3 | {theirs} | 70.0 ± 0.0 | 80.0 ± 0.0 | 50.0 ± 0.0 |" in lines
+    assert f"| Ours, mean | 2 | {ours} | 70.0 ± 0.0 | 80.0 ± 0.0 | 50.0 ± 0.0 |" in lines
     assert "| raw pixels | 1 | 80.0 | 70.0 | 80.0 | 50.0 |" in lines
-    assert "[1] linear: --epochs 9 instead of 100." in lines
-    compared = [line for line in lines if re.match(r"\| Ours, mean \| [+-]", line)]
-    assert len(compared) == 1
+    # Other settings and other images are rows of their own.
+    assert "| DINO, use_bn_in_head at its default | 1 | 1.0 | 2.0 | 3.0 | 4.0 |" in lines
+    assert "| Ours, mean, images_train 9 | 2 | 5.0 ± 0.0 | 6.0 ± 0.0 | 7.0 ± 0.0 | 8.0 ± 0.0 |" in lines
+    compared = [line for line in lines if re.match(r"\| .* \| [+-]", line)]
+    assert len(compared) == 1  # one seed has no interval
     assert compared[0].startswith("| Ours, mean | +2.3 (")
-    assert not any(line.startswith("| raw pixels | +") for line in lines)  # one seed has no interval
-    assert report("digits", tmp_path / "none") == []
 
 
 def test_interval_is_welchs():
@@ -59,121 +68,154 @@ def test_interval_is_welchs():
     cumulative = np.cumsum(density * (1 + t**2 / freedom) ** (-(freedom + 1) / 2)) * (t[1] - t[0])
     half = t[np.searchsorted(cumulative, 0.975)] * math.sqrt(va + vb)
     difference = statistics.mean(a) - statistics.mean(b)
-    found = [float(x) for x in re.findall(r"[+-]\d+\.\d", interval(a, b))]
+    found = [float(x) for x in re.findall(r"[+-]\d+\.\d", interval(pd.Series(a), pd.Series(b)))]
     assert found == pytest.approx([difference, difference - half, difference + half], abs=0.051)
-    assert interval([1.0], b) == interval(a, []) == ""
-    assert spread([]) == "not run"
+    assert interval(pd.Series([1.0]), pd.Series(b)) == ""
 
 
-@pytest.mark.parametrize("name", [name for name in STUDIES if name != "digits"])
+@pytest.mark.parametrize("name", SEARCHES)
 def test_rows_differ_only_in_loss_and_searched_settings(name):
     """All rows see the same images in the same sizes, with the same network and budget."""
-    searched = set(re.findall(r"--(\w+)", " ".join(sum(study.SPACE.values(), [])))) | {
-        "loss",
-        "lambda_cls",
-        "output_dir",
-    }
-    rows = STUDIES[name].rows
-    found = {}
-    for row in rows:
-        steps = study_steps(name, row, 0, ROOT / "runs")
-        if rows[row].recipe:
-            args = steps[0].settings()
-            found[row] = {option: value for option, value in vars(args).items() if option not in searched}
-            assert args.loss == {"dino": "cls", "mean": "mean", "sum": "sum", DINO_SETTING: "mean"}.get(row, "lambda")
-            assert args.lambda_cls == float(row.removeprefix("lambda") if row.startswith("lambda") else 0.5)
-            sides = args.global_crops_size, args.patch_size, args.arch
-    assert all(settings == found["dino"] for settings in found.values())
-    untrained = study_steps(name, "untrained", 0, ROOT / "runs")[0].settings()
-    assert (untrained.crop_size, untrained.patch_size, untrained.arch) == sides
-    for method in ("dino", "mean"):
-        assert rows[method].recipe == f"{name}_{method}"
-    assert {rows[row].seeds for row in ("dino", "mean", DINO_SETTING)} == {5}
-    assert set(sum(STUDIES[name].tables.values(), [])) == set(rows)
+    searched = {*re.findall(r"--(\w+)", " ".join(sum(SPACE.values(), []))), "loss", "lambda_cls", "output_dir"}
+    study = STUDIES[name]
+    shared = {}
+    for row in study.rows:
+        args = arguments(study, row, Place(ROOT)).get("main_lgssl.py")
+        if args:
+            shared[row] = {option: value for option, value in args.items() if option not in searched}
+            assert args["loss"] == {"dino": "cls", "mean": "mean", "sum": "sum", DINO_SETTING: "mean"}.get(
+                row, "lambda"
+            )
+            assert args["lambda_cls"] == float(row.removeprefix("lambda") if row.startswith("lambda") else 0.5)
+            network = args["global_crops_size"], args["patch_size"], args["arch"]
+    assert len(shared) == 7
+    assert all(settings == shared["dino"] for settings in shared.values())
+    untrained = arguments(study, "untrained", Place(ROOT))["eval_knn.py"]
+    assert (untrained["crop_size"], untrained["patch_size"], untrained["arch"]) == network
+    assert {study.rows[row].seeds for row in ("dino", "mean", DINO_SETTING)} == {5}
+    assert set(sum(study.tables.values(), [])) == set(study.rows)
 
 
-@pytest.mark.parametrize("name", reproduce.SEARCHES)
+@pytest.mark.parametrize("name", SEARCHES)
 def test_recipes_are_the_best_trials_of_the_committed_search(name):
-    trials = read_trials(ROOT / "recipes" / f"{name}_trials.jsonl")
-    for entry in trials:
-        assert entry["options"] == draw(entry["trial"])
-    for method in study.SEARCHED:
-        own = [entry for entry in trials if entry["method"] == method]
-        assert len({entry["trial"] for entry in own}) == len(own) >= 1
-        best = max(own, key=judged)
-        text = (ROOT / "recipes" / f"{name}_{method}.args").read_text()
-        words = [line for line in text.splitlines() if not line.startswith("#")]
-        assert shlex.split(" ".join(words)) == [f"@{name}.args", *best["options"].split()]
+    path = ROOT / f"studies/{name}_search.csv"
+    trials = read_runs(search_of(STUDIES[name], 12), path)
+    assert set(trials["changes"]) == {""}  # each has the settings that are drawn today
+    assert sorted(trials["row"]) == sorted(f"{method}-{trial}" for method in SEARCHED for trial in range(12))
+    best = dict(
+        re.findall(r"^- (\w+): best is trial \d+, \S+ %: (.*)", "\n".join(search_report(STUDIES[name], path)), re.M)
+    )
+    for method in SEARCHED:
+        lines = (ROOT / f"studies/{name}_{method}.args").read_text().splitlines()
+        words = shlex.split(" ".join(line for line in lines if not line.startswith("#")))
+        assert words == [f"@{name}.args", *best[method].split()]
 
 
 def test_draws_cover_the_space_and_are_valid():
     drawn = [draw(trial) for trial in range(200)]
     assert drawn == [draw(trial) for trial in range(200)]
-    for values in study.SPACE.values():
-        counts = [sum(value in words.replace("  ", " ") + " " for words in drawn) for value in values]
+    for values in SPACE.values():
+        counts = [sum(value in f"{words} " for words in drawn) for value in values]
         assert min(counts) > 200 / len(values) / 2
     for words in drawn[:50]:
         main_lgssl.parse_arguments(words.split())
 
 
-def test_search_is_resumed_and_names_the_best(tmp_path, monkeypatch, capsys):
-    started = []
-
-    def run_steps(steps, folder):
-        args = steps[0].settings()
-        assert (args.tuning, args.epochs, args.seed) == (True, 5, study.SEARCH_SEED)
-        assert all(step.settings().tuning for step in steps)
-        started.append(folder.name)
-        method, trial = folder.name.rsplit("-", 1)
-        if (method, trial) == ("mean", "2"):
-            raise UserError("no memory")
-        score = 50 + int(trial) if method == "dino" else 60 - int(trial)
-        write(steps, score, score, name="solar")
-
-    monkeypatch.setattr(study, "run_steps", run_steps)
-    path = tmp_path / "trials.jsonl"
-    with pytest.raises(UserError, match="no memory"):
-        study.search("solar", 3, path, tmp_path, 1, None)
-    assert started == ["dino-0", "mean-0", "dino-1", "mean-1", "dino-2", "mean-2"]
-    assert len(read_trials(path)) == 5
-    started.clear()
-    study.search("solar", 2, path, tmp_path, 1, None)
-    assert started == []
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-3] == f"dino: best is trial 2, 57.0 %: {draw(2)}"
-    assert lines[-2] == f"mean: best is trial 0, 65.0 %: {draw(0)}"
-    # Trials 0 and 1 of both are finished: 60 and 59 against 50 and 51.
+def test_search_names_the_best_and_compares_the_same_settings(tmp_path):
+    """Two trials of both methods, and one more of DINO, which counts for the best one only."""
+    study, path = STUDIES["solar"], tmp_path / "solar_search.csv"
+    scores = {"dino-0": 50, "mean-0": 60, "dino-1": 51, "mean-1": 59, "dino-2": 52}
+    write(path, search_of(study, 3), {row: [(x, x, 0, 0)] for row, x in scores.items()})
     gains = [f"{column} +9.0 points (2 trials ahead, 0 behind, 0 equal)" for column in ("linear", "k-NN, K = 10")]
-    assert lines[-1] == f"mean minus dino with the same setting: {'; '.join(gains)}"
-    path.write_text("no JSON\n")
-    with pytest.raises(UserError, match=f"cannot read the trials in {path}: "):
-        study.search("solar", 2, path, tmp_path, 1, None)
+    assert search_report(study, path) == [
+        f"- dino: best is trial 2, 52.0 %: {draw(2)}",
+        f"- mean: best is trial 0, 60.0 %: {draw(0)}",
+        f"- mean minus dino with the same setting: {'; '.join(gains)}",
+    ]
+    for args in arguments(search_of(study, 1), "dino-0", Place(tmp_path)).values():
+        assert args["tuning"]
+        assert args["epochs"] == 5 if "loss" in args else True
 
 
-def test_missing_data_is_named_before_a_run(tmp_path):
-    with pytest.raises(SystemExit, match="2"):
-        reproduce.main(["run", "fashion", "--runs", str(tmp_path)])
-    with pytest.raises(UserError, match=f"no {tmp_path}/fashion-mnist: expected"):
-        reproduce.main(["run", "fashion", "--data_root", str(tmp_path), "--runs", str(tmp_path / "runs")])
-    assert not (tmp_path / "runs").exists()
+def test_two_processes_append_to_one_file(tmp_path):
+    path, lines = tmp_path / "a.csv", 300
+
+    def write_lines(name):
+        for i in range(lines):
+            append(path, ["row", "text"], [[f"{name}{i}", "x" * (i % 97) * 20 + ', "y"']])
+
+    writers = [multiprocessing.get_context("fork").Process(target=write_lines, args=name) for name in "ab"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    entries = {entry["row"]: entry["text"] for entry in plot_runs.read_table(path, ["row", "text"])}
+    assert entries == {f"{name}{i}": "x" * (i % 97) * 20 + ', "y"' for name in "ab" for i in range(lines)}
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    write(tmp_path / "solar.csv", STUDIES["digits"], {"dino-image": [(1, 2, 3, 4)]})
+    write(tmp_path / "fashion.csv", STUDIES["fashion"], {"dino": [("high", 2, 3, 4)]})
+    for words, message in {
+        "run mnist": "invalid choice: 'mnist'",
+        "search digits": "invalid choice: 'digits'",
+        "run solar --row dino-image": "solar has no row dino-image, expected some of untrained, pixels",
+        "run digits --jobs 0": "--jobs: found '0'",
+        f"run fashion --data_root {tmp_path}": f"--data_root {tmp_path} has no fashion-mnist",
+        f"run digits --runs {tmp_path}/file": f"cannot write to --runs {tmp_path}/file",
+        "run digits --row mean -- --lrr 1": "unknown option --lrr",
+        f"report digits --runs {tmp_path}": f"cannot read {tmp_path}/digits.csv: No such file",
+        f"report solar --runs {tmp_path}": "solar has no row dino-image",
+        f"report fashion --runs {tmp_path}": f"cannot read {tmp_path}/fashion.csv: could not convert",
+    }.items():
+        with pytest.raises((UserError, SystemExit)) as error:
+            command.main([*words.split(), *([] if "--runs" in words else ["--runs", str(tmp_path / "runs")])])
+        assert message in str(error.value) + capsys.readouterr().err
+        assert "\n" not in str(error.value)
+    assert not list((tmp_path / "runs").glob("*.csv"))
+
+
+def test_commands_are_shown(capsys):
+    command.main("run fashion --row mean pixels --seeds 1 --data_root D --runs R --show -- --lr 1".split())
+    folder = "R/fashion/mean-0"
+    data = "--dataset torchvision:FashionMNIST --train_images 4000 --data_path D/fashion-mnist"
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "# fashion, mean, seed 0",
+        f"python main_lgssl.py @studies/fashion_mean.args --loss mean {data} --lr 1 --seed 0 --output_dir {folder}",
+        f"python eval_linear.py {data} --pretrained_weights {folder}/checkpoint.pth --seed 0 --output_dir {folder} "
+        "--num_workers 0 --cache_features --lr 0.5 --epochs 100",
+        f"python eval_knn.py {data} --pretrained_weights {folder}/checkpoint.pth --seed 0 --output_dir {folder} "
+        "--num_workers 0",
+    ]
 
 
 @pytest.mark.slow
-def test_study_runs_and_goes_on(tmp_path, run_main):
-    words = ["reproduce.py", "run", "digits", "--row", "pixels", "dino-image", "--runs", tmp_path]
-    output = run_main(*words, "--seeds", 1, "--jobs", 2, "--", "--epochs", 1).stdout
-    rows = re.findall(r"^\| (.*?) \| 1 \|", output, re.MULTILINE)
-    assert rows == ["raw pixels", "DINO, crops drawn per image"]
-    (tmp_path / "digits/dino-image-0/checkpoint.pth").unlink()
-    output = run_main(*words, "--seeds", 2, "--jobs", 2, "--", "--epochs", 1).stdout
-    assert not (tmp_path / "digits/dino-image-0/checkpoint.pth").exists()  # its evaluations are done
-    steps = study_steps("digits", "dino-image", 0, tmp_path, extra=["--epochs", 1])
-    assert study.is_done(steps)
-    assert not study.is_done(study_steps("digits", "dino-image", 0, tmp_path, extra=["--epochs", 2]))
+def test_study_runs_and_goes_on(tmp_path):
+    words = [sys.executable, "-m", "studies", "run", "digits", "--row", "pixels", "dino-image", "--runs", tmp_path]
+
+    def run(seeds, epochs):
+        options = ["--seeds", str(seeds), "--jobs", "2", "--", "--epochs", str(epochs)]
+        return subprocess.run([*words, *options], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    run(seeds=1, epochs=1)
+    (tmp_path / "digits/dino-image-0/checkpoint.pth").unlink()  # not needed any more
+    output = run(seeds=2, epochs=1)
+    assert "dino-image, seed 0: done" not in output
     assert re.search(r"^\| raw pixels \| 2 \| 9\d\.\d ± \d\.\d \| 9\d\.\d ± 0\.0 \|", output, re.MULTILINE)
-    args = json.loads((tmp_path / "digits/dino-image-1/args.json").read_text())
-    assert (args["loss"], args["geometry"], args["seed"]) == ("cls", "image", 1)
-    pixels = json.loads((tmp_path / "digits/pixels-1/knn_digits.json").read_text())
-    assert pixels["args"]["seed"] == 1
-    state = torch.load(tmp_path / "digits/dino-image-1/checkpoint.pth", weights_only=True)
-    assert state["epoch"] == 1
+    assert re.search(r"^\| DINO, crops drawn per image, epochs 1 \| 2 \|", output, re.MULTILINE)
+    lines = plot_runs.read_table(tmp_path / "digits.csv", RUN_COLUMNS)
+    assert sorted((line["row"], line["seed"]) for line in lines) == [
+        (row, seed) for row in ("dino-image", "pixels") for seed in "01"
+    ]
+    for line in lines:
+        result = json.loads((tmp_path / f"digits/{line['row']}-{line['seed']}/knn_digits.json").read_text())
+        assert float(line["knn10"]) == result["knn"]["10"]["top1"]
+        assert result["args"]["seed"] == int(line["seed"])
+    curves = plot_runs.read_curves(tmp_path / "digits_curves.csv")
+    assert [(run.folder.name, run.seed) for run in curves] == [
+        ("dino-image --epochs 1", "0"),
+        ("dino-image --epochs 1", "1"),
+    ]
+    log = json.loads((tmp_path / "digits/dino-image-1/log.txt").read_text())
+    assert curves[1].curves["loss"] == {1: log["train_loss"]}

@@ -88,7 +88,7 @@ def test_features_are_drawn_below_their_images(drawn):
     named = visualize.open_images(["china", "flower"], 64, 2, model)
     images = list(named.values())
     colors, explained = visualize.features.principal_colors(
-        [visualize.features.patch_features(backbone, x) for x in images], images
+        [visualize.features.patch_features(model.backbone, x) for x in images], images
     )
     for axis, color in zip(below, colors, strict=True):
         assert (np.asarray(axis.images[0].get_array())[4::8, 4::8] == color).all()

@@ -1,0 +1,110 @@
+"""Studies in small, which run on two CPU cores.
+
+    python -m studies list                                       studies, rows, and what is done
+    python -m studies run solar --row mean --seeds 1             run what is not done yet, and print the tables
+    python -m studies search solar                               search for the settings of a study
+    python -m studies report solar                               print the tables of the committed results
+
+Options after `--` go to main_lgssl.py, for example `-- --use_bn_in_head false`.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from studies.rows import SEARCH_SEED, SEARCHES, STUDIES, search_of
+from studies.runs import Place, commands, finished, run_study, settings
+from support.arguments import ROOT, ArgumentParser, number
+from utils import UserError, run_main
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line. What follows `--` becomes `extra`."""
+    split = argv.index("--") if "--" in argv else len(argv)
+    rest = "-- OPTIONS go to main_lgssl.py."
+    parser = ArgumentParser(prog="studies", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, studies: Sequence[str], epilog: str | None = None) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=f"{text.capitalize()}.", epilog=epilog)
+        if studies:
+            sub.add_argument("study", metavar="STUDY", choices=studies, help=", ".join(studies))
+        return sub
+
+    listing = command("list", "list studies, rows, and what is done", [])
+    report = command("report", "print the tables of a study", list(STUDIES))
+    report.add_argument("--runs", type=Path, default=ROOT / "studies", help="folder of STUDY.csv")
+    run = command("run", "run the rows of a study that are not done", list(STUDIES), rest)
+    add = run.add_argument_group("rows").add_argument
+    add("--row", nargs="+", help="rows of the study as printed by `list`; default: all")
+    add("--seeds", type=number(int, 1), help="number of seeds; default: that of each row, 3 or 5")
+    add("--show", action="store_true", help="print the commands instead of running them")
+    search = command("search", "search for the settings of DINO and of the mean loss", SEARCHES, rest)
+    add = search.add_argument_group("trials").add_argument
+    add("--trials", type=number(int, 1), default=12, help="number of trials per method")
+    for sub in (run, search):
+        add = sub.add_argument_group("where and how").add_argument
+        add("--data_root", type=Path, default="DATA", help="folder of the data sets: fashion-mnist")
+        add("--jobs", type=number(int, 1), default=min(os.cpu_count() or 1, 8), help="number of simultaneous runs")
+    for sub in (listing, run, search):
+        sub.add_argument("--runs", type=Path, default="runs", help="folder of all runs and results")
+    args = parser.parse_args(argv[:split])
+    args.extra = list(argv[split + 1 :])
+    if args.command == "run":
+        rows = STUDIES[args.study].rows
+        if unknown := [row for row in args.row or [] if row not in rows]:
+            parser.error(f"{args.study} has no row {unknown[0]}, expected some of {', '.join(rows)}")
+    return args
+
+
+def list_studies(runs: Path) -> None:
+    """Print each study and row, and how many seeds of it are done."""
+    for study in STUDIES.values():
+        done = finished(study, runs)
+        print(f"{study.name}: {study.title}")
+        for row, (_, recipe, _, seeds, _) in study.rows.items():
+            own = settings(commands(study, row, 0, Place(runs)))
+            count = sum(key[0] == row and key[2] == own for key in done)
+            print(f"  {row:17} {recipe or 'no pretraining':14} {count} of {seeds} seeds done")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        from studies.report import report, search_report
+    except ImportError as error:
+        raise UserError("studies need pandas: pip install pandas") from error
+    if args.command == "list":
+        list_studies(args.runs)
+        return
+    study = STUDIES[args.study]
+    results, trials = args.runs / f"{study.name}.csv", args.runs / f"{study.name}_search.csv"
+    if args.command == "report":
+        print("\n".join(report(study, results)))
+        if trials.exists():
+            print("\n".join(["", "### Search", "", *search_report(study, trials)]))
+        return
+    place = Place(args.runs, args.data_root, args.extra)
+    if args.command == "search":
+        search = search_of(study, args.trials)
+        run_study(search, [(row, SEARCH_SEED) for row in search.rows], place, args.jobs)
+        print("\n".join(search_report(study, trials)))
+        return
+    counts = {row: args.seeds or study.rows[row].seeds for row in args.row or study.rows}
+    work = [(row, seed) for seed in range(max(counts.values())) for row in counts if seed < counts[row]]
+    if args.show:
+        for row, seed in work:
+            print(f"# {study.name}, {row}, seed {seed}")
+            for script, words in commands(study, row, seed, place).items():
+                print(f"python {script} {shlex.join(words)}")
+    else:
+        run_study(study, work, place, args.jobs)
+        print("\n".join(report(study, results)))
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "studies"  # the name in error messages
+    run_main(main)

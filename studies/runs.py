@@ -1,0 +1,179 @@
+"""Runs of a study: their commands, and the CSV files of results that they append to."""
+
+import csv
+import errno
+import io
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import eval_knn
+import eval_linear
+import main_lgssl
+import plot_runs
+from studies.rows import Study
+from support.arguments import ROOT
+from support.files import make_folder, read_json, read_text
+from support.options import argument_parser
+from utils import UserError
+
+# {script: (module, prefix of its settings, options that it requires)}
+SCRIPTS = {
+    "main_lgssl.py": (main_lgssl, "", []),
+    "eval_linear.py": (eval_linear, "linear.", ["--pretrained_weights", "none"]),
+    "eval_knn.py": (eval_knn, "knn.", ["--pretrained_weights", "none"]),
+}
+METRICS = {"linear": "linear", "knn10": "k-NN, K = 10", "knn20": "k-NN, K = 20", "balanced": "balanced accuracy"}
+AUROC = ["linear_auroc", "knn10_auroc"]  # of data sets with two classes
+IMAGES = ["images_train", "images_val"]
+RUN_COLUMNS = ["row", "seed", *METRICS, *AUROC, *IMAGES, "settings"]
+# The seed has a column. The weights of an evaluation are those of the run.
+NO_SETTINGS = {*argument_parser().may_change, "seed", "pretrained_weights"}
+
+
+@dataclass
+class Place:
+    """Where data and runs are, and what a user changes.
+
+    Attributes:
+        runs: folder of NAME.csv, NAME_curves.csv, and of the runs in NAME/ROW-SEED.
+        data_root: folder of the data sets.
+        extra: further words for main_lgssl.py.
+    """
+
+    runs: Path
+    data_root: Path = Path("DATA")
+    extra: list[str] = field(default_factory=list)
+
+    def folder(self, study: Study, row: str, seed: int) -> Path:
+        return self.runs / study.name / f"{row}-{seed}"
+
+
+def commands(study: Study, row: str, seed: int, place: Place) -> dict[str, list[str]]:
+    """Return the commands of a run, {script: its options}: pretraining, if any, and both evaluations."""
+    _, recipe, options, _, linear = study.rows[row]
+    folder, words = place.folder(study, row, seed), {}
+    data = study.data.split()
+    if study.folder:
+        data += ["--data_path", str(place.data_root / study.folder)]
+    output = ["--seed", str(seed), "--output_dir", str(folder)]
+    model = options.split()
+    if recipe:
+        words["main_lgssl.py"] = [f"@studies/{recipe}.args", *model, *data, *place.extra, *output]
+        model = ["--pretrained_weights", str(folder / "checkpoint.pth")]
+    evaluation = [*data, *model, *output, "--num_workers", "0"]
+    words["eval_linear.py"] = [*evaluation, *study.linear.split(), *linear.split()]
+    words["eval_knn.py"] = evaluation
+    return words
+
+
+def settings(commands: dict[str, list[str]]) -> str:
+    """Return the settings of a run that are not defaults, as NAME=VALUE, those of evaluations as linear.NAME=VALUE."""
+    pairs = []
+    for script, words in commands.items():
+        module, prefix, required = SCRIPTS[script]
+        defaults = vars(module.parse_arguments(required))
+        for name, value in vars(module.parse_arguments(words)).items():
+            if name not in NO_SETTINGS and value != defaults[name]:
+                pairs.append(f"{prefix}{name}={':'.join(map(str, value)) if isinstance(value, list) else value}")
+    return " ".join(pairs)
+
+
+def changes(text: str, own: str) -> str:
+    """Return where the settings of a run differ from its row's own, or "" if nowhere."""
+    theirs, ours = (dict(pair.partition("=")[::2] for pair in words.split()) for words in (text, own))
+    names = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
+    return ", ".join(f"{name} {theirs.get(name, 'at its default')}" for name in names)
+
+
+def run_study(study: Study, work: list[tuple[str, int]], place: Place, jobs: int) -> None:
+    """Run rows with seeds, (row, seed) each, that are not in the CSV file yet, one thread per run.
+
+    Args:
+        jobs: number of simultaneous runs.
+
+    Raises:
+        UserError: the data set is missing, or a run failed.
+    """
+    if study.folder and not (place.data_root / study.folder).is_dir():
+        raise UserError(f"--data_root {place.data_root} has no {study.folder}, the folder of {study.title}")
+    make_folder(place.runs, "--runs")
+    done = finished(study, place.runs)
+    todo = [
+        (row, seed) for row, seed in work if (row, str(seed), settings(commands(study, row, seed, place))) not in done
+    ]
+
+    def run_one(key: tuple[str, int]) -> None:
+        row, seed = key
+        folder = place.folder(study, row, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        for script, options in commands(study, row, seed, place).items():
+            with (folder / "output.txt").open("a") as output:
+                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+                command = [sys.executable, str(ROOT / script), *options]
+                code = subprocess.run(command, env=environment, stdout=output, stderr=output).returncode
+            if code:
+                last = read_text(folder / "output.txt", errors="replace").strip().splitlines()[-1:]
+                raise UserError(f"{script} in {folder} failed: {' '.join(last) or f'exit code {code}'}")
+        keep(study, row, seed, place)
+        print(f"{row}, seed {seed}: done", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for _ in pool.map(run_one, todo):  # an error cancels the runs that have not started
+            pass
+
+
+def finished(study: Study, runs: Path) -> set[tuple[str, str, str]]:
+    """Return (row, seed, settings) of each run in the CSV file of a study, which may be missing."""
+    path = runs / f"{study.name}.csv"
+    lines = plot_runs.read_table(path, RUN_COLUMNS) if path.exists() else []
+    return {(line["row"], line["seed"], line["settings"]) for line in lines}
+
+
+def keep(study: Study, row: str, seed: int, place: Place) -> None:
+    """Append the curves and the results of a finished run to the CSV files."""
+    folder, words = place.folder(study, row, seed), commands(study, row, seed, place)
+    if "main_lgssl.py" in words:
+        curves, label = plot_runs.read_run(folder).curves, " ".join([row, *place.extra])
+        epochs = sorted(set().union(*curves.values()))
+        lines = [[label, seed, epoch, *(curve.get(epoch) for curve in curves.values())] for epoch in epochs]
+        append(place.runs / f"{study.name}_curves.csv", plot_runs.CURVE_COLUMNS, lines)
+    dataset = study.data.split()[1].replace(":", "_")
+    linear, knn = (read_json(folder / f"{name}_{dataset}.json") for name in ("linear", "knn"))
+    k10, k20 = knn["knn"]["10"], knn["knn"]["20"]
+    numbers = [
+        linear["top1"],
+        k10["top1"],
+        k20["top1"],
+        k10["balanced_accuracy"],
+        linear.get("auroc"),
+        k10.get("auroc"),
+    ]
+    images = knn["images"]["train"], knn["images"]["val"]
+    values = [row, seed, *numbers, *images, settings(words)]
+    append(place.runs / f"{study.name}.csv", RUN_COLUMNS, [values])
+
+
+def append(path: Path, columns: list[str], lines: list[list[Any]]) -> None:
+    """Append lines to a CSV file, to which other processes may append at the same time.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    text = io.StringIO()
+    header = [] if path.exists() else [columns]  # two processes may both write it, see `plot_runs.read_table`
+    csv.writer(text, lineterminator="\n").writerows([*header, *lines])
+    contents = text.getvalue().encode()
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            if os.write(file, contents) < len(contents):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
