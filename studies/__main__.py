@@ -29,7 +29,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, studies: Sequence[str], epilog: str | None = None) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=f"{text.capitalize()}.", epilog=epilog)
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=epilog)
         if studies:
             sub.add_argument("study", metavar="STUDY", choices=studies, help=", ".join(studies))
         return sub
@@ -65,10 +65,10 @@ def list_studies(runs: Path) -> None:
     for study in STUDIES.values():
         done = finished(study, runs)
         print(f"{study.name}: {study.title}")
-        for row, (_, recipe, _, seeds, _) in study.rows.items():
-            own = settings(commands(study, row, 0, Place(runs)))
-            count = sum(key[0] == row and key[2] == own for key in done)
-            print(f"  {row:17} {recipe or 'no pretraining':14} {count} of {seeds} seeds done")
+        for name, row in study.rows.items():
+            own = settings(commands(study, name, 0, Place(runs)))
+            count = sum(key[0] == name and key[2] == own for key in done)
+            print(f"  {name:17} {row.recipe or 'no pretraining':14} {count} of {row.seeds} seeds done")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

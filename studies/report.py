@@ -29,12 +29,13 @@ def read_runs(study: Study, path: Path) -> pd.DataFrame:
         frame[COLUMNS] = frame[COLUMNS].astype(float)
     except ValueError as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    images = "{} images_train={} images_val={}".format
-    own = {
-        row: images(settings(commands(study, row, 0, Place(Path()))), *study.images) for row in frame["row"].unique()
-    }
+    expected = {}
+    for row in frame["row"].unique():
+        own = settings(commands(study, row, 0, Place(Path())))
+        expected[row] = f"{own} images_train={study.images[0]} images_val={study.images[1]}"
     frame["changes"] = [
-        changes(images(run.settings, run.images_train, run.images_val), own[run.row]) for run in frame.itertuples()
+        changes(f"{run.settings} images_train={run.images_train} images_val={run.images_val}", expected[run.row])
+        for run in frame.itertuples()
     ]
     return frame
 

@@ -50,23 +50,23 @@ class Place:
     extra: list[str] = field(default_factory=list)
 
     def folder(self, study: Study, row: str, seed: int) -> Path:
+        """Return the folder of a run."""
         return self.runs / study.name / f"{row}-{seed}"
 
 
 def commands(study: Study, row: str, seed: int, place: Place) -> dict[str, list[str]]:
     """Return the commands of a run, {script: its options}: pretraining, if any, and both evaluations."""
-    _, recipe, options, _, linear = study.rows[row]
-    folder, words = place.folder(study, row, seed), {}
+    entry, folder = study.rows[row], place.folder(study, row, seed)
     data = study.data.split()
     if study.folder:
         data += ["--data_path", str(place.data_root / study.folder)]
     output = ["--seed", str(seed), "--output_dir", str(folder)]
-    model = options.split()
-    if recipe:
-        words["main_lgssl.py"] = [f"@studies/{recipe}.args", *model, *data, *place.extra, *output]
+    words, model = {}, entry.options.split()
+    if entry.recipe:
+        words["main_lgssl.py"] = [f"@studies/{entry.recipe}.args", *model, *data, *place.extra, *output]
         model = ["--pretrained_weights", str(folder / "checkpoint.pth")]
     evaluation = [*data, *model, *output, "--num_workers", "0"]
-    words["eval_linear.py"] = [*evaluation, *study.linear.split(), *linear.split()]
+    words["eval_linear.py"] = [*evaluation, *study.linear.split(), *entry.linear.split()]
     words["eval_knn.py"] = evaluation
     return words
 
@@ -85,7 +85,7 @@ def settings(commands: dict[str, list[str]]) -> str:
 
 def changes(text: str, own: str) -> str:
     """Return where the settings of a run differ from its row's own, or "" if nowhere."""
-    theirs, ours = (dict(pair.partition("=")[::2] for pair in words.split()) for words in (text, own))
+    theirs, ours = (dict(pair.split("=", 1) for pair in words.split() if "=" in pair) for words in (text, own))
     names = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
     return ", ".join(f"{name} {theirs.get(name, 'at its default')}" for name in names)
 
