@@ -68,13 +68,6 @@ def state(slurm, job):
     return slurm("squeue", "--noheader", "--format=%T", f"--jobs={job}", "--states=all").strip()
 
 
-def test_a_job_of_two_tasks_runs_to_its_end(slurm, tmp_path, two_processes):
-    job, folder = submit(tmp_path)
-    wait_until(lambda: state(slurm, job) not in ("PENDING", "RUNNING", "COMPLETING"), folder)
-    assert state(slurm, job) == "COMPLETED", messages(folder)
-    assert fingerprint(folder) == fingerprint(two_processes)
-
-
 def test_a_preempted_job_is_requeued_and_ends_as_an_undisturbed_one(slurm, tmp_path, two_processes):
     job, folder = submit(tmp_path)
     wait_until(lambda: len(steps(folder)) >= 4, folder)
@@ -103,18 +96,6 @@ def test_it_runs_without_slurm(tmp_path, two_processes):
     _, folder = submit(tmp_path, "--cluster", "local")
     assert fingerprint(folder) == fingerprint(two_processes)
     assert json.loads((folder / "args.json").read_text())["output_dir"] == str(folder)
-
-
-def test_bad_options_are_named_before_anything_is_submitted(tmp_path, run_script):
-    words = ["run_with_submitit.py", "--cluster", "local", "--output_dir", tmp_path / "o"]
-    for more, message in (
-        (["--epoch", 3], "unknown option --epoch; did you mean --epochs?"),
-        (["--gpus_per_node", 4, "--tasks_per_node", 2], "--tasks_per_node 2: expected one for each of the 4 GPUs"),
-    ):
-        process = run_script(*words, *more, check=False)
-        assert process.returncode == 2
-        assert message in process.stderr.splitlines()[-1]
-    assert not (tmp_path / "o").exists()
 
 
 def test_parameters_of_the_job(tmp_path, monkeypatch):
