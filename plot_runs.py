@@ -35,9 +35,8 @@ COLUMNS = (  # of the table: (logged value, title, digits)
 )
 NAMES = [name for name, _, _ in COLUMNS]
 CURVE_COLUMNS = ["row", "seed", "epoch", *NAMES]  # of a CSV file of curves
-NO_SETTING = {*argument_parser().may_change, "seed", "output_dir"} - {
-    "data_path"
-}  # runs on different images are not averaged
+# Runs on different images are not averaged.
+NO_SETTING = {*argument_parser().may_change, "seed", "output_dir"} - {"data_path"}
 
 Curve = dict[int, float]  # {epochs trained: value}
 
