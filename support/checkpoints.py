@@ -22,10 +22,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# Names that a run writes in its folder
-RUN_FILES = (
-    r"(checkpoint(_previous|_unreadable|\d{4,})?\.pth|args\.json|log\.txt|steps\.jsonl|environment\.jsonl)(\.tmp)?"
-)
 KEYS = "student teacher optimizer loss scaler meters epoch step batch_size images args".split()  # of a checkpoint
 
 
@@ -61,25 +57,21 @@ class RunSize(NamedTuple):
         return self.epochs * self.steps_per_epoch
 
 
-def load_latest(path: Path) -> tuple[dict[str, Any], Path] | tuple[None, None]:
-    """Read a checkpoint. If it is damaged, warn and read the previous one.
-
-    Returns:
-        (contents, path that was read), or (None, None) if neither file exists
+def load_latest(path: Path) -> tuple[dict[str, Any], Path]:
+    """Read a checkpoint. If it is missing or damaged, read the previous one. Return (contents, path that was read).
 
     Raises:
         UserError: neither file can be read.
     """
     previous = previous_path(path)
-    if not path.exists():
-        return (load_file(previous), previous) if previous.exists() else (None, None)
     try:
         return load_file(path), path
     except UserError as error:
         if not previous.exists():
             raise
         contents = load_file(previous)
-        warn(f"{error}; using the previous one, {previous}")
+        if path.exists():
+            warn(f"{error}; using the previous one, {previous}")
         return contents, previous
 
 
@@ -222,27 +214,17 @@ def open_output(
         may_change: names of settings that may differ from those of the earlier run.
 
     Raises:
-        UserError: the folder cannot be written to, or holds a run with other settings, a run that started from other
-            weights, or other kinds of files.
+        UserError: the folder cannot be written to, or holds a run with other settings or from other weights.
     """
     make_folder(output_dir, "--output_dir")
-    for path in output_dir.iterdir():
-        kind = "folder" if path.name == "tb" else "file"
-        is_right = path.is_dir() if kind == "folder" else path.is_file() or not re.fullmatch(RUN_FILES, path.name)
-        if not is_right and os.path.lexists(path):  # not removed meanwhile
-            raise UserError(f"{path} is not a {kind}: move it, or use another --output_dir")
-    checkpoint, checkpoint_path = load_latest(output_dir / "checkpoint.pth")
-    if checkpoint is not None and checkpoint_path is not None:
+    path, source, checkpoint = output_dir / "checkpoint.pth", output_dir / "args.json", None
+    if os.path.lexists(path) or previous_path(path).exists():
+        checkpoint, source = load_latest(path)
         if not set(KEYS) <= set(checkpoint):
-            raise UserError(f"{checkpoint_path} is not a checkpoint of main_lgssl.py: use another --output_dir")
-        source = checkpoint_path
+            raise UserError(f"{source} is not a checkpoint of main_lgssl.py: use another --output_dir")
         earlier = checkpoint["args"] = plain_arguments(checkpoint["args"], source)
-    elif (output_dir / "args.json").exists():
-        source = output_dir / "args.json"
-        try:
-            earlier = plain_arguments(read_json(source), source)
-        except UserError as error:
-            raise UserError(f"{error}: remove it, or use another --output_dir") from error
+    elif source.exists():
+        earlier = plain_arguments(read_json(source), source)
     elif (output_dir / "log.txt").exists() or (output_dir / "steps.jsonl").exists():
         raise UserError(f"{output_dir} holds logs but no run: move them, or use another --output_dir")
     else:
@@ -255,7 +237,7 @@ def open_output(
             f"{str(there)[:12]}, found {here[:12]}: restore or remove it, resuming does not read it; or use another "
             "--output_dir"
         )
-    return Earlier(checkpoint, checkpoint_path, there)
+    return Earlier(checkpoint, source if checkpoint else None, there)
 
 
 def restore(

@@ -22,7 +22,7 @@ from patch_matching import match_patches
 from support import features
 from support.evaluation import check_splits, classification_metrics, knn_votes
 from support.features import eval_transform, extract_features, normalized_cls
-from support.images import LabeledImages
+from support.images import ImageList, LabeledImages
 from support.loader import ViewBatches, init_worker
 from support.sources import DataSpec, build_dataset
 from utils import VERSION, UserError, warn
@@ -57,7 +57,9 @@ class OnlineKNN:
 
     def __init__(self, train: LabeledImages, spec: DataSpec, crop_size: int, batch_size: int, num_workers: int):
         train = copy.copy(train)
-        train.transform, train.min_side = eval_transform(crop_size), None
+        train.transform = eval_transform(crop_size)
+        if isinstance(train, ImageList):
+            train.min_side = None
         rng = np.random.default_rng(0)
         data_path = spec.data_path or spec.dataset
         if not train.has_splits and not spec.tuning:
@@ -72,7 +74,7 @@ class OnlineKNN:
             chosen = {split: (x, rng.permutation(len(x))[:limit]) for split, (x, limit) in limits.items()}
         if not len(chosen["train"][1]):
             raise UserError(f"found {len(train)} images, too few for online k-NN")
-        self.num_classes = len(train.classes)
+        self.crop_size, self.num_classes = crop_size, len(train.classes)
         self.labels = {split: torch.tensor(images.labels)[indices] for split, (images, indices) in chosen.items()}
         self.splits = {s: BlackForBad(Subset(x, i.tolist()), crop_size) for s, (x, i) in chosen.items()}
         self.batch_size, self.num_workers = batch_size, num_workers
@@ -84,15 +86,18 @@ class OnlineKNN:
             backbone: normalized images [B, 3, S, S] -> tokens [B, 1+P, D].
             device: device of the backbone.
         """
-        network = normalized_cls(backbone)
-        batches = {"batch_size": self.batch_size, "num_workers": self.num_workers, "worker_init_fn": init_worker}
-        found = {s: extract_features(network, x, device, title=None, **batches) for s, x in self.splits.items()}
-        if found["val"] is None:
+        references, queries = (
+            extract_features(
+                normalized_cls(backbone), self.splits[split], device, self.batch_size, self.num_workers, title=None,
+                worker_init_fn=init_worker,
+            )
+            for split in ("train", "val")
+        )  # fmt: skip
+        if references is None or queries is None:
             return None
-        references, queries = found["train"].to(device), found["val"].to(device)
-        k, labels = min(NEIGHBOURS, len(references)), {split: x.to(device) for split, x in self.labels.items()}
-        votes = knn_votes(references, labels["train"], queries, self.num_classes, k)
-        return classification_metrics(votes, labels["val"])["top1"]
+        references, queries, k = references.to(device), queries.to(device), min(NEIGHBOURS, len(references))
+        votes = knn_votes(references, self.labels["train"].to(device), queries, self.num_classes, k)
+        return classification_metrics(votes, self.labels["val"].to(device))["top1"]
 
 
 class BlackForBad(Dataset):

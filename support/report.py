@@ -195,8 +195,8 @@ def _cut_log(path: Path, key: str, end: int) -> list[dict[str, float]]:
     """Remove the lines of a log with `key` >= `end` and incomplete lines of a killed process. Return the others."""
     if not path.exists():
         return []
-    path.open("a").close()  # fails now, not after an epoch
     lines = read_text(path, errors="replace").splitlines(keepends=True)
+    path.open("a").close()  # fails now, not after an epoch
     entries = [(line, _entry(line)) for line in lines]
     kept = [(line, entry) for line, entry in entries if entry.get(key, math.inf) < end]
     if len(kept) < len(lines):
