@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -21,7 +21,6 @@ NAMES = {"train": ("train", "training"), "val": ("validation", "valid", "val", "
 SAVED = ("dataset_dict.json", "state.json")  # files in folders of `save_to_disk`
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".tar.gz": "webdataset"}
 LABELS = ("label", "cls")  # columns of integers that are labels by default; tars have cls
-MAX_FILES = 2**20  # of a pattern
 
 
 class Rows(NamedTuple):
@@ -107,9 +106,6 @@ def open_rows(name: str, split: str) -> Rows:
         import datasets
     except ImportError as error:
         raise UserError(f"--dataset hf:{name} needs the package datasets: pip install datasets") from error
-    if int(datasets.__version__.split(".")[0]) < 4:
-        version = f"found datasets {datasets.__version__}, which runs scripts that data sets bring"
-        raise UserError(f"{version}: pip install --upgrade datasets")
     is_first = is_first_process()
     if not (is_first and sys.stderr.isatty()):
         datasets.disable_progress_bars()
@@ -122,7 +118,7 @@ def open_rows(name: str, split: str) -> Rows:
         if any(os.path.isfile(os.path.join(name, file)) for file in SAVED):
             opened = datasets.load_from_disk(name)
         else:
-            kind = builder_of(name) or name
+            kind = builder_of(name) if files else name
             builder = datasets.load_dataset_builder(kind, data_files=files or None)
             if builder.config.data_files and not os.path.isdir(builder.cache_dir):  # its copy is still to be made
                 for paths in builder.config.data_files.values():
@@ -174,21 +170,20 @@ def files_of(name: str) -> list[str]:
             what = "file" if builder_of(name) else "folder"
             raise UserError(f"no {what} {printable(path)}: --dataset hf: takes {expected}")
         files += matches
-    if not builder_of(name) or not all(map(os.path.isfile, files)):
+    if not files or not builder_of(name) or not all(map(os.path.isfile, files)):
         raise UserError(f"cannot read {printable(name)}: --dataset hf: takes {expected}")
     return files
 
 
-def expand(pattern: str) -> list[str]:
+def expand(pattern: str) -> Iterator[str]:
     """Expand ranges: {08..11} becomes 08, 09, 10, 11, as in a shell."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    found = re.search(r"\{(\d{1,9})\.\.(\d{1,9})\}", pattern)
     if found is None:
-        return [pattern]
+        yield pattern
+        return
     first, last = found.groups()
-    if not 0 <= int(last) - int(first) < MAX_FILES:
-        raise UserError(f"the range {found[0]} of {printable(pattern)} names no files, or more than {MAX_FILES}")
-    numbers = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
-    return [path for i in numbers for path in expand(pattern[: found.start()] + i + pattern[found.end() :])]
+    for i in range(int(first), int(last) + 1):
+        yield from expand(f"{pattern[: found.start()]}{str(i).zfill(len(first))}{pattern[found.end() :]}")
 
 
 def check_tars(paths: Iterable[str]) -> None:
@@ -234,11 +229,9 @@ def find_images(features: Mapping[str, Any], given: str | None, name: str) -> st
     """Return the column of the images. A given one may also hold encoded images as plain bytes.
 
     Raises:
-        UserError: it is missing or of another type, or there are several without a given one.
+        UserError: it is missing, or there are several without a given one.
     """
-    images = [column for column in features if is_image(features[column])]
-    binary = [column for column in features if kind_of(features[column]) in ("binary", "large_binary")]
-    column = choose(features, given, images, [*images, *binary], name, "image")
+    column = choose(features, given, [column for column in features if is_image(features[column])], name, "image")
     if column is None:
         refuse(features, name, "no column of images", "--image_column")
     return column
@@ -248,29 +241,19 @@ def find_labels(features: Mapping[str, Any], given: str | None, name: str) -> st
     """Return the column of the labels, or None if there is none.
 
     Raises:
-        UserError: it is missing or of another type, or there are several without a given one.
+        UserError: it is missing, or there are several without a given one.
     """
     classes = [column for column in features if kind_of(features[column]) == "ClassLabel"]
-    integers = [column for column in features if kind_of(features[column]).startswith(("int", "uint"))]
-    labels = classes or [column for column in integers if column in LABELS]
-    return choose(features, given, labels, [*classes, *integers], name, "label")
+    integers = [column for column in LABELS if kind_of(features.get(column)).startswith(("int", "uint"))]
+    return choose(features, given, classes or integers, name, "label")
 
 
-def choose(
-    features: Mapping[str, Any], given: str | None, candidates: list[str], accepted: list[str], name: str, kind: str
-) -> str | None:
-    """Return the given column, or the only candidate, or None without one.
-
-    Args:
-        candidates: columns, one of which may be taken if none is given.
-        accepted: columns that may be given.
-        kind: "image" or "label".
-    """
+def choose(features: Mapping[str, Any], given: str | None, candidates: list[str], name: str, kind: str) -> str | None:
+    """Return the given column of "image" or "label", or the only candidate, or None without one."""
+    if given is not None and given not in features:
+        refuse(features, name, f"no column {given}", f"another --{kind}_column")
     if given is None and len(candidates) > 1:
         refuse(features, name, f"{len(candidates)} columns of {kind}s", f"--{kind}_column")
-    if given is not None and given not in accepted:
-        what = f"no {kind}s in the column {given}" if given in features else f"no column {given}"
-        refuse(features, name, what, f"another --{kind}_column")
     return given if given is not None else next(iter(candidates), None)
 
 

@@ -115,8 +115,8 @@ def test_names_of_tars(tmp_path, monkeypatch):
     for pattern, message in {
         "shards/{000..013}.tar": "^no file .*/shards/012.tar: --dataset hf: takes",
         "shards/none*.tar": r"^no file .*/shards/none\*.tar: ",
-        "shards/{3..1}.tar": r"the range \{3..1\} of .* names no files",
-        "shards/{0..9999999}.tar": "or more than",
+        "shards/{3..1}.tar": "^cannot read .*3..1.*: --dataset hf: takes",
+        "shards/{0..999999999}{0..999999999}.tar": "^no file .*/shards/00.tar: ",
         "nowhere.tar": "^no file .*/nowhere.tar: ",
         "nowhere": "^no folder .*/nowhere: ",
     }.items():
@@ -341,8 +341,7 @@ def test_columns_of_hf(tmp_path, datasets):
         ("two", {"image_column": "second"}, "has 2 columns of labels: .*; give --label_column"),
         ("plain", {}, r"has no column of images: its columns are image \(binary\), label .*; give --image_column"),
         ("integers", {"image_column": "img"}, r"has no column img: its columns are image \(Image\), label \(int32\);"),
-        ("integers", {"image_column": "label"}, r"has no images in the column label: its columns are"),
-        ("unlabeled", {"label_column": "name"}, r"no labels in the column name: its columns are .*name \(string\);"),
+        ("unlabeled", {"label_column": "name"}, "^cannot read .*unlabeled: "),
         ("negative", {}, "the column label of .*negative has the label -2, expected -1"),
     ]:  # fmt: skip
         assert_one_line(message, tmp_path / name, **columns)
