@@ -500,7 +500,7 @@ def draw_map(points: np.ndarray, labels: ArrayLike, classes: Sequence[str], titl
     _bare(axis)
     for number, (label, color) in enumerate(zip(present, colors, strict=False), start=1):
         own = points[labels == label]
-        name = fit(f"{number} {classes[label]}" if numbered else classes[label], 1.35, size=7)
+        name = fit(f"{number} {classes[label]}" if numbered else classes[label], 1.5, size=7)
         axis.scatter(own[:, 0], own[:, 1], s=12, color=color, linewidths=0.3, edgecolors="white", label=name)
         if numbered and named:
             text = axis.annotate(
@@ -546,7 +546,7 @@ def draw_curves(curves: dict[str, dict[str, np.ndarray]]) -> Figure:
             axis.yaxis.set(minor_locator=NullLocator(), major_formatter="{x:g}")
             unit += ", log scale"
         else:
-            axis.locator_params(axis="y", nbins=4)  # labels whose number depends on the layout would change it
+            axis.locator_params(axis="y", nbins=5)  # as many labels whatever the layout, which depends on them
         axis.set_title(title, fontsize=8, pad=3)
         axis.set_ylabel(unit, fontsize=7)
         axis.tick_params(labelsize=7, width=0.6, length=2.5)
@@ -557,5 +557,5 @@ def draw_curves(curves: dict[str, dict[str, np.ndarray]]) -> Figure:
     figure.align_ylabels(axes)
     look: dict[str, Any] = {"fontsize": 7, "title_fontsize": 7, "frameon": False, "handlelength": 3}
     look["title"] = "mean ± one standard deviation over seeds" if banded else None
-    figure.legend(axes[0].lines, labels, loc="outside lower center", ncols=columns, **look)
+    figure.legend(axes[0].lines, labels, loc="outside lower left", ncols=columns, **look)
     return figure
