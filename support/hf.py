@@ -6,9 +6,9 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
@@ -21,20 +21,6 @@ NAMES = {"train": ("train", "training"), "val": ("validation", "valid", "val", "
 SAVED = ("dataset_dict.json", "state.json")  # files in folders of `save_to_disk`
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".tar.gz": "webdataset"}
 LABELS = ("label", "cls")  # columns of integers that are labels by default; tars have cls
-
-
-class Rows(NamedTuple):
-    """A split of a data set.
-
-    Attributes:
-        rows: `datasets.Dataset`.
-        split: name of the split there.
-        has_splits: whether training and validation images differ.
-    """
-
-    rows: Any
-    split: str
-    has_splits: bool
 
 
 class HuggingFaceImages(ImageList):
@@ -62,12 +48,18 @@ class HuggingFaceImages(ImageList):
     ):
         rows, split_name, self.has_splits = open_rows(name, split)
         self.root, features = name, rows.features
-        self.column = find_images(features, image_column, name)
-        label_column = find_labels(features, label_column, name)
-        self.numbers = np.arange(len(rows))
+        kinds = {column: kind_of(feature) for column, feature in features.items()}
+        self.column = choose(
+            kinds, image_column, [column for column in kinds if kinds[column] == "Image"], name, "image"
+        )
+        classes = [column for column in kinds if kinds[column] == "ClassLabel"]
+        integers = [column for column in LABELS if kinds.get(column, "").startswith(("int", "uint"))]
+        label_column = choose(kinds, label_column, classes or integers, name, "label")
+        if self.column is None:
+            refuse(kinds, name, "no column of images", "--image_column")
         try:
             samples = [""] * len(rows)
-            if "__key__" in features and "__url__" in features:  # of tars
+            if "__key__" in kinds:  # of tars
                 samples = [f"/{key}" for key in read_column(rows, "__key__").to_pylist()]
             super().__init__(f"{name}/{split_name}/{row}{sample}" for row, sample in enumerate(samples))
             if label_column is not None:
@@ -75,17 +67,19 @@ class HuggingFaceImages(ImageList):
             from datasets import Image
 
             rows = rows.select_columns([self.column])
-            self.rows = rows.cast_column(self.column, Image(decode=False)) if is_image(features[self.column]) else rows
+            is_encoded = type(features[self.column]).__name__ == "Image"
+            self.rows = rows.cast_column(self.column, Image(decode=False)) if is_encoded else rows
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"cannot read {printable(name)}: {printable(first_line(error))}") from error
+        self.numbers = np.arange(len(rows))
 
     def file(self, index: int) -> BinaryIO:
         try:
             value = self.rows[int(self.numbers[index])][self.column]
-            contents = value.get("bytes") if isinstance(value, dict) else value
-            if contents is None:
+            contents = value["bytes"] if isinstance(value, dict) else value
+            if not contents:
                 if not value or not value.get("path"):
                     raise ValueError("the row has no image")
                 refuse_irregular(value["path"])
@@ -100,52 +94,54 @@ class HuggingFaceImages(ImageList):
         self.numbers = self.numbers[indices]
 
 
-def open_rows(name: str, split: str) -> Rows:
-    """Open a split of a data set. Says when the validation images are those of the test split."""
+def open_rows(name: str, split: str) -> tuple[Any, str, bool]:
+    """Open a split of a data set. Says when the validation images are those of the test split.
+
+    Returns:
+        (`datasets.Dataset`, name of the split there, whether training and validation images differ)
+    """
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"--dataset hf:{name} needs the package datasets: pip install datasets") from error
-    is_first = is_first_process()
-    if not (is_first and sys.stderr.isatty()):
+    if int(datasets.__version__.split(".")[0]) < 4:
+        version = f"datasets {datasets.__version__} runs scripts that data sets bring"
+        raise UserError(f"{version}, expected version 4: pip install --upgrade datasets")
+    if not (is_first_process() and sys.stderr.isatty()):
         datasets.disable_progress_bars()
     files = files_of(name)
-    is_local = bool(files) or os.path.exists(name)
     level = datasets.logging.get_verbosity()
-    if is_local:
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error is enough
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error is enough
     try:
         if any(os.path.isfile(os.path.join(name, file)) for file in SAVED):
             opened = datasets.load_from_disk(name)
         else:
-            kind = builder_of(name) if files else name
-            builder = datasets.load_dataset_builder(kind, data_files=files or None)
-            if builder.config.data_files and not os.path.isdir(builder.cache_dir):  # its copy is still to be made
-                for paths in builder.config.data_files.values():
-                    check_tars(paths)
+            builder = datasets.load_dataset_builder(builder_of(name) or name, data_files=files or None)
+            for paths in (builder.config.data_files or {}).values() if not os.path.isdir(builder.cache_dir) else ():
+                check_tars(paths)  # whose copy is still to be made
             builder.download_and_prepare()
             opened = builder.as_dataset()
     except Exception as error:  # of many kinds, by the kind of the files and the state of the network
-        reason = first_line(error.__cause__ or error)
-        where = "" if is_local else ", which is no folder here, from the hub"
-        raise UserError(f"cannot open the data set {printable(name)}{where}: {printable(reason)}") from error
+        reason = printable(first_line(error.__cause__ or error))
+        where = "" if files or os.path.exists(name) else " on the hub, and no folder here"
+        raise UserError(f"cannot open the data set {printable(name)}{where}: {reason}") from error
     finally:
         datasets.logging.set_verbosity(level)
     parts = dict(opened) if isinstance(opened, dict) else {str(opened.split or "train"): opened}
     chosen = {kind: find_split(parts, names) for kind, names in NAMES.items()}
     part = chosen[split]
     if part is None:
-        expected = "train" if split == "train" else "validation or test"
-        raise UserError(f"{name} has the splits {', '.join(parts)}, expected {expected}")
+        raise UserError(f"{name} has the splits {', '.join(parts)}, expected train, and validation or test")
     has_splits = chosen["train"] != chosen["val"]
-    if is_first and split == "val" and has_splits and part not in NAMES["val"][:3]:
+    if is_first_process() and split == "val" and has_splits and part not in NAMES["val"][:3]:
         print(f"{name} has no validation split: its split {part} is used", flush=True)
-    return Rows(parts[part], part, has_splits)
+    return parts[part], part, has_splits
 
 
 def builder_of(name: str) -> str:
-    """Return the builder of files with the ending of a name; "" if there is none."""
-    return next((builder for suffix, builder in BUILDERS.items() if name.endswith(suffix)), "")
+    """Return the builder of files with the ending of a name; "" for a folder and for a name on the hub."""
+    is_folder = os.path.isdir(name)
+    return next((builder for ending, builder in BUILDERS.items() if name.endswith(ending) and not is_folder), "")
 
 
 def files_of(name: str) -> list[str]:
@@ -154,56 +150,46 @@ def files_of(name: str) -> list[str]:
     A pattern has ranges as {000..099} and wildcards. All files of a range must exist.
 
     Raises:
-        UserError: there is no such file, or no data set is read from such files.
+        UserError: there is no such file.
     """
-    if os.path.isdir(name):
-        return []
-    is_pattern = bool(re.search(r"[*?[{]", name))
-    is_path = name.startswith(("/", ".", "~")) or len(Path(name).parts) > 2
-    if not (os.path.exists(name) or is_pattern or is_path or builder_of(name)):
-        return []
-    expected = "a folder, a file or a pattern of files that end in .parquet, .arrow, .tar or .tar.gz, or a name"
     files: list[str] = []
-    for path in [name] if os.path.exists(name) else expand(name):
-        matches = [path] if os.path.exists(path) else sorted(glob.glob(path))
-        if not matches:
-            what = "file" if builder_of(name) else "folder"
-            raise UserError(f"no {what} {printable(path)}: --dataset hf: takes {expected}")
-        files += matches
-    if not files or not builder_of(name) or not all(map(os.path.isfile, files)):
-        raise UserError(f"cannot read {printable(name)}: --dataset hf: takes {expected}")
+    for pattern in expand(name) if builder_of(name) else ():
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+        if not found or not all(map(os.path.isfile, found)):
+            raise UserError(
+                f"no file {printable(pattern)}: --dataset hf: takes a folder, files in {', '.join(BUILDERS)}, or a name"
+            )
+        files += found
     return files
 
 
 def expand(pattern: str) -> Iterator[str]:
     """Expand ranges: {08..11} becomes 08, 09, 10, 11, as in a shell."""
     found = re.search(r"\{(\d{1,9})\.\.(\d{1,9})\}", pattern)
-    if found is None:
+    if found is None or os.path.exists(pattern):
         yield pattern
         return
     first, last = found.groups()
+    if int(first) > int(last):
+        yield pattern
     for i in range(int(first), int(last) + 1):
         yield from expand(f"{pattern[: found.start()]}{str(i).zfill(len(first))}{pattern[found.end() :]}")
 
 
 def check_tars(paths: Iterable[str]) -> None:
-    """Check the structure of the local tars among some files. Python's reader takes a damaged header for the end.
-
-    Raises:
-        ValueError, tarfile.TarError, OSError: a tar is damaged or cut short.
-    """
+    """Raise ValueError if a local tar is damaged or cut short. Python's reader takes a damaged header for the end."""
     for path in paths:
         if builder_of(path) != "webdataset" or "://" in path:
             continue
         refuse_irregular(path)
         try:
             with tarfile.open(path) as archive:
-                names = archive.getnames()
+                archive.getnames()
                 archive.fileobj.seek(archive.offset)
                 if any(archive.fileobj.read(tarfile.BLOCKSIZE) or b"?"):
-                    raise tarfile.ReadError(f"no header after {names[-1] if names else 'its beginning'}")
+                    raise tarfile.ReadError(f"no header at byte {archive.offset}")
         except (tarfile.TarError, EOFError, OSError) as error:
-            raise ValueError(f"{path} is damaged or cut short: {first_line(error).rstrip(':')}") from None
+            raise ValueError(f"{path} is damaged or cut short: {first_line(error)}") from None
 
 
 def find_split(splits: Iterable[str], names: Sequence[str]) -> str | None:
@@ -212,53 +198,25 @@ def find_split(splits: Iterable[str], names: Sequence[str]) -> str | None:
     return next((name for name in names if name in splits), splits[0] if len(splits) == 1 else None)
 
 
-def is_image(feature: Any) -> bool:
-    """Return whether a column holds images: of the type Image, or its storage without that type's name."""
-    if isinstance(feature, dict):
-        return {name: kind_of(part) for name, part in feature.items()} == {"bytes": "binary", "path": "string"}
-    return kind_of(feature) == "Image"
-
-
 def kind_of(feature: Any) -> str:
-    """Return the type of a column: int64, binary, ClassLabel, Image, ..."""
+    """Return the type of a column: int64, binary, ClassLabel, Image (also its storage without that name), ..."""
+    if isinstance(feature, dict) and feature.keys() == {"bytes", "path"}:
+        return "Image"
     kind = type(feature).__name__
     return feature.dtype if kind == "Value" else kind
 
 
-def find_images(features: Mapping[str, Any], given: str | None, name: str) -> str:
-    """Return the column of the images. A given one may also hold encoded images as plain bytes.
-
-    Raises:
-        UserError: it is missing, or there are several without a given one.
-    """
-    column = choose(features, given, [column for column in features if is_image(features[column])], name, "image")
-    if column is None:
-        refuse(features, name, "no column of images", "--image_column")
-    return column
-
-
-def find_labels(features: Mapping[str, Any], given: str | None, name: str) -> str | None:
-    """Return the column of the labels, or None if there is none.
-
-    Raises:
-        UserError: it is missing, or there are several without a given one.
-    """
-    classes = [column for column in features if kind_of(features[column]) == "ClassLabel"]
-    integers = [column for column in LABELS if kind_of(features.get(column)).startswith(("int", "uint"))]
-    return choose(features, given, classes or integers, name, "label")
-
-
-def choose(features: Mapping[str, Any], given: str | None, candidates: list[str], name: str, kind: str) -> str | None:
+def choose(kinds: dict[str, str], given: str | None, candidates: list[str], name: str, what: str) -> str | None:
     """Return the given column of "image" or "label", or the only candidate, or None without one."""
-    if given is not None and given not in features:
-        refuse(features, name, f"no column {given}", f"another --{kind}_column")
+    if given is not None and given not in kinds:
+        refuse(kinds, name, f"no column {given}", f"another --{what}_column")
     if given is None and len(candidates) > 1:
-        refuse(features, name, f"{len(candidates)} columns of {kind}s", f"--{kind}_column")
+        refuse(kinds, name, f"{len(candidates)} columns of {what}s", f"--{what}_column")
     return given if given is not None else next(iter(candidates), None)
 
 
-def refuse(features: Mapping[str, Any], name: str, what: str, option: str) -> NoReturn:
-    columns = ", ".join(f"{column} ({kind_of(feature)})" for column, feature in features.items())
+def refuse(kinds: dict[str, str], name: str, what: str, option: str) -> NoReturn:
+    columns = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
     raise UserError(f"{printable(name)} has {what}: its columns are {printable(columns)}; give {option}")
 
 
