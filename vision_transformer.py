@@ -29,7 +29,7 @@ class VisionTransformer(TimmVisionTransformer):
             it increases linearly from 0 at the first block.
     """
 
-    def __init__(self, img_size: int = 224, patch_size: int = 16, **kwargs: Any):
+    def __init__(self, img_size: int = 224, patch_size: int = 16, **kwargs: Any) -> None:
         super().__init__(img_size=img_size, patch_size=patch_size, num_classes=0, dynamic_img_size=True, **kwargs)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)  # timm: 1e-6
@@ -150,7 +150,7 @@ class DINOHead(nn.Module):
         norm_last_layer: bool = True,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
-    ):
+    ) -> None:
         super().__init__()
         self.use_bn = use_bn
         layers: list[nn.Module] = []
@@ -165,7 +165,7 @@ class DINOHead(nn.Module):
         self.last_layer = Prototypes(bottleneck_dim, out_dim, learn_norm=not norm_last_layer)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Map tokens [n, in_dim] to unit vectors [n, bottleneck_dim]."""
+        """Map tokens [N, in_dim] to unit vectors [N, bottleneck_dim]."""
         # On a CPU, blocks of more than 32 MiB would be returned to the system and requested again in every step, which
         # costs 4 % of the time. Batch norm needs all tokens at once.
         pieces = tokens.split(2048) if tokens.device.type == "cpu" and not self.use_bn else [tokens]
@@ -188,7 +188,7 @@ class Prototypes(nn.Module):
         learn_norm: learn the norm of each prototype instead of fixing it to 1.
     """
 
-    def __init__(self, dim: int, count: int, learn_norm: bool):
+    def __init__(self, dim: int, count: int, learn_norm: bool) -> None:
         super().__init__()
         self.weight_v = nn.Parameter(torch.empty(count, dim))
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # as nn.Linear
@@ -209,9 +209,9 @@ class TokenOutput(NamedTuple):
 
 
 class BackboneWithHead(nn.Module):
-    """Backbone, head and prototypes behind one forward, so that DistributedDataParallel sees every parameter."""
+    """The student: backbone and head behind one forward, so that DistributedDataParallel sees every parameter."""
 
-    def __init__(self, backbone: VisionTransformer, head: DINOHead):
+    def __init__(self, backbone: VisionTransformer, head: DINOHead) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
 
@@ -232,14 +232,16 @@ class BackboneWithHead(nn.Module):
 
 
 class Teacher(BackboneWithHead):
-    """The EMA teacher. It also averages bottleneck vectors over the batch, which the center is computed from.
+    """The teacher, whose weights are a moving average of the student's (EMA) and have no gradients.
+
+    It also averages bottleneck vectors over the batch; the center of the loss is computed from these means.
 
     Args:
         average_patches: average every token position over the views, with all tokens passing through the head, matched
             or not. Otherwise average only CLS; `rows` must then select only CLS tokens.
     """
 
-    def __init__(self, backbone: VisionTransformer, head: DINOHead, average_patches: bool = True):
+    def __init__(self, backbone: VisionTransformer, head: DINOHead, average_patches: bool = True) -> None:
         super().__init__(backbone, head)
         self.average_patches = average_patches
         self.requires_grad_(False)
