@@ -349,7 +349,7 @@ WEIGHTS = [
     ("a folder", "c.pth is a folder", written("c.pth", os.mkdir)),
     ("a pipe", "c.pth", written("c.pth", os.mkfifo)),
     ("half a file", "c.pth cannot be read|cannot read .*c.pth", halved),
-    ("code", "c.pth .*system", changed(lambda c: {**c, "more": Executes()})),
+    ("code", "c.pth.*system", changed(lambda c: {**c, "more": Executes()})),
     ("a list", "c.pth holds a list", changed(lambda c: [c])),
     ("no teacher", "no 'teacher'.*student", changed(lambda c: {"student": c["teacher"]})),
     ("a number as weight", "c.pth", changed(lambda c: c["teacher"].update({"backbone.cls_token": 3}))),
