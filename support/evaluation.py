@@ -319,8 +319,8 @@ def classification_metrics(scores: torch.Tensor, labels: torch.Tensor) -> dict[s
     metrics = {"top1": 100 * top1.mean().item()}
     if scores.shape[1] > 5:
         metrics["top5"] = 100 * top5.mean().item()
-    recalls = torch.stack([top1[labels == label].mean() for label in labels.unique()])
-    metrics["balanced_accuracy"] = 100 * recalls.mean().item()
+    recalls = torch.stack([top1[labels == label].mean() for label in labels.unique()]).tolist()
+    metrics["balanced_accuracy"] = 100 * (sum(recalls) / len(recalls))
     if scores.shape[1] == 2 and 0 < labels.sum() < len(labels) and scores.isfinite().all():
         metrics["auroc"] = 100 * float(roc_auc_score(labels.cpu().numpy(), scores[:, 1].cpu().numpy()))
     return metrics
