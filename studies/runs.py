@@ -15,6 +15,7 @@ import eval_knn
 import eval_linear
 import main_lgssl
 import plot_runs
+from reproduce import progress
 from studies.rows import Study
 from support.arguments import ROOT
 from support.files import make_folder, read_json, read_text
@@ -119,6 +120,8 @@ def run_study(study: Study, work: list[tuple[str, int]], place: Place, jobs: int
             if code:
                 last = read_text(folder / "output.txt", errors="replace").strip().splitlines()[-1:]
                 raise UserError(f"{script} in {folder} failed: {' '.join(last) or f'exit code {code}'}")
+            if script == "main_lgssl.py" and progress(folder) < 1:
+                raise UserError(f"the pretraining in {folder} was stopped: run this command again")
         keep(study, row, seed, place)
         print(f"{row}, seed {seed}: done", flush=True)
 
@@ -145,16 +148,10 @@ def keep(study: Study, row: str, seed: int, place: Place) -> None:
     dataset = study.data.split()[1].replace(":", "_")
     linear, knn = (read_json(folder / f"{name}_{dataset}.json") for name in ("linear", "knn"))
     k10, k20 = knn["knn"]["10"], knn["knn"]["20"]
-    numbers = [
-        linear["top1"],
-        k10["top1"],
-        k20["top1"],
-        k10["balanced_accuracy"],
-        linear.get("auroc"),
-        k10.get("auroc"),
-    ]
+    numbers = [linear["top1"], k10["top1"], k20["top1"], k10["balanced_accuracy"]]
+    auroc = [linear.get("auroc"), k10.get("auroc")]
     images = knn["images"]["train"], knn["images"]["val"]
-    values = [row, seed, *numbers, *images, settings(words)]
+    values = [row, seed, *numbers, *auroc, *images, settings(words)]
     append(place.runs / f"{study.name}.csv", RUN_COLUMNS, [values])
 
 
