@@ -204,6 +204,7 @@ def end_epoch(args: argparse.Namespace, run: Run, epoch: int, step: int) -> None
             means[name] = sum(schedule(args, run.size, s)[name] for s in steps) / len(steps)
         run.report.epoch(epoch, step, means, top1)
         if is_due(epoch, args.image_every, args.epochs):
+            assert isinstance(run.loader.dataset, ViewBatches)
             run.report.pictures(training_pictures(run.teacher.backbone, run.loader.dataset, (epoch, step, [0])), step)
             run.report.histogram("matched_patches_per_pair", matched_counts, step)
 

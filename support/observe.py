@@ -103,7 +103,7 @@ class OnlineKNN:
 class BlackForBad(Dataset):
     """A data set that replaces unreadable images by black ones, with a warning."""
 
-    def __init__(self, dataset: Dataset, crop_size: int):
+    def __init__(self, dataset: Subset, crop_size: int):
         self.dataset, self.crop_size = dataset, crop_size
 
     def __len__(self) -> int:
