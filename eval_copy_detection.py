@@ -52,31 +52,24 @@ def copydays(root: str | Path) -> tuple[dict[str, list[Path]], dict[str, list[li
     blocks = {}
     for name in COPYDAYS_BLOCKS:
         folder = root / name
-        files = os.listdir(folder) if os.path.isdir(folder) else []
-        paths = [folder / file for file in sorted(files) if has_image_name(file)]
+        paths = sorted(path for path in folder.glob("*") if has_image_name(path.name))
         if not paths and name in ("original", "strong"):
             expected = f"Copydays is {root}/original/*.jpg and {root}/strong/*.jpg"
             raise UserError(f"no images in {folder}: {expected}, and optionally jpegqual/*/*.jpg and crops/*/*.jpg")
         if paths:
             blocks[name] = paths
-    originals: dict[str, list[int]] = {}
-    for i, path in enumerate(blocks["original"]):
-        originals.setdefault(path.name[:4], []).append(i)
+    scenes = [path.name[:4] for path in blocks["original"]]
     positives = {}
-    for name, paths in list(blocks.items())[1:]:
-        for path in paths:
-            if path.name[:4] not in originals:
-                raise UserError(f"{path} has no original: expected {root}/original/{path.name[:4]}*.jpg")
-        positives[name] = [originals[path.name[:4]] for path in paths]
+    for name in list(blocks)[1:]:
+        positives[name] = [[i for i, scene in enumerate(scenes) if scene == path.name[:4]] for path in blocks[name]]
+        if [] in positives[name]:
+            path = blocks[name][positives[name].index([])]
+            raise UserError(f"{path} has no original: expected {root}/original/{path.name[:4]}*.jpg")
     return blocks, positives
 
 
 def copydays_lists(
-    root: str | Path,
-    num_whitening: int = 20000,
-    num_distractors: int = 10000,
-    seed: int = 0,
-    classes: str | Path = IMAGENET100_CLASSES,
+    root: Path, num_whitening: int, num_distractors: int, seed: int = 0, classes: Path = IMAGENET100_CLASSES
 ) -> tuple[list[str], list[str]]:
     """Draw the two disjoint sets of images of the paper's section 4.3.1 from ImageNet without ImageNet-100's classes.
 
@@ -92,7 +85,7 @@ def copydays_lists(
         UserError: a class is missing, or there are too few images.
     """
     folder = ImageFolder(root)
-    excluded = {path.name for path in listed_folders(folder.root, classes)}
+    excluded = {path.name for path in listed_folders(Path(folder.root), classes)}
     labeled = zip(folder.paths, folder.labels, strict=True)
     paths = [path for path, label in labeled if label >= 0 and folder.classes[label] not in excluded]
     count = num_whitening + num_distractors
@@ -122,8 +115,7 @@ class Whitening:
     def __init__(self, features: torch.Tensor) -> None:
         chunks = features.split(4096)
         self.mean = sum(chunk.sum(0, dtype=torch.float64) for chunk in chunks) / len(features)  # [D]
-        covariance = sum(chunk.double().T @ chunk.double() for chunk in chunks) / len(features)
-        values, vectors = torch.linalg.eigh(covariance)
+        values, vectors = torch.linalg.eigh(sum(chunk.double().T @ chunk.double() for chunk in chunks) / len(features))
         self.projection = vectors * values.clamp(min=1e-5 * values.max()) ** -0.5  # [D, D]
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
@@ -140,10 +132,10 @@ def mean_average_precision(similarity: torch.Tensor, positives: list[list[int]],
         topk: number of results to consider per query; 0 ranks the whole database.
     """
     ranking = similarity.topk(min(topk or similarity.shape[1], similarity.shape[1])).indices.numpy()
-    precisions = [
-        evaluation.average_precision(np.flatnonzero(np.isin(row, relevant)).tolist(), len(relevant))
-        for row, relevant in zip(ranking, positives, strict=True)
-    ]
+    precisions = []
+    for row, relevant in zip(ranking, positives, strict=True):
+        ranks = np.flatnonzero(np.isin(row, relevant)).tolist()
+        precisions.append(evaluation.average_precision(ranks, len(relevant)))
     return sum(precisions) / len(precisions)
 
 
@@ -174,14 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rank, _, device = init_distributed(args.dist_url)
     backbone.to(device)
-    if rank == 0:
-        for name in blocks:
-            size = 229 if name == "strong" else 157
-            if images[name] != size:
-                print(f"note: {name} has {images[name]} images, the official one {size}", flush=True)
-        if 0 < images["whitening"] < 2 * backbone.embed_dim:
-            few = f"{images['whitening']} images do not span the {2 * backbone.embed_dim} dimensions of the features"
-            warn(f"whitening: {few}, give more")
+    if rank == 0 and 0 < images["whitening"] < 2 * backbone.embed_dim:
+        warn(f"{images['whitening']} whitening images do not span the {2 * backbone.embed_dim} features: give more")
     transform = whole_transform(args.imsize)
     datasets = {name: ImageList(files, transform, upright=False) for name, files in paths.items() if files}
     for dataset in datasets.values():

@@ -9,6 +9,7 @@ on GPUs or CPUs, in one process or under torchrun. Writes a JSON result to the f
 import argparse
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from PIL import Image
 
 from support import evaluation
 from support.arguments import bool_flag, number
-from support.decoding import image_size
 from support.evaluation import features_of_all
 from support.features import to_pixels
 from support.images import ImageList
@@ -47,7 +47,7 @@ class RevisitedRetrieval:
         relevance: per query, {"easy", "hard", "junk"} with database indices.
 
     Raises:
-        UserError: a file is missing or has other contents.
+        UserError: a file is missing, or the ground truth is not the official one.
     """
 
     def __init__(self, root: str | Path, name: str) -> None:
@@ -58,38 +58,21 @@ class RevisitedRetrieval:
             raise UserError(f"no ground truth {path}: {layout}")
         contents = read_plain_pickle(path)
         try:
-            names = {key: list_of(str, contents[key]) for key in ("imlist", "qimlist")}
-            self.relevance = [{k: sorted(set(list_of(int, entry[k]))) for k in KINDS} for entry in contents["gnd"]]
-            self.boxes = [tuple(round(float(value)) for value in entry["bbx"]) for entry in contents["gnd"]]
+            names = contents["qimlist"], contents["imlist"]
+            self.queries, self.database = ([folder / "jpg" / (image + ".jpg") for image in part] for part in names)
+            entries = [contents["gnd"][i] for i in range(len(self.queries))]
+            self.boxes = [tuple(round(value) for value in entry["bbx"]) for entry in entries]
+            self.relevance = [{kind: list(entry[kind]) for kind in KINDS} for entry in entries]
+            if max(i for kinds in self.relevance for kind in KINDS for i in kinds[kind]) >= len(self.database):
+                raise LookupError
         except (LookupError, TypeError, ValueError, OverflowError) as error:
-            expected = "expected imlist, qimlist, and gnd with easy, hard, junk and bbx"
-            raise UserError(f"{path} is no ground truth of {name}: {expected}") from error
-        self.database, self.queries = ([folder / "jpg" / f"{name}.jpg" for name in part] for part in names.values())
-        if not 0 < len(self.queries) == len(self.relevance):
-            raise UserError(f"{path} has {len(self.queries)} queries, but relevance for {len(self.relevance)}")
-        for query, relevance, box in zip(names["qimlist"], self.relevance, self.boxes, strict=True):
-            indices = sum(relevance.values(), [])
-            if not (len(box) == 4 and box[0] < box[2] and box[1] < box[3]):
-                raise UserError(f"{path}: query {query} has the box {box[:5]}, expected left, top, right, bottom")
-            if len(set(indices)) < len(indices):
-                raise UserError(f"{path}: query {query} has images that are more than one of easy, hard and junk")
-            if not set(indices) <= set(range(len(self.database))):
-                raise UserError(f"{path}: query {query} names an image that is not one of the {len(self.database)}")
-            if not relevance["easy"] + relevance["hard"]:
-                raise UserError(f"{path}: query {query} has no relevant image, neither easy nor hard")
+            raise UserError(f"cannot read {path}: it is not the ground truth of {name}") from error
         missing = [path for path in self.queries + self.database if not os.path.isfile(path)]
         if missing:
             raise UserError(f"{len(missing)} images are missing, the first is {missing[0]}: {layout}")
 
 
-def list_of(kind: type, values: object) -> list:
-    """Return a list if all its values are of this type. Raise TypeError if not."""
-    if not isinstance(values, list) or any(type(value) is not kind for value in values):
-        raise TypeError(f"no list of {kind}")
-    return values
-
-
-def retrieval_features(backbone: VisionTransformer, images: torch.Tensor, multiscale: bool) -> torch.Tensor:
+def retrieval_features(backbone: VisionTransformer, multiscale: bool, images: torch.Tensor) -> torch.Tensor:
     """Return the L2-normalized CLS tokens of images: [B, 3, H, W] -> [B, D].
 
     `multiscale` averages the CLS tokens at 1, 1/√2 and 1/2 of the size. Scales smaller than a patch are skipped.
@@ -138,32 +121,26 @@ class RetrievalImages(ImageList):
     """Images of a benchmark, shrunk to at most `side` pixels with their aspect and normalized: float [3, H, W].
 
     Args:
-        boxes: per image, the part to crop, (left, top, right, bottom) in pixels, or None. A crop is shrunk by the
-            factor of its whole image.
+        boxes: per image, the part to crop, (left, top, right, bottom) in pixels. A crop is shrunk by the factor of its
+            whole image.
+
+    Raises:
+        UserError: an image is thinner than a patch after shrinking.
     """
 
-    def __init__(self, paths: list[Path], boxes: list, side: int) -> None:
+    def __init__(self, paths: list[Path], side: int, patch_size: int, boxes: list | None = None) -> None:
         super().__init__(paths, None, upright=False)
-        self.boxes, self.side, self.to_pixels = boxes, side, to_pixels()
+        self.boxes, self.side, self.patch_size, self.to_pixels = boxes, side, patch_size, to_pixels()
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         image, label = super().__getitem__(index)
-        crop = image.crop(self.boxes[index]) if self.boxes[index] else image
+        crop = image.crop(self.boxes[index]) if self.boxes else image
         side = self.side * (max(crop.size) / max(image.size))
         crop.thumbnail((side, side), Image.Resampling.LANCZOS)
+        if min(crop.size) < self.patch_size:
+            thin = f"{min(crop.size)} pixels thin at --imsize {self.side}, a patch has {self.patch_size}"
+            raise UserError(f"{self.paths[index]} is {thin}: give a larger --imsize, or remove the image")
         return self.to_pixels(crop), label
-
-
-def check_sizes(paths: list[Path], boxes: list, side: int, patch_size: int) -> None:
-    """Raise UserError if an image, or the part of it in its box, is thinner than a patch after shrinking."""
-    for path, box in zip(paths, boxes, strict=True):
-        width, height = image_size(path)
-        left, top, right, bottom = box or (0, 0, width, height)
-        part = min(right, width) - max(left, 0), min(bottom, height) - max(top, 0)
-        thickness = max(min(part), 0) * min(1, side / max(width, height))
-        if thickness < patch_size:
-            found = f"{path} is {thickness:.1f} pixels thin at --imsize {side}, a patch has {patch_size} pixels"
-            raise UserError(f"{found}: give a larger --imsize, or remove the image")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -191,20 +168,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     benchmark = RevisitedRetrieval(args.data_path, args.dataset)
     backbone, made_with, _ = evaluation.open_model(evaluation.model_spec(args), args.imsize)
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, args.dataset)
-    boxes = benchmark.boxes if args.crop_queries else [None] * len(benchmark.queries)
-    parts = {"queries": (benchmark.queries, boxes), "database": (benchmark.database, [None] * len(benchmark.database))}
-    datasets = {}
-    for name, (paths, boxes) in parts.items():
-        check_sizes(paths, boxes, args.imsize, max(backbone.patch_embed.patch_size))
-        datasets[name] = RetrievalImages(paths, boxes, args.imsize)
-        datasets[name].use_intensity_range(args.intensity_range or made_with.get("intensity_range"))
+    new = partial(RetrievalImages, side=args.imsize, patch_size=max(backbone.patch_embed.patch_size))
+    boxes = benchmark.boxes if args.crop_queries else None
+    datasets = {"queries": new(benchmark.queries, boxes=boxes), "database": new(benchmark.database)}
+    for dataset in datasets.values():
+        dataset.use_intensity_range(args.intensity_range or made_with.get("intensity_range"))
 
     rank, _, device = init_distributed(args.dist_url)
-    backbone.to(device)
-
-    def network(images: torch.Tensor) -> torch.Tensor:
-        return retrieval_features(backbone, images, args.multiscale)
-
+    network = partial(retrieval_features, backbone.to(device), args.multiscale)
     # The images have different sizes: a batch holds one.
     features = features_of_all(network, datasets, device, batch_size=1, num_workers=args.num_workers)
     evaluation.leave_process_group()

@@ -7,13 +7,15 @@ stopped run resumes after its last complete epoch. Runs on GPUs or CPUs, in one 
 """
 
 import argparse
+import copy
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,20 +32,17 @@ from support.features import RawPixels, to_pixels
 from support.images import LabeledImages
 from support.loader import BatchSampler
 from support.weights import load_file
-from utils import UserError, cosine_schedule, init_distributed, run_main
+from utils import UserError, all_gather, cosine_schedule, init_distributed, run_main
 from vision_transformer import VisionTransformer
 
 # Arguments that may differ when a run resumes, or when its weights are evaluated.
 MAY_CHANGE = "pretrained_weights download output_dir batch_size_per_gpu num_workers val_freq evaluate".split()
 MAY_CHANGE += ["dist_url", "local_rank", "arch", "patch_size", "checkpoint_key"]
 
-
-# (features [b, D], labels [b], size): one rank's share, possibly empty, of a step with `size` images in total
-Batch = tuple[torch.Tensor, torch.Tensor, int]
+Batch = tuple[torch.Tensor, torch.Tensor]  # one rank's share of a step, possibly empty: features [b, D], labels [b]
 
 
-@dataclass(frozen=True)
-class Protocol:
+class Protocol(NamedTuple):
     """The settings whose defaults depend on the network, its pretraining or the data set; see the options."""
 
     n_last_blocks: int
@@ -52,47 +51,9 @@ class Protocol:
     num_labels: int
 
 
-@dataclass
-class Training:
-    """A classifier in training, with all that a stopped run resumes from."""
-
-    classifier: nn.Linear
-    optimizer: torch.optim.Optimizer
-    epoch: int = 0  # number of complete epochs
-    history: list[dict[str, float]] = field(default_factory=list)  # the validations
-    best_classifier: dict[str, torch.Tensor] | None = None  # weights of the epoch `best`
-
-    @property
-    def best(self) -> dict[str, float]:
-        """The validation with the highest top-1 accuracy, the first of equal ones."""
-        return max(self.history, key=lambda entry: entry["top1"])
-
-    def add(self, validation: dict[str, float]) -> None:
-        """Add a validation of the classifier's present weights to the history."""
-        self.history.append(validation)
-        if self.best is validation:
-            self.best_classifier = {name: value.clone() for name, value in self.classifier.state_dict().items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the contents of a file of linear weights, with DINO's names of the weights."""
-        return {
-            "epoch": self.epoch,
-            "state_dict": {f"module.linear.{name}": value for name, value in self.classifier.state_dict().items()},
-            "optimizer": self.optimizer.state_dict(),
-            "validations": {"history": self.history, "best_classifier": self.best_classifier},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
-        self.classifier.load_state_dict(classifier_state(state["state_dict"]))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.history = state["epoch"], state["validations"]["history"]
-        self.best_classifier = state["validations"]["best_classifier"]
-
-
 @torch.no_grad()
 def linear_features(
-    backbone: VisionTransformer | RawPixels, images: torch.Tensor, n_last_blocks: int, avgpool_patchtokens: bool
+    backbone: VisionTransformer | RawPixels, n_last_blocks: int, avgpool_patchtokens: bool, images: torch.Tensor
 ) -> torch.Tensor:
     """Return the features of DINO's linear classifier: images [B, 3, H, W] -> [B, n_last_blocks * D], or D more.
 
@@ -118,9 +79,11 @@ def new_classifier(dim: int, num_classes: int, seed: int) -> nn.Linear:
 
 def train_one_epoch(classifier: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Batch]) -> float:
     """Train for one epoch and return the mean loss."""
-    loss_sum: torch.Tensor | float = 0.0
-    images = 0
-    for features, labels, size in batches:
+    loss_sum, images = torch.zeros(()), 0
+    for features, labels in batches:
+        size = len(labels)
+        if dist.is_initialized():
+            size = int(all_gather(torch.tensor(size, device=labels.device)).sum())
         loss = F.cross_entropy(classifier(features), labels, reduction="sum") / size
         optimizer.zero_grad()
         loss.backward()
@@ -133,73 +96,21 @@ def train_one_epoch(classifier: nn.Module, optimizer: torch.optim.Optimizer, bat
     return float(loss_sum) / images
 
 
-def train(
-    training: Training, batches: Iterator[Batch], steps_per_epoch: int, epochs: int, lr: float
-) -> Iterator[float]:
-    """Train with a cosine schedule from `lr` to 0, set per epoch, and yield the mean loss after each epoch.
-
-    Args:
-        batches: the batches of all epochs that are left.
-
-    Raises:
-        UserError: the loss is not finite.
-    """
-    for epoch in range(training.epoch, epochs):
-        for group in training.optimizer.param_groups:
-            group["lr"] = cosine_schedule(epoch, epochs, lr, 0.0)
-        loss = train_one_epoch(training.classifier, training.optimizer, itertools.islice(batches, steps_per_epoch))
-        if not math.isfinite(loss):
-            raise UserError(f"the loss of the linear classifier is {loss} in epoch {epoch + 1}: use a smaller --lr")
-        training.epoch = epoch + 1
-        yield loss
-
-
-def cached_batches(sampler: Iterable, features: torch.Tensor, labels: torch.Tensor) -> Iterator[Batch]:
-    """Yield batches of features [n, D] and labels [n], in the order of a BatchSampler."""
-    for _, _, indices in sampler:
-        yield features[indices], labels[indices], len(indices)
-
-
-def augmented_batches(
-    sampler: BatchSampler,
-    dataset: "AugmentedBatches",
-    network: Callable[[torch.Tensor], torch.Tensor],
-    device: torch.device,
-    num_workers: int,
-) -> Iterator[Batch]:
-    """Yield batches of the features of augmented images, in the order of a BatchSampler, whose keys are batches."""
-    pin_memory = device.type == "cuda"
-    loader = DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
-    step_size = sampler.batch_size * sampler.world_size
-    for step, (pixels, labels) in zip(sampler.steps, loader, strict=True):
-        size = min(step_size, sampler.num_samples - step % sampler.steps_per_epoch * step_size)
-        yield network(pixels.to(device, non_blocking=True)), labels.to(device, non_blocking=True), size
-
-
 @torch.no_grad()
-def validate(
-    classifier: nn.Module, features: torch.Tensor, labels: torch.Tensor, chunk: int = 4096
-) -> dict[str, float]:
-    """Return the metrics of `classification_metrics` of a classifier.
-
-    Args:
-        features, labels: [n, D] and LongTensor [n].
-        chunk: number of features per forward pass.
-    """
+def validate(classifier: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Return the metrics of `classification_metrics` of a classifier: features [n, D], LongTensor [n]."""
     # In double precision, confident predictions do not tie at 1 and unlikely classes do not underflow to 0.
-    probabilities = [classifier(some_features).double().softmax(1) for some_features in features.split(chunk)]
-    return evaluation.classification_metrics(torch.cat(probabilities), labels)
+    return evaluation.classification_metrics(classifier(features).double().softmax(1), labels)
 
 
 class AugmentedBatches(Dataset):
-    """Batches by key (epoch, step, sample indices): pixels [b, 3, S, S], labels [b].
+    """Batches by key (epoch, step, sample indices): pixels [b, 3, S, S], or [0] if there are no samples, labels [b].
 
     The augmentation of an image is a function of (seed, epoch, sample), whichever process computes it.
     """
 
     def __init__(self, dataset: LabeledImages, crop_size: int, flip_prob: float, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
-        self.empty = torch.empty(0, 3, crop_size, crop_size)
         self.transform = T.Compose([T.RandomResizedCrop(crop_size), T.RandomHorizontalFlip(flip_prob), to_pixels()])
 
     def __getitem__(self, key: tuple[int, int, list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,7 +123,7 @@ class AugmentedBatches(Dataset):
                 torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))
                 images.append(self.transform(image))
                 labels.append(label)
-        return torch.stack(images) if images else self.empty, torch.tensor(labels, dtype=torch.long)
+        return torch.stack(images) if images else torch.empty(0), torch.tensor(labels, dtype=torch.long)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -245,8 +156,8 @@ def protocol_of(
     blocks = len(backbone.blocks)  # raw pixels: 1
     base = backbone.embed_dim == 768 and blocks > 1
     defaults = Protocol(1 if base else min(4, blocks), base, made_with.get("flip_prob", 0.5), num_classes)
-    given = {name: getattr(args, name) for name in asdict(defaults)}
-    protocol = replace(defaults, **{name: value for name, value in given.items() if value is not None})
+    given = {name: getattr(args, name) for name in Protocol._fields if getattr(args, name) is not None}
+    protocol = defaults._replace(**given)
     if protocol.n_last_blocks > blocks:
         raise UserError(f"--n_last_blocks {protocol.n_last_blocks} is more than the network's {blocks}")
     if args.pretrained_weights == "pixels" and protocol.avgpool_patchtokens:
@@ -262,9 +173,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     backbone, made_with, crop_size, splits = evaluation.open_classification(args, augmented=not args.cache_features)
     protocol = protocol_of(args, backbone, made_with, len(splits["train"].classes))
     path = evaluation.result_file(args.output_dir, args.pretrained_weights, f"linear_{args.dataset}")
-    run = {"fingerprint": fingerprint(backbone, splits), "args": {**vars(args), **asdict(protocol)}}
-    dim = backbone.embed_dim * (protocol.n_last_blocks + protocol.avgpool_patchtokens)
     file = Path(args.evaluate) if isinstance(args.evaluate, str) else path and path.with_suffix(".pth")
+    rank, world_size, device = init_distributed(args.dist_url)
+    batch_size = args.batch_size_per_gpu * world_size
+    dim = backbone.embed_dim * (protocol.n_last_blocks + protocol.avgpool_patchtokens)
+    settings = {**vars(args), **protocol._asdict()}
+    run = {"fingerprint": fingerprint(backbone, splits), "args": settings, "batch_size": batch_size}
     state = None
     if file and file.exists():
         state = load_state(file, (protocol.num_labels, dim), None if args.evaluate else run)
@@ -272,17 +186,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         where = f" at {file}" if file else ""
         raise UserError(f"--evaluate found no linear weights{where}: train them first, or give their file")
 
-    rank, world_size, device = init_distributed(args.dist_url)
-    batch_size = args.batch_size_per_gpu * world_size
-    if state and not args.evaluate and state["batch_size"] != batch_size:
-        trained = f"{file} was trained with {state['batch_size']} images per step"
-        raise UserError(f"{trained}, found {batch_size}: use the batch and number of processes of that run")
-    backbone.to(device)
-
-    def network(images: torch.Tensor) -> torch.Tensor:
-        return linear_features(backbone, images, protocol.n_last_blocks, protocol.avgpool_patchtokens)
-
     # The backbone is frozen: the features of images without augmentation are computed once.
+    network = partial(linear_features, backbone.to(device), protocol.n_last_blocks, protocol.avgpool_patchtokens)
     fixed = ("val", "train") if args.cache_features and not args.evaluate else ("val",)
     of_split = {split: splits[split] for split in fixed}
     features = features_of_all(network, of_split, device, args.batch_size_per_gpu, args.num_workers)
@@ -299,41 +204,56 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     lr = args.lr * batch_size / 256
-    training = Training(classifier, torch.optim.SGD(classifier.parameters(), lr=lr, momentum=0.9))
+    optimizer = torch.optim.SGD(classifier.parameters(), lr=lr, momentum=0.9)
+    start, validations = 0, dict[str, Any](history=[], best_classifier=None)
     if state:
-        training.load_state_dict(state)
+        classifier.load_state_dict(classifier_state(state["state_dict"]))
+        optimizer.load_state_dict(state["optimizer"])
+        start, validations = state["epoch"], state["validations"]
+    history = validations["history"]
     num_images = len(splits["train"])
     steps_per_epoch = -(-num_images // batch_size)
-    steps = range(training.epoch * steps_per_epoch, args.epochs * steps_per_epoch)
+    steps = range(start * steps_per_epoch, args.epochs * steps_per_epoch)
     share = {"rank": rank, "world_size": world_size, "seed": args.seed}
     sampler = BatchSampler(num_images, batch_size // world_size, steps, **share, drop_last=False)
+    batches: Iterator[Batch]
     if args.cache_features:
-        batches = cached_batches(sampler, *data["train"])
+        train, labels = data["train"]
+        batches = ((train[indices], labels[indices]) for _, _, indices in sampler)
     else:
         augmented = AugmentedBatches(splits["train"], crop_size, protocol.flip_prob, args.seed)
-        batches = augmented_batches(sampler, augmented, network, device, args.num_workers)
-    for loss in train(training, batches, steps_per_epoch, args.epochs, lr):
+        pin_memory = device.type == "cuda"
+        loader = DataLoader(augmented, None, sampler=sampler, num_workers=args.num_workers, pin_memory=pin_memory)
+        batches = ((network(x.to(device, non_blocking=True)), y.to(device, non_blocking=True)) for x, y in loader)
+    for epoch in range(start + 1, args.epochs + 1):
+        optimizer.param_groups[0]["lr"] = cosine_schedule(epoch - 1, args.epochs, lr, 0.0)
+        loss = train_one_epoch(classifier, optimizer, itertools.islice(batches, steps_per_epoch))
+        if not math.isfinite(loss):
+            raise UserError(f"the loss of the linear classifier is {loss} in epoch {epoch}: use a smaller --lr")
         if rank > 0:
             continue
-        epoch = training.epoch
         if (epoch - 1) % args.val_freq == 0 or epoch == args.epochs:
             metrics = validate(classifier, *data["val"])
-            training.add({"epoch": epoch, "loss": loss, **metrics})
+            history.append({"epoch": epoch, "loss": loss, **metrics})
+            if max(history, key=itemgetter("top1")) is history[-1]:
+                validations["best_classifier"] = copy.deepcopy(classifier.state_dict())
             print(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  top-1 {metrics['top1']:.2f} %", flush=True)
         if file is not None:
-            checkpoints.save({**run, **training.state_dict(), "batch_size": batch_size}, file)
+            weights = {f"module.linear.{name}": x for name, x in classifier.state_dict().items()}  # DINO's names
+            progress = {"epoch": epoch, "state_dict": weights, "optimizer": optimizer.state_dict()}
+            checkpoints.save({**run, **progress, "validations": validations}, file)
     evaluation.leave_process_group()
     if rank > 0:
         return
-    best = training.best
+    best = max(history, key=itemgetter("top1"))  # the first of equal ones
     metrics = {name: best[name] for name in evaluation.METRICS if name in best}
     cached = ", features of un-augmented images" if args.cache_features else ""
     of = f"(best of {args.epochs} epochs: number {best['epoch']}{cached})"
     print(f"linear: {evaluation.describe(metrics)} {of}", flush=True)
-    result = {**metrics, "epoch": best["epoch"], "protocol": asdict(protocol), "crop_size": crop_size}
+    result = {**metrics, "epoch": best["epoch"], "protocol": protocol._asdict(), "crop_size": crop_size}
     result["training_images"] = "not augmented, features cached" if args.cache_features else "augmented"
     result["images"] = {split: len(images) for split, images in splits.items()}
-    result |= {"batch_size": batch_size, "history": training.history}
+    result |= {"batch_size": batch_size, "history": history}
     evaluation.write_result(path, result, made_with, args)
 
 
@@ -353,28 +273,31 @@ def load_state(file: Path, shape: tuple[int, int], run: dict[str, Any] | None) -
 
     Args:
         shape: (classes, dimension) of the classifier's weight.
-        run: {"fingerprint": hash of backbone and data, "args": all settings} of a run that resumes, or None.
+        run: {"fingerprint": hash of backbone and data, "args": all settings, "batch_size"} of a run that resumes, or
+            None.
 
     Raises:
         UserError: the weights do not fit, or belong to other settings, weights or images than those of the run.
     """
     state = load_file(file)
-    if "state_dict" not in state:
-        raise UserError(f"{file} was not written by eval_linear.py: expected its linear weights, or DINO's")
     shapes = {name: tuple(value.shape) for name, value in best_classifier(state).items()}
     if shapes != {"weight": shape, "bias": shape[:1]}:
-        raise UserError(f"{file} holds {shapes}, expected a weight of {shape} and a bias: another network or data set")
+        found = f"found {shapes.get('weight')}: weights of another network or data set, or of another command"
+        raise UserError(f"{file} holds no linear classifier with a bias and a weight of {shape}, {found}")
     if run is not None:
         if state.get("fingerprint") != run["fingerprint"]:
             raise UserError(f"{file} was trained on other weights or images: move it, or give another --output_dir")
         defaults = vars(parse_arguments(["--pretrained_weights", "none"]))
+        if state["batch_size"] != run["batch_size"]:
+            trained = f"{file} was trained with {state['batch_size']} images per step, found {run['batch_size']}"
+            raise UserError(f"{trained}: use the batch and number of processes of that run")
         checkpoints.refuse_other_run(state["args"], run["args"], defaults, MAY_CHANGE, file)
     return state
 
 
 def best_classifier(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the classifier's weights of the best epoch. DINO's files hold no others."""
-    return state.get("validations", {}).get("best_classifier") or classifier_state(state["state_dict"])
+    return state.get("validations", {}).get("best_classifier") or classifier_state(state.get("state_dict", {}))
 
 
 def classifier_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

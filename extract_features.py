@@ -39,7 +39,6 @@ FEATURES = {
     "avgpool": lambda tokens: tokens[:, 1:].mean(1),
     "patches": lambda tokens: tokens[:, 1:].flatten(1),  # [B, P * D], since extract_features takes two dimensions
 }
-MAX_METADATA = 10**8 - 10**4  # bytes; safetensors refuses headers of more than 10**8 bytes
 
 
 def write_features(
@@ -70,8 +69,7 @@ def write_features(
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = evaluation.model_parser(__doc__)
-    layout = "folder of images, whose direct subfolders are classes; or with train and val; or the folder of CIFAR-10"
-    add = evaluation.add_data_arguments(parser, layout)
+    add = evaluation.add_data_arguments(parser)
     add("--split", choices=("train", "val"), default="train", help="part to extract if the data set has two")
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, required=True, help="file to write, FILE.npz or FILE.safetensors")
@@ -100,22 +98,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset.upright = False  # as in the evaluations
         root = args.data_path if args.data_path and os.path.isdir(args.data_path) else dataset.root
         paths = [os.path.relpath(file, root) for file in dataset.paths]
-    network_settings = {"arch": WIDTHS.get(backbone.embed_dim), "patch_size": backbone.patch_embed.patch_size[0]}
-    settings = {**vars(args), **network_settings, "crop_size": crop_size, "pretraining": pretraining}
+    settings = {**vars(args), "crop_size": crop_size, "pretraining": pretraining}
+    settings |= {"arch": WIDTHS.get(backbone.embed_dim), "patch_size": backbone.patch_embed.patch_size[0]}
     made_with = json.dumps(settings, default=str)
-    if path.suffix == ".safetensors" and len(json.dumps(json.dumps(paths))) + len(made_with) > MAX_METADATA:
-        raise UserError(f"the paths of {len(paths)} images exceed the header of {path}: give an --output in .npz")
     make_folder(path.parent, "the folder of --output")
 
     _, _, device = init_distributed(args.dist_url)
     backbone.to(device)
-    dtype = torch.float16 if args.half else torch.float32
 
     def network(images: torch.Tensor) -> torch.Tensor:
-        return FEATURES[args.features](backbone(images))
+        return FEATURES[args.features](backbone(images)).to(torch.float16 if args.half else torch.float32)
 
-    batch_size, workers = args.batch_size_per_gpu, args.num_workers
-    features = extract_features(network, dataset, device, batch_size, workers, "image features", dtype)
+    features = extract_features(network, dataset, device, args.batch_size_per_gpu, args.num_workers, "image features")
     evaluation.leave_process_group()
     if features is None:
         return

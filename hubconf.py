@@ -6,6 +6,7 @@ FOLDER is this repository. Images are normalized with ImageNet's mean and standa
 files as --pretrained_weights; without it the weights are random.
 """
 
+import functools
 import os
 import sys
 
@@ -20,10 +21,7 @@ def _imported() -> list[str]:
 
 
 def lgssl(
-    weights: str | None = None,
-    checkpoint_key: str = "teacher",
-    arch: str | None = None,
-    patch_size: int | None = None,
+    weights: str | None = None, checkpoint_key: str = "teacher", arch: str | None = None, patch_size: int | None = None
 ) -> nn.Module:
     """Return the backbone of a file, with the architecture that the file holds; see support.weights.load_backbone.
 
@@ -41,7 +39,7 @@ def lgssl(
     try:
         from support.weights import load_backbone
 
-        return load_backbone("none" if weights is None else weights, arch, patch_size, checkpoint_key)[0]
+        return load_backbone(weights or "none", arch, patch_size, checkpoint_key)[0]
     finally:
         sys.path.remove(folder)
         for name in _imported():
@@ -49,26 +47,8 @@ def lgssl(
         sys.modules.update(theirs)
 
 
-def lgssl_vit_tiny16(weights: str | None = None, checkpoint_key: str = "teacher") -> nn.Module:
-    """Return ViT-Ti/16; see `lgssl`."""
-    return lgssl(weights, checkpoint_key, "vit_tiny", 16)
-
-
-def lgssl_vit_tiny32(weights: str | None = None, checkpoint_key: str = "teacher") -> nn.Module:
-    """Return ViT-Ti/32; see `lgssl`."""
-    return lgssl(weights, checkpoint_key, "vit_tiny", 32)
-
-
-def lgssl_vit_small16(weights: str | None = None, checkpoint_key: str = "teacher") -> nn.Module:
-    """Return ViT-S/16; see `lgssl`."""
-    return lgssl(weights, checkpoint_key, "vit_small", 16)
-
-
-def lgssl_vit_base16(weights: str | None = None, checkpoint_key: str = "teacher") -> nn.Module:
-    """Return ViT-B/16; see `lgssl`."""
-    return lgssl(weights, checkpoint_key, "vit_base", 16)
-
-
-def lgssl_vit_base8(weights: str | None = None, checkpoint_key: str = "teacher") -> nn.Module:
-    """Return ViT-B/8; see `lgssl`."""
-    return lgssl(weights, checkpoint_key, "vit_base", 8)
+lgssl_vit_tiny16 = functools.partial(lgssl, arch="vit_tiny", patch_size=16)
+lgssl_vit_tiny32 = functools.partial(lgssl, arch="vit_tiny", patch_size=32)
+lgssl_vit_small16 = functools.partial(lgssl, arch="vit_small", patch_size=16)
+lgssl_vit_base16 = functools.partial(lgssl, arch="vit_base", patch_size=16)
+lgssl_vit_base8 = functools.partial(lgssl, arch="vit_base", patch_size=8)

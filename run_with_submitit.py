@@ -54,30 +54,24 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     return args, words
 
 
-class Training:
-    """The work of each process of the job. submitit pickles it, and a requeued job loads the same pickle."""
+def train(words: list[str], gpus: int) -> None:
+    """Do the work of each process of the job. submitit pickles it, and a requeued job loads the same pickle."""
+    import submitit
 
-    def __init__(self, words: list[str], gpus: int) -> None:
-        self.words, self.gpus = words, gpus
-
-    def __call__(self) -> None:
-        import submitit
-
-        job = submitit.JobEnvironment()
-        local = job.cluster == "local"
-        ranks = {"RANK": job.global_rank, "WORLD_SIZE": job.num_tasks, "LOCAL_RANK": job.local_rank}
-        os.environ |= {name: str(value) for name, value in ranks.items()}
-        os.environ["MASTER_ADDR"] = "127.0.0.1" if local else job.hostnames[0]
-        os.environ["MASTER_PORT"] = str(10000 + int(job.raw_job_id) % 50000)
-        if not self.gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        words = [word.replace("%j", job.job_id) for word in self.words]
-        with one_line_errors():
-            stopped_by = main_lgssl.main(words)  # replaces submitit's signal handlers
-        # SLURM announces the time limit and preemption with the signal that submitit requested. It sends SIGTERM if the
-        # job was cancelled, or if SLURM requeues it.
-        if stopped_by in (signal.SIGUSR1, signal.SIGUSR2) and job.global_rank == 0 and not local:
-            subprocess.run(["scontrol", "requeue", job.job_id], check=True, timeout=60)
+    job = submitit.JobEnvironment()
+    local = job.cluster == "local"
+    ranks = {"RANK": job.global_rank, "WORLD_SIZE": job.num_tasks, "LOCAL_RANK": job.local_rank}
+    os.environ |= {name: str(value) for name, value in ranks.items()}
+    os.environ["MASTER_ADDR"] = "127.0.0.1" if local else job.hostnames[0]
+    os.environ["MASTER_PORT"] = str(10000 + int(job.raw_job_id) % 50000)
+    if not gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with one_line_errors():
+        stopped_by = main_lgssl.main([word.replace("%j", job.job_id) for word in words])  # replaces submitit's handlers
+    # SLURM announces the time limit and preemption with the signal that submitit requested. It sends SIGTERM if the
+    # job was cancelled, or if SLURM requeues it.
+    if stopped_by in (signal.SIGUSR1, signal.SIGUSR2) and job.global_rank == 0 and not local:
+        subprocess.run(["scontrol", "requeue", job.job_id], check=True, timeout=60)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = [str(Path(__file__).parent.absolute()), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     try:
-        job = executor.submit(Training(words, args.gpus_per_node))
+        job = executor.submit(train, words, args.gpus_per_node)
     except submitit.core.utils.FailedJobError as error:
         raise UserError(f"the cluster refuses the job: {' '.join(str(error).split())}") from error
     print(f"job {job.job_id}, output in {output_dir.replace('%j', job.job_id)}, messages in {job.paths.stdout}")

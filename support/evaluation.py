@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from support.arguments import ArgumentParser, number
-from support.features import RawPixels, eval_transform, extract_features, whole_transform
+from support.features import Network, RawPixels, eval_transform, extract_features, whole_transform
 from support.files import make_folder, write_text
 from support.images import ImageList, LabeledImages
 from support.sources import DataSpec, add_source_arguments, build_dataset, data_spec
@@ -46,15 +47,6 @@ class OpenedModel(NamedTuple):
     img_size: int
 
 
-class Classification(NamedTuple):
-    """An opened model, or RawPixels in its place, and the data sets by split, "train" and "val"."""
-
-    backbone: VisionTransformer | RawPixels
-    made_with: dict[str, Any]
-    img_size: int
-    splits: dict[str, LabeledImages]
-
-
 def model_parser(doc: str, other_weights: str = "") -> ArgumentParser:
     """Return a parser with the options of a model. The first line of `doc` describes the command."""
     parser = ArgumentParser(description=doc.splitlines()[0], epilog="@FILE reads options from a file.")
@@ -70,8 +62,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True, 
         other_weights: further values of --pretrained_weights, for its help.
     """
     add = parser.add_argument_group("model").add_argument
-    text = f"checkpoint, or timm's .safetensors; none: random weights{other_weights}"
-    add("--pretrained_weights", required=required, help=text)
+    weights = f"checkpoint, or timm's .safetensors; none: random weights{other_weights}"
+    add("--pretrained_weights", required=required, help=weights)
     add("--checkpoint_key", default="teacher", help="network to load from the checkpoint, teacher or student")
     add("--arch", type=architecture, help=f"{', '.join(ARCHITECTURES)}; default: read from the weights, or vit_small")
     add("--patch_size", type=number(int, 1), help="side of a patch in pixels; default: read from the weights, or 16")
@@ -82,25 +74,20 @@ def model_spec(args: argparse.Namespace) -> ModelSpec:
     return ModelSpec(**{field.name: getattr(args, field.name) for field in fields(ModelSpec) if field.name in args})
 
 
-def add_data_arguments(
-    parser: argparse.ArgumentParser,
-    layout: str = "folder with train/CLASS and val/CLASS, or of a torchvision data set",
-) -> Callable:
-    """Add the options of a data set. `layout` is the help of --data_path. Return the group's `add_argument`."""
+def add_data_arguments(parser: argparse.ArgumentParser) -> Callable:
+    """Add the options of a data set. Return the group's `add_argument`."""
     add = parser.add_argument_group("data").add_argument
-    add_source_arguments(add, layout)
+    add_source_arguments(add, "folder of images, for evaluations with train/CLASS and val/CLASS, or of torchvision")
     text = "side of the images in pixels; default: the pretraining's, or 224"
     add("--crop_size", type=number(int, 1, MAX_SIDE), help=text)
     return add
 
 
-def add_computation_arguments(
-    parser: argparse.ArgumentParser, batch_size: int | None = None, json_result: bool = True
-) -> None:
+def add_computation_arguments(parser: ArgumentParser, batch_size: int = 0, json_result: bool = True) -> None:
     """Add the options of computation and output.
 
     Args:
-        batch_size: default of --batch_size_per_gpu; None omits the option.
+        batch_size: default of --batch_size_per_gpu; 0 omits the option.
         json_result: add --output_dir.
     """
     add = parser.add_argument_group("computation and output" if json_result else "computation").add_argument
@@ -126,9 +113,8 @@ def open_model(spec: ModelSpec, img_size: int | None = None) -> OpenedModel:
         UserError: as `load_backbone`, or the images are smaller than a patch.
     """
     torch.manual_seed(spec.seed)
-    backbone, made_with = load_backbone(
-        spec.pretrained_weights, spec.arch, spec.patch_size, spec.checkpoint_key, img_size or 224
-    )
+    path, arch, patch_size = spec.pretrained_weights, spec.arch, spec.patch_size
+    backbone, made_with = load_backbone(path, arch, patch_size, spec.checkpoint_key, img_size or 224)
     img_size = img_size or made_with.get("global_crops_size", 224)
     check_image_side(img_size, backbone)
     return OpenedModel(backbone, made_with, img_size)
@@ -141,7 +127,9 @@ def check_image_side(side: int, backbone: VisionTransformer) -> None:
         raise UserError(f"images of side {side} are smaller than a patch of {patch_size} pixels: give a larger side")
 
 
-def open_classification(args: argparse.Namespace, augmented: bool = False) -> Classification:
+def open_classification(
+    args: argparse.Namespace, augmented: bool = False
+) -> tuple[VisionTransformer | RawPixels, dict[str, Any], int, dict[str, LabeledImages]]:
     """Open the network and the images of a classification from parsed options.
 
     --pretrained_weights pixels opens RawPixels, which subtract the mean of the training images, on images that are not
@@ -150,24 +138,26 @@ def open_classification(args: argparse.Namespace, augmented: bool = False) -> Cl
     Args:
         augmented: the caller augments the training images, which therefore have no transform.
 
+    Returns:
+        (backbone, made_with, img_size, {"train": images, "val": images}); the first three as in `OpenedModel`
+
     Raises:
         UserError: see `open_model` and `open_splits`.
     """
-    backbone: VisionTransformer | RawPixels | None = None
+    network: VisionTransformer | RawPixels
     if args.pretrained_weights == "pixels":
-        made_with: dict[str, Any] = {}
-        img_size = args.crop_size or 64
+        img_size, made_with = args.crop_size or 64, dict[str, Any]()
         transform = whole_transform(img_size)
     else:
-        backbone, made_with, img_size = open_model(model_spec(args), args.crop_size)
+        network, made_with, img_size = open_model(model_spec(args), args.crop_size)
         transform = eval_transform(img_size)
     splits = open_splits(data_spec(args, made_with), {"train": transform, "val": transform})
     train = splits["train"]
-    if backbone is None:
-        backbone = RawPixels(sum(train[i][0] for i in range(len(train))) / len(train))
+    if args.pretrained_weights == "pixels":
+        network = RawPixels(sum(train[i][0] for i in range(len(train))) / len(train))
     if augmented:
         train.transform = None
-    return Classification(backbone, made_with, img_size, splits)
+    return network, made_with, img_size, splits
 
 
 def open_splits(spec: DataSpec, transforms: dict[str, Callable | None]) -> dict[str, LabeledImages]:
@@ -205,24 +195,19 @@ def check_splits(splits: dict[str, LabeledImages], data_path: str | Path) -> Non
         if isinstance(images, ImageList):
             images.upright = False
         if unlabeled := images.labels.count(-1):
-            which = "the" if unlabeled == len(images) else f"{unlabeled} of the {len(images)}"
-            raise UserError(f"{which} {split} images of {data_path} have no labels, {layout}")
+            raise UserError(f"{unlabeled} of the {len(images)} {split} images of {data_path} have no labels, {layout}")
     if val is not None and train.classes != val.classes:
         only = {"train": sorted({*train.classes} - {*val.classes}), "val": sorted({*val.classes} - {*train.classes})}
         parts = [f"{len(names)} only in {split} ({', '.join(names[:5])})" for split, names in only.items() if names]
         raise UserError(f"the classes of {data_path} differ, {' and '.join(parts)}: {layout}")
     if len(set(train.labels)) < 2:
-        only = train.classes[train.labels[0]]
-        raise UserError(f"the train images of {data_path} have only one class, {only}: expected at least two; {layout}")
+        one = train.classes[train.labels[0]]
+        raise UserError(f"the train images of {data_path} have only one class, {one}: expected at least two; {layout}")
 
 
 def features_of_all(
-    network: Callable[[torch.Tensor], torch.Tensor],
-    datasets: Mapping[str, Dataset],
-    device: torch.device,
-    batch_size: int,
-    num_workers: int,
-) -> dict[str, torch.Tensor]:
+    network: Network, datasets: Mapping[str, Dataset], device: torch.device, batch_size: int, num_workers: int
+) -> dict[str, Tensor]:
     """Extract the features of several data sets with all processes, see `extract_features`.
 
     Args:
@@ -231,12 +216,11 @@ def features_of_all(
     Returns:
         {name: features [n, D] on the CPU}; on other ranks than 0 {}
     """
-    features = {}
-    for name, images in datasets.items():
-        of_images = extract_features(network, images, device, batch_size, num_workers, f"{name} features")
-        if of_images is not None:
-            features[name] = of_images
-    return features
+    features = {
+        name: extract_features(network, images, device, batch_size, num_workers, f"{name} features")
+        for name, images in datasets.items()
+    }
+    return {name: x for name, x in features.items() if x is not None}
 
 
 def leave_process_group() -> None:
@@ -246,13 +230,8 @@ def leave_process_group() -> None:
 
 
 def knn_votes(
-    train_features: torch.Tensor,
-    train_labels: torch.Tensor,
-    test_features: torch.Tensor,
-    num_classes: int,
-    k: int,
-    temperature: float = 0.07,
-) -> torch.Tensor:
+    train: Tensor, train_labels: Tensor, test: Tensor, num_classes: int, k: int, temperature: float = 0.07
+) -> Tensor:
     """Classify test features by a weighted vote of their k most similar training features (paper, section 4.2).
 
     Each neighbour votes for its class with exp(similarity / temperature). The similarity is the dot product:
@@ -263,30 +242,25 @@ def knn_votes(
     of scratch memory. With several processes, rank 0 holds its own share twice while the features are gathered.
 
     Args:
-        train_features: [n, D].
+        train: features [n, D].
         train_labels: LongTensor [n], classes from 0.
-        test_features: [m, D].
+        test: features [m, D].
         num_classes: number of classes.
         k: number of neighbours, at most n.
         temperature: divides the similarities.
 
     Returns:
         [m, num_classes], the classes' shares of the votes
-
-    Raises:
-        ValueError: k is not in [1, n].
     """
-    if not 1 <= k <= len(train_features):
-        raise ValueError(f"k is {k}, expected 1 to {len(train_features)}, the number of training features")
-    votes = test_features.new_zeros(len(test_features), num_classes)
-    chunk = max(1, 2**26 // len(train_features))
-    for features, votes_of_chunk in zip(test_features.split(chunk), votes.split(chunk), strict=True):
-        similarity, neighbours = (features @ train_features.T).topk(k)  # [chunk, k]
+    votes = test.new_zeros(len(test), num_classes)
+    chunk = max(1, 2**26 // len(train))
+    for features, votes_of_chunk in zip(test.split(chunk), votes.split(chunk), strict=True):
+        similarity, neighbours = (features @ train.T).topk(k)  # [chunk, k]
         votes_of_chunk.scatter_add_(1, train_labels[neighbours], (similarity / temperature).softmax(1))
     return votes
 
 
-def top_hits(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def top_hits(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return whether the class of an image has the highest score, and whether it has one of the five highest.
 
     The first class wins a tie. A class with score 0 is never a hit: DINO's k-NN sorts 1,000 columns of votes, of which
@@ -306,7 +280,7 @@ def top_hits(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, 
     return (rank < 1) & (own[:, 0] > 0), (rank < 5) & (own[:, 0] > 0)
 
 
-def classification_metrics(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+def classification_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Return the metrics of a classification in percent; for the arguments see `top_hits`.
 
     Returns:
@@ -372,8 +346,7 @@ def write_result(
         made_with: see `OpenedModel`.
         args: arguments of the evaluation.
     """
-    if path is None:
-        return
-    contents = {**result, "pretraining": made_with, "args": vars(args)}
-    write_text(json.dumps(contents, indent=2, default=str) + "\n", path)
-    print(f"written to {path}", flush=True)
+    if path is not None:
+        contents = {**result, "pretraining": made_with, "args": vars(args)}
+        write_text(json.dumps(contents, indent=2, default=str) + "\n", path)
+        print(f"written to {path}", flush=True)

@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.transforms.v2 as T
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -18,9 +20,9 @@ from support.decoding import MAX_PIXELS
 from utils import UserError
 from vision_transformer import VisionTransformer
 
-GATHERED_NUMBERS = 2**23  # numbers per process that are gathered at a time
+Network = Callable[[Tensor], Tensor]  # images [B, 3, H, W] -> features [B, D]
+GATHERED_ROWS = 512  # features per process that are gathered at a time
 UNIFORM_LEVELS = 4  # gray levels
-LEAST_VARIANCE = 0.02  # share of the second moment. A uniform image has 0.004, a photograph of the moon 0.13
 
 
 def to_pixels() -> Callable:
@@ -33,27 +35,20 @@ def eval_transform(crop_size: int) -> Callable:
 
     The shorter side is resized to 8/7 of `crop_size`, then the center is cropped: 256 and 224 by default in DINO.
     """
-    return T.Compose([ResizeShorterSide(crop_size * 8 // 7), T.CenterCrop(crop_size), to_pixels()])
+    resize = partial(resize_shorter_side, side=crop_size * 8 // 7)
+    return T.Compose([resize, T.CenterCrop(crop_size), to_pixels()])
 
 
-class ResizeShorterSide:
+def resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
     """Resize a PIL image to a shorter side of `side` pixels, keeping the aspect ratio.
 
     Raises:
         UserError: the resized image would have more than MAX_PIXELS.
     """
-
-    def __init__(self, side: int) -> None:
-        self.side = side
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        width, height = (self.side * length // min(image.size) for length in image.size)
-        if width * height > MAX_PIXELS:
-            raise UserError(
-                f"{image.width}x{image.height} pixels are too elongated for a shorter side of {self.side}: "
-                f"the resized image would have more than {MAX_PIXELS} pixels"
-            )
-        return image.resize((width, height), Image.Resampling.BICUBIC)
+    width, height = (side * length // min(image.size) for length in image.size)
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{image.width}x{image.height} pixels are too elongated for a shorter side of {side}")
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def whole_transform(side: int) -> Callable:
@@ -64,97 +59,83 @@ def whole_transform(side: int) -> Callable:
 class RawPixels(nn.Module):
     """A baseline without a network, whose only token is the image minus a mean image [3, S, S], flattened."""
 
-    mean: torch.Tensor
+    mean: Tensor
 
-    def __init__(self, mean: torch.Tensor) -> None:
+    def __init__(self, mean: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", mean)
         self.embed_dim, self.blocks = mean.numel(), [None]
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Map images [B, 3, S, S] to tokens [B, 1, 3·S²]."""
         return (images - self.mean).flatten(1)[:, None]
 
-    def get_intermediate_layers(self, images: torch.Tensor, n: int) -> list[torch.Tensor]:
+    def get_intermediate_layers(self, images: Tensor, n: int) -> list[Tensor]:
         return [self(images)] * n
 
 
-def normalized_cls(backbone: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def normalized_cls(backbone: Network) -> Network:
     """Return a network: images [B, 3, H, W] -> L2-normalized CLS tokens [B, D], whose dot product is the cosine."""
     return lambda images: F.normalize(backbone(images)[:, 0])
 
 
 @torch.no_grad()
 def extract_features(
-    network: Callable[[torch.Tensor], torch.Tensor],
+    network: Network,
     dataset: Dataset,
     device: torch.device,
     batch_size: int = 64,
     num_workers: int = 2,
     title: str | None = "features",
-    dtype: torch.dtype = torch.float32,
     worker_init_fn: Callable[[int], None] | None = None,
-) -> torch.Tensor | None:
+) -> Tensor | None:
     """Apply a network to all images of a data set.
 
     Rank r computes images r, r + world_size, ..., so that each image is computed once. The features are gathered once,
     at the end. Each process holds the features of its own images; rank 0 holds all of them at the end.
 
     Args:
-        network: images [B, 3, H, W] -> features [B, D].
+        network: on `device`.
         dataset: data set of (normalized image, label). Images of different sizes need a batch size of 1.
         title: text of the progress bar; None: no progress bar.
-        dtype: dtype of the result.
         worker_init_fn: called in each data-loading process, as in DataLoader.
 
     Returns:
-        features [n, D] on the CPU, in the order of the data set; None on other ranks than 0
+        features [n, D] on the CPU, of the network's type, in the order of the data set; None on other ranks than 0
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total = len(dataset)  # type: ignore[arg-type] # all of ours have a length
     own = range(rank, total, world_size)
+    pinned = device.type == "cuda"
     loader = DataLoader(
-        Subset(dataset, own),
-        batch_size,
-        num_workers=num_workers,
-        worker_init_fn=worker_init_fn,
-        pin_memory=device.type == "cuda",
+        Subset(dataset, own), batch_size, num_workers=num_workers, worker_init_fn=worker_init_fn, pin_memory=pinned
     )
     bar = tqdm(loader, title, unit="batch", disable=rank > 0 or title is None or not sys.stderr.isatty())
-    features, done = torch.empty(0, 0, dtype=dtype), 0
+    features, done = torch.empty(0), 0
     for images, _ in bar:
-        batch = network(images.to(device, non_blocking=True)).to(dtype).cpu()
+        batch = network(images.to(device, non_blocking=True)).cpu()
         if done == 0:
-            features = torch.empty(len(own), batch.shape[1], dtype=dtype)
+            features = torch.empty(len(own), batch.shape[1], dtype=batch.dtype)
         features[done : done + len(batch)] = batch
         done += len(batch)
-    return features if world_size == 1 else _gather_interleaved(features, total, device)
+    return features if world_size == 1 else _gather_interleaved(features, total)
 
 
-def _gather_interleaved(features: torch.Tensor, total: int, device: torch.device) -> torch.Tensor | None:
+def _gather_interleaved(features: Tensor, total: int) -> Tensor | None:
     """Gather the features of `extract_features` on rank 0; rank r holds those of images r, r + world_size, ..."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    # A process without images does not know the feature dimension: all take the maximum.
-    widest = torch.tensor(features.shape[1], device=device)
-    dist.all_reduce(widest, dist.ReduceOp.MAX)
-    dim = int(widest)
-    everything = torch.empty(total if rank == 0 else 0, dim, dtype=features.dtype)
-    samples_per_process = -(-total // world_size)
-    at_a_time = max(1, GATHERED_NUMBERS // max(1, dim))
-    for start in range(0, samples_per_process, at_a_time):
-        rows = slice(start, min(start + at_a_time, samples_per_process))
-        padded = torch.zeros(rows.stop - start, dim, dtype=features.dtype, device=device)
-        own = features[rows]
-        padded[: len(own)] = own.reshape(len(own), dim)
-        gathered = [torch.empty_like(padded) for _ in range(world_size)] if rank == 0 else None
-        dist.gather(padded, gathered)
+    everything = torch.empty(total, *features.shape[1:], dtype=features.dtype) if rank == 0 else None
+    for start in range(0, -(-total // world_size), GATHERED_ROWS):
+        rows = slice(start, start + GATHERED_ROWS)
+        gathered: list[Any] | None = [None] * world_size if rank == 0 else None
+        dist.gather_object(features[rows].clone(), gathered)  # a slice would be sent with all of its tensor
         for r, features_of_rank in enumerate(gathered or []):
-            place = everything[r::world_size][rows]
-            place.copy_(features_of_rank[: len(place)])
-    return everything if rank == 0 else None
+            if everything is not None and len(features_of_rank):
+                everything[r::world_size][rows] = features_of_rank
+    return everything
 
 
-def network_input(image: np.ndarray, device: torch.device | str) -> torch.Tensor:
+def network_input(image: np.ndarray, device: torch.device | str) -> Tensor:
     """Convert an image to a network's input: uint8 [H, W, 3] -> normalized float [1, 3, H, W] on `device`."""
     return normalize(torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None])
 
@@ -175,18 +156,18 @@ def cls_attention(backbone: VisionTransformer, image: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def patch_features(backbone: VisionTransformer, image: np.ndarray) -> torch.Tensor:
+def patch_features(backbone: VisionTransformer, image: np.ndarray) -> Tensor:
     """Return the patch tokens after the last norm: uint8 [H, W, 3] -> [rows, columns, D]."""
     tokens = backbone.forward(network_input(image, backbone.cls_token.device))
     columns = image.shape[1] // backbone.patch_embed.patch_size[1]
     return tokens[0, 1:].unflatten(0, (-1, columns)).cpu()
 
 
-def principal_colors(features: list[torch.Tensor], images: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+def principal_colors(features: list[Tensor], images: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
     """Map patch features to colors: the first three principal components over the patches of all images.
 
-    An image without structure is gray and not part of the components, whose colors would show amplified noise: its
-    pixels differ by at most UNIFORM_LEVELS, or the variance of its features is below LEAST_VARIANCE.
+    An image whose pixels differ by at most UNIFORM_LEVELS is gray and not part of the components, whose colors would
+    show amplified noise.
 
     Args:
         features: [rows, columns, D] per image.
@@ -194,10 +175,10 @@ def principal_colors(features: list[torch.Tensor], images: list[np.ndarray]) -> 
 
     Returns:
         (colors, explained): per image uint8 [rows, columns, 3], with the middle 98 % of each component's values scaled
-        to 0-255; and the share of the variance that each component explains, [3], 0 if no image has structure
+        to 0-255; and the share of the variance that each component explains, [3], 0 if all images are uniform
     """
     colors = [np.full((*f.shape[:2], 3), 128, np.uint8) for f in features]
-    chosen = [i for i, f in enumerate(features) if np.ptp(images[i], (0, 1)).max() > UNIFORM_LEVELS and _differ(f)]
+    chosen = [i for i, image in enumerate(images) if np.ptp(image, (0, 1)).max() > UNIFORM_LEVELS]
     if not chosen:
         return colors, np.zeros(3)
     everything = torch.cat([features[i].flatten(0, 1) for i in chosen]).double()
@@ -211,9 +192,3 @@ def principal_colors(features: list[torch.Tensor], images: list[np.ndarray]) -> 
     for i, p in projected.items():
         colors[i] = (255 * ((p.numpy() - low) / np.maximum(high - low, 1e-12)).clip(0, 1)).round().astype(np.uint8)
     return colors, explained.numpy()
-
-
-def _differ(features: torch.Tensor) -> bool:
-    """Return whether the variance of patch features [rows, columns, D] is a noticeable share of their second moment."""
-    features = features.flatten(0, 1).double()
-    return bool((features - features.mean(0)).square().sum() > LEAST_VARIANCE * features.square().sum())

@@ -1,5 +1,4 @@
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -88,11 +87,6 @@ def test_onnx_has_the_same_tokens(tmp_path, capsys):
         np.testing.assert_allclose(tokens, network(images).detach().numpy(), atol=1e-5)
     names = sorted(path.name for path in tmp_path.glob("model*"))
     assert names == ["model.onnx", "model.safetensors"]  # no file of external data
-
-
-def test_without_onnxruntime_it_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert export.check_onnx("absent", None) == "not checked, onnxruntime is not installed"
 
 
 def test_bad_input_is_named_and_nothing_is_lost(tmp_path, monkeypatch):

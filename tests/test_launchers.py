@@ -175,7 +175,7 @@ def test_features_of_uneven_parts_keep_their_order(photo_folder, tmp_path, run_s
         f"import sys; sys.path.insert(0, {str(photo_folder.parent)!r}); sys.path.insert(0, '.')\n"
         "import torch, utils\n"
         "from support import features\n"
-        "features.GATHERED_NUMBERS = 6\n"
+        "features.GATHERED_ROWS = 2\n"
         "rank, world_size, device = utils.init_distributed()\n"
         "images = [(torch.full((3, 4, 4), float(i)), 0) for i in range(7)]\n"
         "found = features.extract_features(lambda x: x.mean((2, 3)), images, device, 3, 0)\n"
