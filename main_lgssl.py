@@ -12,7 +12,6 @@ import datetime
 import math
 import os
 import signal
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from torch.utils.data import DataLoader
 from augment import MultiCrop
 from losses import LocalGlobalLoss, teacher_temperature
 from support import checkpoints
-from support.checkpoints import RunSize, Stateful, hash_of_names, restore
+from support.checkpoints import RunSize, hash_of_names, restore
 from support.images import LabeledImages, ResizedArray
 from support.loader import BatchSampler, ViewBatches, batches_on_device, check_batch, init_worker
 from support.meters import Meters, measure
@@ -46,7 +45,7 @@ from utils import (
     first_line,
     init_distributed,
     kill_workers,
-    one_line_errors,
+    run_main,
     seed_networks,
 )
 from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead, Teacher, VisionTransformer
@@ -80,7 +79,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     meters: Meters
-    state: dict[str, Stateful]  # the parts above whose state is saved, by name
+    state: dict[str, Any]  # the parts above whose state is saved, by name
     loader: DataLoader
     online_knn: OnlineKNN | None
     report: Report | None  # of rank 0
@@ -256,8 +255,8 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     max_matched = (max(args.global_crops_size, args.local_crops_size) // args.patch_size) ** 2
     max_bad_images = int(args.max_bad_images * len(images.train) + 1e-6)
     meters = Meters(process, settings["precision"], max_matched, max_bad_images)
-    state: dict[str, Stateful] = {"student": student, "teacher": teacher, "loss": criterion}
-    state |= {"optimizer": optimizer, "scaler": scaler, "meters": meters}
+    state: dict[str, Any] = {"student": student, "teacher": teacher, "loss": criterion, "optimizer": optimizer}
+    state |= {"scaler": scaler, "meters": meters}
 
     batch_size, image_hash = args.batch_size_per_gpu * args.accum_steps * world_size, hash_of_names(images.train)
     size = RunSize(batch_size, [len(images.train), image_hash], args.epochs)
@@ -391,7 +390,5 @@ def build_loader(args: argparse.Namespace, dataset: LabeledImages, steps: range,
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        stopped = main()
     # torchrun restarts a process that exits with a nonzero code.
-    sys.exit(EXIT_CODE if stopped and "TORCHELASTIC_RUN_ID" not in os.environ else 0)
+    run_main(lambda: EXIT_CODE if main() and "TORCHELASTIC_RUN_ID" not in os.environ else 0)

@@ -39,6 +39,7 @@ def one_line_errors() -> Iterator[None]:
     The line also explains a full disk, a refused path, a lack of memory, and the death of a data-loading worker or of
     another rank. Characters that the terminal cannot show are replaced.
     """
+    os.environ["MPLBACKEND"] = "agg"  # needs no display; matplotlib cannot be imported with an unknown one
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -62,7 +63,6 @@ def one_line_errors() -> Iterator[None]:
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run the main function of a script, see `one_line_errors`, and exit with the code that it returns."""
-    os.environ["MPLBACKEND"] = "agg"  # needs no display; matplotlib cannot be imported with an unknown one
     with one_line_errors():
         code = main()
     sys.exit(code)

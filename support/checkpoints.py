@@ -8,7 +8,7 @@ import platform
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
@@ -25,18 +25,14 @@ except ImportError:  # Windows
 KEYS = "student teacher optimizer loss scaler meters epoch step batch_size images args".split()  # of a checkpoint
 
 
-class Stateful(Protocol):
-    """A part of a run whose state is saved."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+Contents = dict[str, Any]  # of a checkpoint
+Settings = dict[str, Any]
 
 
 class Earlier(NamedTuple):
     """What an earlier run has left in its folder."""
 
-    checkpoint: dict[str, Any] | None
+    checkpoint: Contents | None
     path: Path | None  # that the checkpoint was read from
     init_hash: str | None  # of the file of --init_weights that the run started from
 
@@ -164,7 +160,7 @@ def tidy(output_dir: Path, source_path: Path | None) -> None:
 
 
 def refuse_other_run(
-    earlier: dict[str, Any], settings: dict[str, Any], defaults: dict[str, Any], may_change: Collection[str], path: Path
+    earlier: Settings, settings: Settings, defaults: Settings, may_change: Collection[str], path: Path
 ) -> None:
     """Check that an earlier run had the same settings.
 
@@ -202,9 +198,7 @@ def hash_of_file(path: str) -> str | None:
         return None
 
 
-def open_output(
-    output_dir: Path, settings: dict[str, Any], defaults: dict[str, Any], may_change: Collection[str]
-) -> Earlier:
+def open_output(output_dir: Path, settings: Settings, defaults: Settings, may_change: Collection[str]) -> Earlier:
     """Create the output folder and return what an earlier run has left there.
 
     Args:
@@ -240,9 +234,7 @@ def open_output(
     return Earlier(checkpoint, source if checkpoint else None, there)
 
 
-def restore(
-    checkpoint: dict[str, Any], path: Path | None, state: Mapping[str, Stateful], size: RunSize, world_size: int
-) -> int:
+def restore(checkpoint: Contents, path: Path | None, state: Mapping[str, Any], size: RunSize, world_size: int) -> int:
     """Load a checkpoint into the parts of a run and return the step to resume from.
 
     Args:
@@ -254,8 +246,7 @@ def restore(
     Raises:
         UserError: the checkpoint does not fit the run, or holds weights that are not finite.
     """
-    optimizer = state["optimizer"]
-    assert isinstance(optimizer, torch.optim.Optimizer)
+    optimizer: torch.optim.Optimizer = state["optimizer"]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         if checkpoint["batch_size"] != size.batch_size:

@@ -299,7 +299,9 @@ def test_unsuitable_splits_of_hf_are_named(tmp_path, datasets):
     one = table(datasets, [1])
     datasets.DatasetDict({"train": one, "extra": one}).save_to_disk(tmp_path / "a")
     datasets.DatasetDict({"first": one, "test": one}).save_to_disk(tmp_path / "b")
-    assert_one_line("a has the splits train, extra, expected train, and validation or test", tmp_path / "a", split="val")
+    assert_one_line(
+        "a has the splits train, extra, expected train, and validation or test", tmp_path / "a", split="val"
+    )
     assert_one_line("b has the splits first, test, expected train", tmp_path / "b")
 
 
