@@ -81,19 +81,10 @@ class ArgumentParser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].split("=")[0]
-            close = difflib.get_close_matches(word, self._options(namespace), n=1)
+            close = difflib.get_close_matches(word, self._option_string_actions, n=1)
             hint = f"did you mean {close[0]}?" if close else "--help lists the options"
             self.error(f"unknown option {word}; {hint}")
         return namespace
-
-    def _options(self, namespace: argparse.Namespace) -> list[str]:
-        """Return the names of all options, including those of the chosen subcommand."""
-        names: list[str] = []
-        for action in self._actions:
-            names += action.option_strings
-            if isinstance(action, argparse._SubParsersAction):
-                names += action.choices[getattr(namespace, action.dest)]._options(namespace)
-        return names
 
     def _expand(self, words: Sequence[str], folder: Path = Path(), depth: int = 0) -> list[str]:
         """Replace the names of argument files in the words by the contents of these files."""
@@ -110,8 +101,6 @@ class ArgumentParser(argparse.ArgumentParser):
                 self._characters += len(text)
                 if depth == MAX_DEPTH or self._characters > MAX_CHARACTERS:
                     raise ValueError(f"more than {MAX_DEPTH} files deep or {MAX_CHARACTERS} characters in all")
-                if "\0" in text:
-                    raise ValueError("it contains a NUL character")
                 inner = shlex.split(text, comments=True)
             except (UserError, OSError, ValueError) as error:  # ValueError: also an open quotation mark
                 self.error(f"argument file: cannot read {path}: {str(error).removeprefix(f'cannot read {path}: ')}")

@@ -86,16 +86,9 @@ def write_text(text: str, path: Path) -> None:
 
 
 def append_line(entry: dict[str, Any], path: Path) -> None:
-    """Append a JSON line to a file.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    """Append a JSON line to a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

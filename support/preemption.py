@@ -38,9 +38,8 @@ class StopRequest:
         self._flag = torch.tensor([0])
 
     def __enter__(self) -> "StopRequest":
-        self._earlier: dict[signal.Signals, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-            self._earlier = {number: signal.signal(number, self._note) for number in SIGNALS}
+        is_main = threading.current_thread() is threading.main_thread()  # Python allows handlers only there
+        self._earlier = {number: signal.signal(number, self._note) for number in SIGNALS if is_main}
         return self
 
     def __exit__(self, *_: object) -> None:
