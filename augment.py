@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 Range = tuple[float, float]
+Box = tuple[int, int, int, int]  # top, left, height, width in pixels of the image
 Rng = np.random.Generator
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pixel values in [0, 1]
 
@@ -43,7 +44,7 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """torchvision's RandomResizedCrop, which also returns the box that it drew. Several images may share a box.
+    """torchvision's RandomResizedCrop in two steps: matching needs the box, and a batch may share it (section 4.1.2).
 
     Args:
         size: side of the square crop after resizing, in pixels.
@@ -55,22 +56,8 @@ class RandomResizedCrop:
     scale: Range
     ratio: Range = (3 / 4, 4 / 3)
 
-    def __call__(self, rng: Rng, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Crop the same box from images of one size.
-
-        Args:
-            rng: random generator.
-            images: uint8 [B, H, W, 3].
-
-        Returns:
-            (crops, box): uint8 [B, size, size, 3]; int64 [4], top, left, height, width
-        """
-        _, height, width, _ = images.shape
-        box = self.draw_box(rng, height, width)
-        return crop_and_resize(images, box, self.size), box
-
-    def draw_box(self, rng: Rng, height: int, width: int) -> np.ndarray:
-        """Draw a box in an image of height × width pixels: int64 [4], top, left, height, width.
+    def draw_box(self, rng: Rng, height: int, width: int) -> Box:
+        """Draw a box in an image of height × width pixels.
 
         After ten boxes that do not fit into the image, return the largest central box with an allowed aspect ratio.
         """
@@ -79,13 +66,17 @@ class RandomResizedCrop:
             aspect = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
-                return np.array([rng.integers(height - h + 1), rng.integers(width - w + 1), h, w])
+                return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
         h, w = height, width
         if width / height < self.ratio[0]:
             h = round(width / self.ratio[0])
         elif width / height > self.ratio[1]:
             w = round(height * self.ratio[1])
-        return np.array([(height - h) // 2, (width - w) // 2, h, w])
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    def cut(self, images: np.ndarray, box: Box) -> np.ndarray:
+        """Cut a box out of uint8 images [B, H, W, 3] and resize it to [B, size, size, 3]."""
+        return crop_and_resize(images, box, self.size)
 
 
 def resize(images: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
@@ -105,7 +96,7 @@ def resize(images: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
     return F.interpolate(pixels.permute(0, 3, 1, 2), size, mode=mode, antialias=True).permute(0, 2, 3, 1).numpy()
 
 
-def crop_and_resize(images: np.ndarray, box: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
+def crop_and_resize(images: np.ndarray, box: Sequence[int], size: int) -> np.ndarray:
     """Crop a box from uint8 images [B, H, W, 3] and resize it to [B, size, size, 3] (bicubic, antialiased)."""
     top, left, height, width = box
     return resize(images[:, top : top + height, left : left + width], (size, size), "bicubic")
@@ -266,15 +257,16 @@ class MultiCrop:
 
     def _view(self, groups: list[np.ndarray], geometry: list[Rng], photometry: list[Rng], spec: _ViewSpec) -> View:
         """Return one view of each image, with a generator of `geometry` per group and of `photometry` per image."""
-        boxes, flips, crops = [], [], []
-        for rng, images in zip(geometry, groups, strict=True):
-            crops_of_group, box = spec.crop(rng, images)
-            flip = rng.random() < self.flip_prob  # RandomHorizontalFlip
-            crops += [(crop, flip) for crop in crops_of_group]
-            boxes.append(box)
-            flips.append(flip)
+        sizes = [images.shape[1:3] for images in groups]
+        boxes = [spec.crop.draw_box(rng, height, width) for rng, (height, width) in zip(geometry, sizes, strict=True)]
+        flips = [rng.random() < self.flip_prob for rng in geometry]  # RandomHorizontalFlip
+        crops = [
+            (crop, flip)
+            for images, box, flip in zip(groups, boxes, flips, strict=True)
+            for crop in spec.crop.cut(images, box)
+        ]
         pixels = np.empty((len(photometry), spec.crop.size, spec.crop.size, 3), np.uint8)
         for i, ((crop, flip), rng) in enumerate(zip(crops, photometry, strict=True)):
             crop = cv2.flip(crop, 1) if flip else np.ascontiguousarray(crop)
             pixels[i] = distort(rng, crop, spec.blur_prob, spec.solarize_prob, self.distortion)
-        return View(torch.from_numpy(pixels).permute(0, 3, 1, 2), np.stack(boxes), np.array(flips))
+        return View(torch.from_numpy(pixels).permute(0, 3, 1, 2), np.array(boxes), np.array(flips))

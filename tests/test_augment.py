@@ -33,7 +33,7 @@ def test_boxes_have_torchvisions_distribution(height, width, scale):
 def test_fallback_is_torchvisions_central_crop(height, width):
     # With the whole area no ratio in [3/4, 4/3] fits such an image: both sides fall back, always.
     box = RandomResizedCrop(96, (1, 1)).draw_box(np.random.default_rng(0), height, width)
-    assert tuple(box) == transforms.RandomResizedCrop.get_params(torch.empty(3, height, width), (1, 1), (3 / 4, 4 / 3))
+    assert box == transforms.RandomResizedCrop.get_params(torch.empty(3, height, width), (1, 1), (3 / 4, 4 / 3))
 
 
 def test_crop_is_pillows_crop_resized(photographs):
