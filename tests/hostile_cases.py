@@ -79,6 +79,12 @@ def png_header(side):
     return image()[:12] + header + struct.pack(">I", zlib.crc32(header)) + image()[33:]
 
 
+def saved(contents):
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    return buffer.getvalue()
+
+
 def link(target):
     return lambda path: os.symlink(target, path)
 
@@ -128,6 +134,12 @@ BAD = "cannot read image .*x.png"
 IMAGES = [
     ("text is no image", EXTRACT, BAD, data(FLAT, x="not an image")),
     ("an empty file is no image", TRAIN, f"{BAD}.*--on_bad_image skip", data(FLAT, x="")),
+    (
+        "more bad images than allowed",
+        f"{TRAIN} --on_bad_image skip",
+        "1 images cannot be read.*x.png",
+        data(FLAT, x=""),
+    ),
     ("half a file is no image", KNN, BAD, data(BOTH, {"val/a/x.png": JPEG[:500]})),
     ("PostScript is no image", EXTRACT, BAD, data(FLAT, x=image("EPS"))),
     ("a pipe is no image", TRAIN, f"{BAD}.*not a regular file", data(FLAT, x=os.mkfifo)),
@@ -296,7 +308,7 @@ COMMANDS = [
 ARGUMENTS = [
     ("that links to nothing", "a.args: No such file", link("absent.args")),
     ("that is a pipe", "a.args: .*regular file", os.mkfifo),
-    ("that includes itself", "includes itself|at most", "--epochs 1 @a.args"),
+    ("that includes itself", "includes itself|at most|more than", "--epochs 1 @a.args"),
     ("that includes an endless device", "/dev/zero: .*regular file", "@/dev/zero"),
     ("with an open quotation mark", "a.args: .*quotation", "--dataset 'digits"),
     ("in UTF-16", "a.args", "--epochs 1".encode("utf-16")),
@@ -428,10 +440,11 @@ RESUMED = [
     ("another batch", "5 images per step", run(batch_size=5)),
     ("step 10^9", "checkpoint.pth .*step", run(step=10**9)),
     ("nested arguments", "", run(args=part(note=nested())), "", None),
-    ("student a list", "checkpoint.pth .*student", run(student=[1])),
-    ("a weight missing", "checkpoint.pth .*head", run(student=lambda s: {k: s[k] for k in s if "head" not in k})),
+    ("student a list", "checkpoint.pth", run(student=[1])),
+    ("a weight missing", "checkpoint.pth", run(student=lambda s: {k: s[k] for k in s if "head" not in k})),
     ("NaN", "checkpoint.pth .*not finite", run(teacher=part(backbone_cls_token=CLS / 0))),
     ("optimizer None", "checkpoint.pth", run(optimizer=None)),
+    ("not a run", "checkpoint.pth is not a checkpoint", instead("checkpoint.pth", saved({"step": 1}))),
     ("empty checkpoint", "checkpoint.pth", instead("checkpoint.pth", "")),
     ("folder as checkpoint", "checkpoint.pth is not a file", instead("checkpoint.pth", os.mkdir)),
     ("pipe as log", "log.txt is not a file", instead("log.txt", os.mkfifo)),
@@ -448,6 +461,7 @@ RESUMED = [
 FIGURES = [
     ("figure as JPEG", f"{ATTENTION} --output {{here}}/a.jpg", "a.jpg.*png"),
     ("figure into a folder", ATTENTION, "out.png: .*folder", written("out.png", os.mkdir)),
+    ("figure with a long name", f"{ATTENTION} --output {{here}}/{LONG}.png", "File name too long"),
     ("figure over a photograph", ATTENTION, "out.png: .*not a figure", written("out.png", PNG)),
     ("figure below a file", f"{ATTENTION} --output {{weights}}/a.png", "weights.pth"),
     ("matches of a folder", "visualize.py matches {flat} --output {here}/out.png", "flat is a folder"),
@@ -518,13 +532,13 @@ MORE = [
     (
         "argument files that include each other 2^25 times",
         f"{GOOD_TRAIN} @{{here}}/data/0.args",
-        "at most|deep",
+        "at most|more than",
         data({f"{i}.args": f"@{i + 1}.args @{i + 1}.args" for i in range(25)}, {"25.args": ""}),
     ),
     (
         "argument file that includes itself through a link",
         f"{GOOD_TRAIN} @{{here}}/data/a.args",
-        "includes itself|at most",
+        "includes itself|at most|more than",
         data({"a.args": "@b.args", "b.args": link("a.args")}),
     ),
     (

@@ -78,9 +78,9 @@ def test_a_signal_is_a_code_of_its_own_and_a_checkpoint(tmp_path, start):
 
 
 def test_ctrl_c_twice_ends_at_once(tmp_path, start):
-    """In a step of a thousand images, which takes seconds."""
+    """In a step of 480 images, which takes a second."""
     folder, output = tmp_path / "run", tmp_path / "output.txt"
-    process = start("--epochs", 99, "--accum_steps", 160, "--log_every", 1, "--num_workers", 2, folder=folder)
+    process = start("--epochs", 99, "--accum_steps", 60, "--log_every", 1, "--num_workers", 2, folder=folder)
     wait_until(lambda: steps(folder), process)
     process.send_signal(signal.SIGINT)
     wait_until(lambda: "SIGINT: stopping after this step; Ctrl-C ends at once" in output.read_text(), process)
