@@ -176,6 +176,8 @@ LAYOUTS = [
     ("weights as images", f"{TRAIN} --data_path {{weights}}", "cannot read .*weights.pth"),
     ("fewer images than a batch", TRAIN, "found 1 images.*--batch_size_per_gpu", data(x=PNG)),
     ("ImageNet-100 without its classes", f"{KNN} --dataset imagenet100", "lacks 100 of the 100 class", data(BOTH)),
+    ("tars", f"{TRAIN} --dataset tar", "--dataset hf:"),
+    ("no Fashion-MNIST", f"{KNN} --dataset torchvision:FashionMNIST", "data.*--download", data(FLAT)),
     ("no CIFAR-10", f"{TRAIN} --dataset cifar10", "CIFAR10", data(FLAT)),
     ("no set of torchvision", f"{KNN} --dataset torchvision:os", "torchvision:os"),
 ]
@@ -190,7 +192,9 @@ LISTED = f"{KNN} --classes {{here}}/list.txt"
 DISTRACTORS = f"{COPIES} --distractors_path {{here}}/list.txt"
 SPLITS = {"a.png": PNG, "b.png": PNG, "train.txt": "a.png\tx\nc.png\ty", "val.txt": "b.png\tx"}
 LISTS = [
-    ("image as a list of classes", LISTED, r"cannot read .*list.txt \(not text", listing(PNG)),
+    ("image as a list of classes", LISTED, "cannot read .*list.txt", listing(PNG)),
+    ("empty list of classes", LISTED, "list.txt.*empty", listing(" \n")),
+    ("classes beside lists of images", LISTED, "--classes has no effect", listing("a\n", SPLITS)),
     ("class that is listed twice", LISTED, "list.txt lists the class a twice", listing("a\nb\na\n")),
     ("listed class that is missing", LISTED, "lacks 1 of the 3 class.* c", listing("a\nb\nc\n")),
     ("listed class without images", LISTED, "c, .*no images", listing("a\nb\nc\n", BOTH, {"train/c": os.mkdir})),
@@ -201,7 +205,7 @@ LISTS = [
         data(SPLITS, {"train.txt": "a.png\tx\nb.png"}),
     ),
     ("list of missing images", KNN, "train.txt lists 2 images, 1 .*missing.*c.png", data(SPLITS)),
-    ("pipe as a list of images", DISTRACTORS, r"list.txt \(.*regular file", listing(os.mkfifo, COPYDAYS)),
+    ("pipe as a list of images", DISTRACTORS, "list.txt.*regular file", listing(os.mkfifo, COPYDAYS)),
     ("no originals", COPIES, "no images in .*original", data(renamed(COPYDAYS, "original", None))),
     ("copy without original", COPIES, "299901.jpg has no original", data(COPYDAYS, {"strong/299901.jpg": JPEG})),
 ]
@@ -250,6 +254,7 @@ RETRIEVALS = [
     ("ground truth that contains itself", RETRIEVAL, TRUTH, retrieval(gnd=pickle.dumps(LOOP))),
     ("box of NaN", RETRIEVAL, TRUTH, retrieval(bbx=[float("nan")] * 4)),
     ("huge index", RETRIEVAL, TRUTH, retrieval(easy=[10**30])),
+    ("nothing relevant", RETRIEVAL, TRUTH, retrieval(easy=[], hard=[])),
     ("no queries", RETRIEVAL, TRUTH, retrieval(gnd=pickle.dumps({"imlist": ["a"], "qimlist": [], "gnd": []}))),
     ("queries without relevance", RETRIEVAL, TRUTH, retrieval(qimlist=["q", "q"])),
     ("database image that is a pipe", RETRIEVAL, "missing.*b.jpg", retrieval({"jpg/b.jpg": os.mkfifo})),
@@ -296,8 +301,8 @@ COMMANDS = [
     ("features over a file", f"{EXTRACT} --data_path {{data}}", "f.npz already exists", written("f.npz", "precious")),
     ("export over a file", f"{EXPORT} {{weights}}", "config.json already exists", written("exported/config.json", "")),
     ("result over a folder", GOOD_KNN, "knn_folder.json", written("out/knn_folder.json", os.mkdir)),
-    ("no table", "reproduce.py run", "needs a table"),
-    ("no data for a table", "reproduce.py run table6", "needs --data_root"),
+    ("no table", "reproduce.py run", "TABLE|table"),
+    ("no data for a table", "reproduce.py run table6", "--data_root"),
     ("data that are missing", "reproduce.py run table6 --data_root {here}/data --runs {here}/runs", "data.*expected"),
     ("batch in uneven parts", "reproduce.py show table6 --nproc_per_node 7", "--nproc_per_node 7"),
     ("runs in a file", "reproduce.py report --runs {weights}", "--runs .*weights.pth is a file"),
@@ -446,9 +451,9 @@ RESUMED = [
     ("optimizer None", "checkpoint.pth", run(optimizer=None)),
     ("not a run", "checkpoint.pth is not a checkpoint", instead("checkpoint.pth", saved({"step": 1}))),
     ("empty checkpoint", "checkpoint.pth", instead("checkpoint.pth", "")),
-    ("folder as checkpoint", "checkpoint.pth is not a file", instead("checkpoint.pth", os.mkdir)),
-    ("pipe as log", "log.txt is not a file", instead("log.txt", os.mkfifo)),
-    ("TensorBoard in a file", "tb is not a folder", instead("tb", "")),
+    ("folder as checkpoint", "checkpoint.pth is ", instead("checkpoint.pth", os.mkdir)),
+    ("pipe as log", "log.txt.*file", instead("log.txt", os.mkfifo)),
+    ("TensorBoard in a file", "warning: no TensorBoard", instead("tb", ""), "", 0),
     ("another process", "out is in use", run(in_use)),
     ("a deep log", "done:", instead("steps.jsonl", '{"step": ' + "[" * 10**5), "", 0),
     ("logs without a run", "holds logs but no run", written("out/log.txt", "my notes")),
@@ -505,6 +510,12 @@ def settings(count):
 
 
 MORE = [
+    (
+        "plot of another CSV",
+        "plot_runs.py {here}/a.csv --output {here}/out.png",
+        "a.csv",
+        written("a.csv", "a,b\n1,2\n"),
+    ),
     (
         "29 settings",
         PLOT.replace("{here}/out ", "".join(f"{{here}}/data/{i} " for i in range(29))),

@@ -111,7 +111,8 @@ def test_a_run_ends_though_a_data_loading_process_lives(tmp_path, start, change,
     script = tmp_path / "script.py"
     run = "import runpy, sys\nsys.path.insert(0, '.')\nsys.argv = sys.argv[1:]\n"
     script.write_text(f"{run}{change}\nrunpy.run_path('main_lgssl.py', run_name='__main__')\n")
-    assert start("--epochs", 1, folder=tmp_path / "run", launcher=[sys.executable, script]).wait(180) == code
+    process = start("--epochs", 1, folder=tmp_path / "run", launcher=[sys.executable, script], batch_size=100)
+    assert process.wait(180) == code
     assert message in last_line(tmp_path)
 
 
