@@ -11,9 +11,9 @@ images that differs from the paper's.
 """
 
 import argparse
+import itertools
 import json
 import math
-import os
 import shlex
 import subprocess
 import sys
@@ -113,9 +113,9 @@ class Step:
             return self.result.is_file()
         if self.name == "pretraining":
             run = self.result.parent
-            return progress(run) == 1.0 and not differences(self.settings(), recorded(run / "args.json"))
+            return progress(run) == 1.0 and not differences(self.settings(), read_json(run / "args.json"))
         result = read_result(self.result)
-        return result is not None and not differences(self.settings(), result["args"])
+        return bool(result) and not differences(self.settings(), result["args"])
 
     def line(self) -> str:
         """Return the command as a user types it, and whether it is done."""
@@ -123,12 +123,10 @@ class Step:
         return f"{launcher} {shlex.join(map(str, self.words))}{'    # done' if self.done() else ''}"
 
     def run(self) -> int:
-        """Run the command unless it is done, and return its exit code."""
-        if self.done():
-            return 0
+        """Run the command and return its exit code."""
         script, *words = map(str, self.words)
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
-        launcher = [sys.executable, *torchrun] if self.processes > 1 else [sys.executable]
+        torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={self.processes}".split()
+        launcher = [sys.executable, *(torchrun if self.processes > 1 else [])]
         return subprocess.run([*launcher, str(ROOT / script), *words]).returncode
 
 
@@ -145,24 +143,20 @@ class Setup:
     Attributes:
         data_root, runs: folders.
         processes: number of processes of each pretraining and evaluation.
-        classes: file of the classes of ImageNet-100. None uses the recipes' file.
+        class_words: option --classes of ImageNet-100. Default: the recipes' file.
         extra: further words for main_lgssl.py.
     """
 
     data_root: Path
     runs: Path
     processes: int = 1
-    classes: str | None = None
+    class_words: Sequence[str] = ()
     extra: Sequence[str] = ()
-
-    def class_words(self) -> list[str]:
-        """Return the option that names the classes of ImageNet-100."""
-        return ["--classes", self.classes] if self.classes else []
 
     def data_words(self, dataset: str) -> list[str | Path]:
         """Return the options that name the images of a data set."""
         path = self.data_root / ("cifar10" if dataset == "cifar10" else "imagenet")
-        return ["--data_path", path, *(self.class_words() if dataset == "imagenet100" else [])]
+        return ["--data_path", path, *(self.class_words if dataset == "imagenet100" else [])]
 
     def share(self, total: int, whose: str) -> int:
         """Return one process's share of a total batch."""
@@ -200,7 +194,7 @@ def evaluation_steps(recipe: str, names: Iterable[str], setup: Setup) -> list[St
                 words += ["--batch_size_per_gpu", setup.share(LINEAR_BATCH, "the linear evaluation's")]
             result = f"{name}_{dataset}.json"
         elif name == "copydays":
-            words = ["reproduce.py", "lists", imagenet, "--output_dir", lists, *setup.class_words()]
+            words = ["reproduce.py", "lists", imagenet, "--output_dir", lists, *setup.class_words]
             steps.append(Step("lists", words, lists / "distractors.txt"))
             words = ["--data_path", setup.data_root / name, "--distractors_path", lists / "distractors.txt"]
             words += ["--whitening_path", imagenet / "train" if whitened_on_all(recipe) else lists / "whitening.txt"]
@@ -221,37 +215,26 @@ def evaluations_of(table: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(COLUMNS[column].evaluation for column in table["columns"]))
 
 
-def recorded(path: Path) -> dict[str, Any]:
-    """Return the dictionary in a JSON file, or an empty one if the file is missing or broken."""
-    try:
-        return read_json(path)
-    except UserError:
-        return {}
-
-
 def progress(run: Path) -> float:
     """Return the share of its epochs that a pretraining has finished."""
-    log, epochs = run / "log.txt", recorded(run / "args.json").get("epochs")
+    log = run / "log.txt"
     entries = read_log(log) if log.is_file() and (run / "checkpoint.pth").is_file() else []
-    done = entries[-1].get("epoch", -1) + 1 if entries else 0
-    return done / epochs if isinstance(epochs, int) and 0 <= done <= epochs > 0 else 0.0
+    return (entries[-1]["epoch"] + 1) / read_json(run / "args.json")["epochs"] if entries else 0.0
 
 
-def read_result(path: Path) -> dict[str, Any] | None:
-    """Return an evaluation's result, or None if it is missing or its pretraining had not finished."""
-    result = {"images": {}, "pretraining": {}, "args": None, **recorded(path)}
-    if not all(isinstance(result[name], dict) for name in ("images", "pretraining", "args")):
-        return None
-    return result if result["pretraining"].get("epoch") == result["pretraining"].get("epochs") else None
+def read_result(path: Path) -> dict[str, Any]:
+    """Return an evaluation's result, empty if it is missing or its pretraining had not finished."""
+    result = read_json(path) if path.is_file() else {"pretraining": {"epoch": 0}}
+    return result if result["pretraining"].get("epoch") == result["pretraining"].get("epochs") else {}
 
 
-def score(column: str, result: dict[str, Any] | None) -> float | None:
-    """Return the number of a column in an evaluation's result, or None without a result that has a finite number."""
+def score(column: str, result: dict[str, Any]) -> float | None:
+    """Return the number of a column in an evaluation's result, or None if the result has no such finite number."""
     try:
-        value = COLUMNS[column].number(result or {})
+        value = COLUMNS[column].number(result)
+        return value if math.isfinite(value) else None
     except (KeyError, TypeError):
         return None
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def differences(expected: dict[str, Any], actual: dict[str, Any]) -> list[str]:
@@ -268,21 +251,18 @@ def differences(expected: dict[str, Any], actual: dict[str, Any]) -> list[str]:
     ]
 
 
-def remarks(step: Step, pretraining: dict[str, Any], images: dict[str, int]) -> str:
+def remarks(step: Step, result: dict[str, Any], pretraining: dict[str, Any], images: dict[str, int]) -> str:
     """Return how the result of an evaluation differs from the recipe, the protocol and the data set, or "".
 
     Args:
-        step: an evaluation with a result.
         pretraining: the recipe's settings.
         images: {split or block of the data set: number of images}.
     """
-    result, wanted = read_result(step.result), step.settings()
-    assert result is not None
-    batch_size = result["pretraining"].get("batch_size", TOTAL_BATCH)
+    wanted, batch_size = step.settings(), result["pretraining"].get("batch_size", TOTAL_BATCH)
     changed = [] if batch_size == TOTAL_BATCH else [f"a total batch of {batch_size} instead of {TOTAL_BATCH}"]
     changed += differences(pretraining, result["pretraining"])
-    if step.name == "linear" and result.get("batch_size") != wanted["batch_size_per_gpu"]:
-        changed.append(f"{result.get('batch_size')} images per step instead of {wanted['batch_size_per_gpu']}")
+    if step.name == "linear" and result["batch_size"] != LINEAR_BATCH:
+        changed.append(f"{result['batch_size']} images per step instead of {LINEAR_BATCH}")
     changed += differences(wanted, result["args"])
     for split, count in images.items():
         if (number := result["images"].get(split, 0)) != count:
@@ -309,14 +289,15 @@ def report(runs: Path) -> str:
             pretraining = vars(recipe_arguments(recipe))
             for column, theirs in zip(table["columns"], row["paper"], strict=True):
                 evaluation, form = COLUMNS[column].evaluation, COLUMNS[column].form
-                ours = score(column, read_result(steps[evaluation].result))
+                result = read_result(steps[evaluation].result)
+                ours = score(column, result)
                 if ours is None:
                     cells.append(f"{theirs:{form}} / not run")
                     continue
                 images = IMAGES[pretraining["dataset"] if evaluation in ("linear", "knn") else evaluation]
                 if evaluation == "copydays" and whitened_on_all(recipe):
                     images = {**images, "whitening": IMAGES["folder"]["train"]}
-                note = remarks(steps[evaluation], pretraining, images)
+                note = remarks(steps[evaluation], result, pretraining, images)
                 reference = f" [{notes.setdefault(note, len(notes) + 1)}]" if note else ""
                 cells.append(f"{theirs:{form}} / {ours:{form}} ({ours - theirs:+{form}}){reference}")
             rows.append(cells)
@@ -335,32 +316,27 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0], epilog=f"COMMAND --help lists its options. {rest}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, text: str, epilog: str | None = None) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=f"{text.capitalize()}.", epilog=epilog)
+    def command(name: str, text: str, epilog: str | None = None) -> Callable[..., argparse.Action]:
+        sub = commands.add_parser(name, help=text, description=f"{text.capitalize()}.", epilog=epilog)
+        if name != "lists":
+            sub.add_argument("--runs", default="runs", type=Path, help="folder of all runs and results")
+        return sub.add_argument
 
-    sub = command("list", "list the tables and what is done")
-    sub.add_argument("--runs", default="runs", type=Path, help="folder of all runs and results")
-    sub = command("report", "compare results with the paper's")
-    sub.add_argument("--runs", default="runs", type=Path, help="folder of all runs and results")
-    sub.add_argument("--output", type=Path, help="file of the report; default: print the report")
+    command("list", "list the tables and what is done")
+    add = command("report", "compare results with the paper's")
+    add("--output", type=Path, help="file of the report; default: print the report")
     tables = paper()["tables"]
     for name, text in (("show", "print the commands of a table's rows"), ("run", "run the commands that are not done")):
-        sub = command(name, text, rest)
-        add = sub.add_argument_group("what").add_argument
+        add = command(name, text, rest)
         add("table", metavar="TABLE", choices=tables, help="table1 to table8")
         add("--row", nargs="+", help="rows of the table as printed by `list`; default: all")
-        add = sub.add_argument_group("where").add_argument
         default = {"default": "DATA"} if name == "show" else {"required": True}
         add("--data_root", type=Path, **default, help=f"folder of what the rows need of {', '.join(TREE)}")
         add("--classes", help="file of 100 class folders; default: recipes/imagenet100_cmc.txt")
-        add("--runs", default="runs", type=Path, help="folder of all runs and results")
-        add = sub.add_argument_group("computation").add_argument
         add("--nproc_per_node", type=number(int, 1), default=1, help="number of processes, which share the batch")
-    sub = command("lists", "write the lists of images for copy detection (section 4.3.1)")
-    add = sub.add_argument_group("images").add_argument
+    add = command("lists", "write the lists of images for copy detection (section 4.3.1)")
     add("imagenet", metavar="IMAGENET", help="ImageNet: class folders, or train and val with class folders")
     add("--classes", default=IMAGENET100_CLASSES, help="file of the class folders to exclude")
-    add = sub.add_argument_group("lists").add_argument
     add("--output_dir", default=".", type=Path, help="folder of whitening.txt and distractors.txt")
     add("--whitening", type=number(int, 1), default=20000, help="number of images in whitening.txt")
     add("--distractors", type=number(int, 1), default=10000, help="number of images in distractors.txt")
@@ -378,13 +354,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.command == "lists":
-        counts = {"num_whitening": args.whitening, "num_distractors": args.distractors}
-        lists = eval_copy_detection.copydays_lists(args.imagenet, **counts, seed=args.seed, classes=args.classes)
-        write_lists(lists, args.output_dir)
-        return
-    if os.path.exists(args.runs) and not args.runs.is_dir():
-        raise UserError(f"--runs {args.runs} is a file, expected the folder of all runs")
-    if args.command == "list":
+        write_lists(args)
+    elif args.command == "list":
         list_tables(args.runs)
     elif args.command == "report" and args.output is None:
         print(report(args.runs), end="")
@@ -392,33 +363,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         make_folder(args.output.parent, "the folder of --output")
         write_text(report(args.runs), args.output)
     else:
-        setup = Setup(args.data_root, args.runs, args.nproc_per_node, args.classes, args.extra)
+        class_words = ["--classes", args.classes] if args.classes else []
+        setup = Setup(args.data_root, args.runs, args.nproc_per_node, class_words, args.extra)
         run_rows(args.table, args.row, setup, only_show=args.command == "show")
 
 
-def write_lists(lists: Sequence[Sequence[str | Path]], folder: Path) -> None:
-    """Write the lists (whitening, distractors) of image paths to whitening.txt and distractors.txt, a path per line."""
-    make_folder(folder, "--output_dir")
+def write_lists(args: argparse.Namespace) -> None:
+    """Draw the images for copy detection and write their paths to whitening.txt and distractors.txt, one per line."""
+    counts = {"num_whitening": args.whitening, "num_distractors": args.distractors}
+    lists = eval_copy_detection.copydays_lists(args.imagenet, **counts, seed=args.seed, classes=args.classes)
+    make_folder(args.output_dir, "--output_dir")
     for name, paths in zip(("whitening", "distractors"), lists, strict=True):
-        write_text("".join(f"{path}\n" for path in paths), folder / f"{name}.txt")
-        print(f"{len(paths)} images in {folder / name}.txt", flush=True)
+        write_text("".join(f"{path}\n" for path in paths), args.output_dir / f"{name}.txt")
+        print(f"{len(paths)} images in {args.output_dir / name}.txt", flush=True)
 
 
 def run_rows(table: str, rows: Sequence[str] | None, setup: Setup, only_show: bool) -> None:
     """Run the steps of some or all rows of a table that are not done, or only print all steps."""
     contents = paper()["tables"][table]
-    steps: dict[str, list[Step]] = {}
+    steps: dict[str, list[Step]] = {}  # by method
     for row in rows or contents["rows"]:
         recipe = contents["rows"][row]["recipe"]
         evaluations = evaluation_steps(recipe, evaluations_of(contents), setup)
-        steps[row] = [pretraining_step(recipe, setup), *evaluations]
+        steps[contents["rows"][row]["method"]] = [pretraining_step(recipe, setup), *evaluations]
     if not only_show:
-        check_data([step for steps_of_row in steps.values() for step in steps_of_row], setup.data_root)
-    for row, steps_of_row in steps.items():
-        print(f"# {table}, {contents['rows'][row]['method']}", flush=True)
+        check_data(itertools.chain(*steps.values()), setup.data_root)
+    for method, steps_of_row in steps.items():
+        print(f"# {table}, {method}", flush=True)
         for step in steps_of_row:
             print(step.line(), flush=True)
-            if not only_show and (code := step.run()):
+            if not only_show and not step.done() and (code := step.run()):
                 raise UserError(f"{step.name} failed with exit code {code}: fix its error and run this command again")
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -22,8 +23,14 @@ def open_folder(split: str, data_path: str | Path, classes: str | Path | None) -
         return ImageFolder(path, split, classes)
     if classes:
         raise UserError("--classes has no effect with a list of images: omit it, or give a folder")
-    images = ListedImages(lists[split] if has_lists else path)
-    images.has_splits = has_lists
+    source = lists[split] if has_lists else path
+    paths, names = read_list(source)
+    images = ImageList(paths)
+    images.root, images.has_splits = source.parent, has_lists
+    if names:
+        images.classes = sorted(set(names))
+        numbers = {name: i for i, name in enumerate(images.classes)}
+        images.labels = [numbers[name] for name in names]
     return images
 
 
@@ -40,45 +47,31 @@ class ImageFolder(ImageList):
         super().__init__([])
         root = Path(root)
         if not os.path.isdir(root):
-            expected = "a folder of images, with or without class subfolders, or a list of images"
-            raise UserError(f"no folder {root}: --data_path takes {expected}")
+            raise UserError(f"no folder {root}: --data_path takes a folder of images, or a list of images")
         self.has_splits = (root / "train").is_dir() and (root / "val").is_dir()
-        self.root = root / split if self.has_splits else root
-        self.paths, self.labels, self.classes = list_folder(self.root, classes_file)
-
-
-def list_folder(root: Path, classes_file: str | Path | None = None) -> tuple[Paths, list[int], list[str]]:
-    """Return (paths, labels, classes) of the images below a folder.
-
-    Args:
-        classes_file: file that lists the class folders, or None.
-
-    Raises:
-        UserError: see `sources.build_dataset`.
-    """
-    _, subfolders, files = next(walk(root), (root, [], []))
-    folders = [root / name for name in subfolders if not name.startswith(".")]
-    refuse_other_splits(root, folders)
-    names = [name for name in sorted(files) if has_image_name(name)]
-    if classes_file is not None:
-        folders, names = listed_folders(root, classes_file), []
-    labels = [-1] * len(names)
-    classes: list[str] = []
-    prefix = str(root / "x")[:-1]
-    others = set(map(os.path.realpath, [root, *folders]))
-    for folder in folders:
-        paths = [
-            os.path.join(top, name) for top, _, below in walk(folder, others) for name in below if has_image_name(name)
-        ]
-        if paths:
-            names += [path.removeprefix(prefix) for path in sorted(paths)]
-            labels += [len(classes)] * len(paths)
-            classes.append(folder.name)
-        elif classes_file is not None:
-            raise UserError(f"the class folder {folder}, which {classes_file} lists, has no images")
-    if not names:
-        raise UserError(f"no images below {root}, expected files that end in {' '.join(IMAGE_SUFFIXES)}")
-    return Paths(names, prefix), labels, classes
+        self.root = root = root / split if self.has_splits else root
+        _, subfolders, names = next(walk(root), ("", [], []))
+        folders = [root / name for name in subfolders if not name.startswith(".")]
+        refuse_other_splits(root, folders)
+        names = sorted(filter(has_image_name, names))
+        if classes_file is not None:
+            folders, names = listed_folders(root, classes_file), []
+        labels = [-1] * len(names)
+        classes: list[str] = []
+        prefix = str(root / "x")[:-1]
+        others = set(map(os.path.realpath, [root, *folders]))
+        for folder in folders:
+            found = walk(folder, others)
+            paths = [os.path.join(top, name) for top, _, files in found for name in files if has_image_name(name)]
+            if paths:
+                names += [path.removeprefix(prefix) for path in sorted(paths)]
+                labels += [len(classes)] * len(paths)
+                classes.append(folder.name)
+            elif classes_file is not None:
+                raise UserError(f"the class folder {folder}, which {classes_file} lists, has no images")
+        if not names:
+            raise UserError(f"no images below {root}, expected files that end in {' '.join(IMAGE_SUFFIXES)}")
+        self.paths, self.labels, self.classes = Paths(names, prefix), labels, classes
 
 
 def listed_folders(root: Path, classes_file: str | Path) -> list[Path]:
@@ -92,9 +85,9 @@ def listed_folders(root: Path, classes_file: str | Path) -> list[Path]:
     if missing:
         counts = f"{len(missing)} of the {len(names)} class folders in {classes_file}"
         raise UserError(f"{root} lacks {counts}, the first is {printable(missing[0])}")
-    twice = [name for i, name in enumerate(names) if name in names[:i]]
-    if twice:
-        raise UserError(f"{classes_file} lists the class {printable(twice[0])} twice, expected each class once")
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{classes_file} lists the class {printable(name)} twice, expected each class once")
     return [root / name for name in names]
 
 
@@ -138,24 +131,6 @@ def has_image_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-class ListedImages(ImageList):
-    """The images that a text file lists, in its order, see `read_list`.
-
-    Attributes:
-        root: folder of the file.
-        classes: names of the classes, sorted.
-        labels: label of each image, -1 if the file has none.
-    """
-
-    def __init__(self, path: str | Path):
-        paths, names = read_list(path)
-        super().__init__(paths)
-        self.root, self.classes = Path(path).parent, sorted(set(names))
-        numbers = {name: i for i, name in enumerate(self.classes)}
-        if names:
-            self.labels = [numbers[name] for name in names]
-
-
 def listed_images(source: str | Path) -> list[Path]:
     """Return the paths of the images in a folder and its subfolders, or of the images that a text file lists.
 
@@ -180,18 +155,17 @@ def read_list(source: str | Path) -> tuple[list[str], list[str]]:
     """
     lines = [line.partition("\t") for line in read_lines(source)]
     names = [name.strip() for _, _, name in lines]
-    unlabeled = [path for path, _, name in lines if not name.strip()]
-    if 0 < len(unlabeled) < len(lines):
-        counts = f"a class after a tab for {len(lines) - len(unlabeled)} of its {len(lines)} images"
-        first = printable(unlabeled[0])
-        raise UserError(f"{source} has {counts}, but not for {first}: expected a class in every line, or in none")
-    folder = os.path.dirname(source)
-    paths = [os.path.join(folder, path.rstrip()) for path, _, _ in lines]
+    labeled = sum(map(bool, names))
+    if 0 < labeled < len(lines):
+        first = printable(lines[names.index("")][0])
+        counts = f"a class after a tab for {labeled} of its {len(lines)} images, but not for {first}"
+        raise UserError(f"{source} has {counts}: expected a class in every line, or in none")
+    paths = [os.path.join(os.path.dirname(source), path.rstrip()) for path, _, _ in lines]
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         counts = f"{len(paths)} images, {len(missing)} are missing"
         raise UserError(f"{source} lists {counts}; the first: {printable(missing[0])}")
-    return paths, [] if unlabeled else names
+    return paths, names if labeled else []
 
 
 def read_lines(path: str | Path) -> list[str]:

@@ -5,7 +5,7 @@ has no label.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,21 +37,13 @@ class Paths(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    def _name(self, index: int) -> str:
-        return os.fsdecode(self.text[self.ends[index] : self.ends[index + 1]])
-
     def __getitem__(self, index: Any) -> Any:
-        """Return a path; of a slice, a list of paths."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        return self.prefix + self._name(range(len(self))[index])
-
-    def __iter__(self) -> Iterator[str]:
-        return (self.prefix + self._name(i) for i in range(len(self)))
+        i = range(len(self))[index]
+        return self.prefix + os.fsdecode(self.text[self.ends[i] : self.ends[i + 1]])
 
     def keep(self, indices: Sequence[int]) -> "Paths":
         """Return the paths with these indices."""
-        return Paths(map(self._name, indices), self.prefix)
+        return Paths((self[i].removeprefix(self.prefix) for i in indices), self.prefix)
 
 
 class LabeledImages(Dataset):
@@ -75,8 +67,8 @@ class LabeledImages(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self.image(index)
-        return (self.transform(image) if self.transform else image), self.labels[index]
+        label, image = self.labels[index], self.image(index)
+        return (self.transform(image) if self.transform else image), label
 
     def image(self, index: int) -> Image.Image:
         """Return an RGB image. Raises UserError if it cannot be read."""
@@ -144,11 +136,10 @@ class ImageList(LabeledImages):
         """
         if intensity_range and not intensity_range[0] < intensity_range[1]:
             raise UserError("--intensity_range {} {}: expected two numbers, the smaller first".format(*intensity_range))
-        self.intensity_range, warned = intensity_range, False
+        self.intensity_range, warned = intensity_range, not is_first_process()
         for i in range(0, len(self), -(-len(self) // PROBED)):
-            path = self.paths[i]
             try:
-                with opened(path, self.file(i)) as image:
+                with opened(self.paths[i], self.file(i)) as image:
                     refuse_unknown_range(image, intensity_range)
                     if image.mode[0] not in "IF":
                         continue
@@ -159,9 +150,9 @@ class ImageList(LabeledImages):
                     raise
                 continue
             count = len(np.unique(values))
-            if kept < min(MIN_LEVELS, count) and not warned and is_first_process():
+            if kept < min(MIN_LEVELS, count) and not warned:
                 hint = f"see --intensity_range; its values are {values.min()} to {values.max()}"
-                warn(f"{printable(path)} keeps {kept} of its {count} gray levels in 8 bits: {hint}")
+                warn(f"{printable(self.paths[i])} keeps {kept} of its {count} gray levels in 8 bits: {hint}")
                 warned = True
 
     def keep(self, indices: Sequence[int]) -> None:

@@ -1,7 +1,6 @@
 """Where images come from: --dataset and the options that go with it."""
 
 import argparse
-import importlib
 import importlib.util
 import itertools
 from collections.abc import Callable, Sequence
@@ -20,15 +19,17 @@ from support.folders import ImageFolder, open_folder
 from support.hf import HuggingFaceImages
 from support.images import ArrayImages, ImageList, LabeledImages
 from support.torchvision_sets import open_torchvision
-from utils import UserError, first_line
+from utils import UserError
 
 IMAGENET100_CLASSES = Path(__file__).parent.parent / "recipes" / "imagenet100_cmc.txt"
-# name: (package that ships the photograph, path inside the package)
-PHOTOGRAPHS = {name: ("sklearn.datasets", f"images/{name}.jpg") for name in ("china", "flower")} | {
-    name.split(".")[0]: ("skimage.data", name)
-    for name in (
-        "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png "
-        "hubble_deep_field.jpg moon.png motorcycle_left.png retina.jpg rocket.jpg"
+# {name: a photograph that a package ships}
+PHOTOGRAPHS = {
+    Path(place).stem: place
+    for place in (
+        "sklearn/datasets/images/china.jpg sklearn/datasets/images/flower.jpg skimage/data/astronaut.png "
+        "skimage/data/brick.png skimage/data/camera.png skimage/data/chelsea.png skimage/data/coffee.png "
+        "skimage/data/coins.png skimage/data/grass.png skimage/data/gravel.png skimage/data/hubble_deep_field.jpg "
+        "skimage/data/moon.png skimage/data/motorcycle_left.png skimage/data/retina.jpg skimage/data/rocket.jpg"
     ).split()
 }
 CROPS = {"train": 100, "val": 20}  # crops per photograph
@@ -134,17 +135,16 @@ def build_dataset(
             like splits, there are no images, or fewer than `train_images`.
     """
     kind, name = find_kind(spec.dataset)
-    given = {option: value for option, value in vars(spec).items() if option not in ("dataset", *COMMON_OPTIONS)}
-    for option, value in given.items():
-        if value and option not in kind.options:
-            raise UserError(
-                f"--{option} has no effect with --dataset {spec.dataset}: omit it, or give another --dataset"
-            )
+    for option, value in vars(spec).items():
+        if value and option not in ("dataset", "train_images", "tuning", *kind.options):
+            raise UserError(f"--{option} has no effect with --dataset {spec.dataset}: omit it")
     if "data_path" in kind.options and not spec.data_path:
         raise UserError(f"--dataset {spec.dataset} needs --data_path, the folder of the images")
-    options = {option: given[option] for option in kind.options if option != "intensity_range"}
+    options = {option: getattr(spec, option) for option in kind.options if option != "intensity_range"}
+    if name:
+        options["name"] = name
     opened = "train" if spec.tuning else split
-    images = kind.open(split=opened, **options, **({"name": name} if name else {}))
+    images = kind.open(split=opened, **options)
     if not len(images):
         raise UserError(f"--dataset {spec.dataset} has no {opened} images")
     images.transform = transform
@@ -190,26 +190,18 @@ def solar_cells(split: str) -> ImageList:
     Raises:
         UserError: the package is not installed, or lacks its files.
     """
-    package = importlib.util.find_spec("elpv_dataset")
-    if package is None or package.origin is None:  # no origin: a folder without __init__.py
-        raise UserError("--dataset elpv needs the package elpv-dataset: pip install elpv-dataset")
-    root = Path(package.origin).parent / "data"
-    try:
-        lines = [line.split() for line in (root / "labels.csv").read_text().splitlines()]
-        cells = [(path, int(float(probability) >= 0.5), kind) for path, probability, kind in lines]
-        if not cells or {kind for _, _, kind in cells} - {"mono", "poly"}:
-            raise ValueError("no cells, or a type other than mono and poly")
-    except (OSError, ValueError) as error:
-        expected = "expected lines of path, probability and type; install elpv-dataset again"
-        raise UserError(f"cannot read {root / 'labels.csv'} ({first_line(error)}): {expected}") from error
-    chosen = []
+    table = package_file("elpv_dataset/data/labels.csv", "elpv-dataset")
+    cells = [line.split() for line in table.read_text().splitlines()]  # path, probability, type
+    groups = [(int(float(probability) >= 0.5), kind) for _, probability, kind in cells]
+    chosen: list[int] = []
     for i, group in enumerate(itertools.product((0, 1), ("mono", "poly"))):
-        members = [index for index, (_, *cell) in enumerate(cells) if tuple(cell) == group]
+        members = [index for index, other in enumerate(groups) if other == group]
         shuffled = np.random.default_rng((0, i)).permutation(members).tolist()
         count = round(len(members) * 3 / 4)
         chosen += shuffled[:count] if split == "train" else shuffled[count:]
-    images = ImageList(root / path for path, _, _ in cells)
-    images.root, images.labels, images.classes = root, [label for _, label, _ in cells], ["functional", "defective"]
+    images = ImageList(table.parent / path for path, *_ in cells)
+    images.root, images.labels = table.parent, [label for label, _ in groups]
+    images.classes = ["functional", "defective"]
     images.keep(sorted(chosen))
     return images
 
@@ -223,20 +215,27 @@ def digits(split: str) -> ArrayImages:
     return ArrayImages(pixels, data.target[order], map(str, range(10)))
 
 
-def photograph(name: str) -> Path:
-    """Return the path of one of PHOTOGRAPHS, which scikit-learn and scikit-image install.
+def package_file(place: str, package: str) -> Path:
+    """Return the path of a file that an installed package ships.
+
+    Args:
+        place: path that begins with the folder of the package's module.
+        package: the package's name for pip.
 
     Raises:
-        UserError: scikit-image is not installed or lacks the photograph.
+        UserError: the package is not installed or lacks the file.
     """
-    package, place = PHOTOGRAPHS[name]
-    try:
-        path = Path(str(importlib.import_module(package).__file__)).parent / place
-    except ImportError as error:
-        raise UserError(f"the photograph {name} comes with scikit-image: pip install scikit-image") from error
-    if not path.is_file():
-        raise UserError(f"this scikit-image lacks {path}: pip install --upgrade scikit-image")
-    return path
+    module, _, path = place.partition("/")
+    spec = importlib.util.find_spec(module)
+    file = Path(spec.origin).parent / path if spec and spec.origin else None  # no origin: a folder without __init__.py
+    if file is None or not file.is_file():
+        raise UserError(f"no {place}, which comes with {package}: pip install --upgrade {package}")
+    return file
+
+
+def photograph(name: str) -> Path:
+    """Return the path of one of PHOTOGRAPHS, which scikit-learn and scikit-image install."""
+    return package_file(PHOTOGRAPHS[name], "scikit-image")
 
 
 def photograph_crops(split: str) -> ArrayImages:
@@ -263,7 +262,7 @@ class Kind(NamedTuple):
 
     Attributes:
         open: function of `split`, of the `options` but intensity_range, and of `name` where the kind has names.
-        options: attributes of DataSpec that it accepts; all accept COMMON_OPTIONS.
+        options: attributes of DataSpec that it accepts; all accept train_images and tuning.
         name: what --dataset takes after the kind and a colon, for messages; "" if nothing.
     """
 
@@ -272,7 +271,6 @@ class Kind(NamedTuple):
     name: str = ""
 
 
-COMMON_OPTIONS = ("train_images", "tuning")
 # {the part of --dataset before a colon: Kind}
 KINDS = {
     "folder": Kind(open_folder, ("data_path", "classes", "intensity_range")),
@@ -297,16 +295,13 @@ def find_kind(dataset: str) -> tuple[Kind, str]:
         paths = "where PATH is a tar, a folder of tars, or a pattern as 'shards/{000..099}.tar'"
         raise UserError(f"tars are read with --dataset hf:PATH and without --data_path, {paths}")
     kind = KINDS.get(key)
-    if kind is None or bool(kind.name) != bool(name) or (colon and not name):
+    if kind is None or bool(kind.name) != bool(colon) or bool(colon) != bool(name):
         known = [f"{key}:{each.name}" if each.name else key for key, each in KINDS.items()]
-        raise UserError(f"found {dataset!r}, expected one of {', '.join(known)}")
+        raise UserError(f"--dataset: found {dataset!r}, expected one of {', '.join(known)}")
     return kind, name
 
 
 def dataset_name(text: str) -> str:
     """Check a value of --dataset, see `find_kind`. An argparse type."""
-    try:
-        find_kind(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    find_kind(text)
     return text

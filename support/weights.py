@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 
 from utils import NO_MEMORY, UserError, first_line
@@ -34,13 +33,8 @@ PROJECTION = "patch_embed.proj.weight"  # its shape [D, 3, p, p] tells width and
 # DINO's full checkpoints hold, besides tensors and plain values, their arguments and NumPy scalars of the optimizer's
 # state, under the old and the new name of NumPy's module.
 _SCALAR: Any = np.float64(0).__reduce__()[0]
-DINO_GLOBALS: list[Any] = [
-    argparse.Namespace,
-    np.dtype,
-    np.dtypes.Float64DType,
-    (_SCALAR, "numpy.core.multiarray.scalar"),
-    (_SCALAR, "numpy._core.multiarray.scalar"),
-]
+DINO_GLOBALS: list[Any] = [argparse.Namespace, np.dtype, np.dtypes.Float64DType]
+DINO_GLOBALS += [(_SCALAR, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")]
 
 
 def load_file(path: str | Path) -> dict[str, Any]:
@@ -51,12 +45,16 @@ def load_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not os.path.isfile(path):
-        found = f"{path} is a folder" if os.path.isdir(path) else f"no checkpoint at {path}"
-        raise UserError(f"{found}, expected a file written by main_lgssl.py, DINO or timm")
-    with _one_line(path):
+        raise UserError(f"no checkpoint at {path}, expected a file written by main_lgssl.py, DINO or timm")
+    with _readable(path):
         if path.suffix == ".safetensors":
             return load_safetensors(path)
-        _check_sums(path)
+        if zipfile.is_zipfile(
+            path
+        ):  # as torch.save writes it since PyTorch 1.6, with checksums, which torch.load ignores
+            with zipfile.ZipFile(path) as file:
+                if damaged := file.testzip():
+                    raise UserError(f"cannot read {path}: its record {damaged} is damaged")
         with torch.serialization.safe_globals(DINO_GLOBALS):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(contents, dict):
@@ -65,30 +63,17 @@ def load_file(path: str | Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _one_line(path: str | Path) -> Iterator[None]:
-    """Turn every error of a block that reads a file into a UserError that says why the file cannot be read."""
+def _readable(path: str | Path) -> Iterator[None]:
+    """Turn the errors of a block that reads a file into a UserError, but for a lack of memory or of permission."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:  # torch raises many kinds of errors for damaged files
-        reason, foreign = first_line(error), re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
-        is_known = isinstance(error, zipfile.BadZipFile | SafetensorError) or NO_MEMORY.search(reason)
-        if foreign:
-            reason = f"it holds {foreign[1]}, expected tensors and plain values"
-        elif not (is_known or getattr(error, "filename", None)):  # an OSError with a name is that of opening the file
-            reason = "it is damaged, incomplete or of another format"
+        if isinstance(error, UserError | PermissionError) or NO_MEMORY.search(first_line(error)):
+            raise
+        foreign = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
+        damaged = "it is damaged, incomplete or of another format"
+        reason = f"it holds {foreign[1]}, expected tensors and plain values" if foreign else damaged
         raise UserError(f"cannot read {path}: {reason}") from error
-
-
-def _check_sums(path: Path) -> None:
-    """Raise BadZipFile if a checksum is wrong. torch.save writes checksums, torch.load ignores them."""
-    if not zipfile.is_zipfile(path):  # written before PyTorch 1.6, without checksums
-        return
-    with zipfile.ZipFile(path) as file:
-        damaged = file.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"its record {damaged} is damaged")
 
 
 def short_repr(value: Any) -> str:
@@ -117,24 +102,14 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, float | str) or (isinstance(value, int) and abs(value) < 2**64)
 
 
-# Recorded arguments that evaluations and figures use: {name: (description, number of values, type, smallest, largest)}
-_SIDE = (f"a whole number in [1, {MAX_SIDE}]", 1, int, 1, MAX_SIDE)
-RECORDED: dict[str, tuple[str, int, Any, int, int]] = {
-    **dict.fromkeys(("patch_size", "global_crops_size", "local_crops_size"), _SIDE),
-    **dict.fromkeys(("global_crops_scale", "local_crops_scale"), ("two fractions", 2, (int, float), 0, 1)),
-    "flip_prob": ("a fraction", 1, (int, float), 0, 1),
-}
-
-
 def _recorded(contents: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """Return the arguments and the progress of the pretraining that a file records. `arch` gets our name."""
     progress = {name: contents[name] for name in ("epoch", "batch_size") if name in contents}
-    made_with = {**plain_arguments(contents.get("args", {}), path), **plain_arguments(progress, path)}
-    for name in made_with.keys() & RECORDED.keys():
-        description, count, kind, low, high = RECORDED[name]
-        values = [made_with[name]] if count == 1 else made_with[name]
-        if len(values) != count or not all(isinstance(value, kind) and low <= value <= high for value in values):
-            raise UserError(f"{path} records {name} {short_repr(made_with[name])}, expected {description}")
+    made_with = plain_arguments(contents.get("args", {}), path) | progress
+    for name in ("patch_size", "global_crops_size", "local_crops_size"):
+        side = made_with.get(name, 1)
+        if not isinstance(side, int) or not 1 <= side <= MAX_SIDE:
+            raise UserError(f"{path} records {name} {short_repr(side)}, expected a whole number in [1, {MAX_SIDE}]")
     if made_with.get("arch"):
         made_with["arch"] = architecture(str(made_with["arch"]))
     return made_with
@@ -144,24 +119,20 @@ def _weights(contents: dict[str, Any], checkpoint_key: str, path: str | Path) ->
     """Return the weights of a network in the contents of a file, which holds several networks or one backbone."""
     if not all(map(torch.is_tensor, contents.values())):
         if checkpoint_key not in contents:
-            found = ", ".join(key for key in ("teacher", "student", "model", "state_dict") if key in contents) or "none"
+            found = short_repr(list(contents))
             raise UserError(f"{path} has no {checkpoint_key!r}, found {found}: see --checkpoint_key")
         contents = contents[checkpoint_key]
-    if not (isinstance(contents, dict) and all(map(torch.is_tensor, contents.values()))):
-        raise UserError(f"{path} holds no weights under {checkpoint_key!r}, expected names and tensors")
     return {name.removeprefix("module.").removeprefix("backbone."): value for name, value in contents.items()}
 
 
 def _differences(state: State, expected: State) -> list[str]:
-    """Say where weights differ in names, shapes and types from those that are expected."""
+    """Say where weights differ in names and shapes from those that are expected."""
     problems = [f"{name} is missing" for name in expected if name not in state]
     for name, value in state.items():
         if name not in expected:
             problems.append(f"{name} is not part of the network")
         elif value.shape != expected[name].shape:
             problems.append(f"{name} is {list(value.shape)}, expected {list(expected[name].shape)}")
-        elif value.is_floating_point() != expected[name].is_floating_point():
-            problems.append(f"{name} is {value.dtype}, expected {expected[name].dtype}")
     return problems
 
 
@@ -205,7 +176,7 @@ def load_backbone(
     if str(path) == "none":
         return ARCHITECTURES[arch or "vit_small"](patch_size or 16, img_size=img_size).eval(), {}
     contents = _read(path)
-    with _one_line(path):
+    with _readable(path):
         state, made_with = _weights(contents, checkpoint_key, path), _recorded(contents, path)
         return _build(state, made_with, path, arch, patch_size), made_with
 
@@ -237,14 +208,13 @@ def _build(
             raise UserError(f"{path} was made with --{name} {made_with[name]}, found --{name} {wanted}")
     state = {name: value for name, value in state.items() if not name.startswith(("head.", "fc_norm."))}
     shape = list(state[PROJECTION].shape) if PROJECTION in state else []
-    if len(shape) != 4 or 0 in shape:
-        found = shape or ", ".join(list(state)[:3]) or "nothing"
+    if len(shape) != 4:
+        found = short_repr(shape or list(state))
         raise UserError(f"{path} holds no ViT: expected {PROJECTION} [D, 3, p, p], found {found}")
     looks = WIDTHS.get(shape[0]), shape[-1]
     arch, patch_size = arch or made_with.get("arch") or looks[0], patch_size or made_with.get("patch_size") or looks[1]
     if not arch:
-        known = ", ".join(f"{width} ({name})" for width, name in WIDTHS.items())
-        raise UserError(f"{path} holds a ViT of width {shape[0]}, expected one of {known}")
+        raise UserError(f"{path} holds a ViT of width {shape[0]}, expected one of {', '.join(map(str, WIDTHS))}")
     patches = state.get("pos_embed", torch.empty(1, 197, 1)).shape[1] - 1
     img_size = max(math.isqrt(patches), 1) * patch_size
     with torch.device("meta"):  # takes no memory, whatever the file and the options say
@@ -273,12 +243,11 @@ class Start(NamedTuple):
 def load_start(path: str, arch: str, patch_size: int, checkpoint_key: str = "teacher") -> Start:
     """Read the weights that a run starts from; see `load_backbone` for arguments, files and errors."""
     contents = _read(path)
-    with _one_line(path):
+    with _readable(path):
         state = _weights(contents, checkpoint_key, path)
         backbone = _build(state, _recorded(contents, path), path, arch, patch_size)
         head = {name.removeprefix("head."): value for name, value in state.items() if name.startswith("head.")}
-        criterion = contents.get("loss", contents.get("dino_loss"))
-        center = criterion.get("center") if isinstance(criterion, dict) else None
+        center = (contents.get("loss") or contents.get("dino_loss") or {}).get("center")
         _check_numbers(head if center is None else {**head, "center": center}, path)
         return Start(path, backbone, head, center)
 

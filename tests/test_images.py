@@ -1,4 +1,3 @@
-import gzip
 import importlib.util
 import io
 import json
@@ -38,12 +37,10 @@ def gradient():
 
 
 def test_plain_modes_decode_to_rgb(tmp_path, gradient):
-    image = Image.fromarray(gradient)
     for mode in ("RGB", "L", "1", "CMYK"):
-        image.convert(mode).save(tmp_path / "i.tif")
-        read = read_image(tmp_path / "i.tif")
-        assert read.mode == "RGB"
-        assert np.array_equal(np.asarray(read), np.asarray(image.convert(mode).convert("RGB")))
+        image = Image.fromarray(gradient).convert(mode)
+        image.save(tmp_path / "i.tif")
+        assert np.array_equal(np.asarray(read_image(tmp_path / "i.tif")), np.asarray(image.convert("RGB")))
 
 
 def test_transparent_parts_are_white(tmp_path, gradient):
@@ -60,13 +57,6 @@ def test_transparent_parts_are_white(tmp_path, gradient):
     palette = Image.fromarray(gradient).quantize(16)
     palette.save(tmp_path / "p.png", transparency=palette.getpixel((0, 0)))
     assert read_image(tmp_path / "p.png").getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_16_bit_is_scaled(tmp_path):
-    levels = np.array([[0, 257, 32896, 65535]], np.uint16)
-    for name in ("i.png", "i.tif"):
-        Image.fromarray(levels).save(tmp_path / name)
-        assert np.asarray(read_image(tmp_path / name))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
 def test_exif_rotation(tmp_path, gradient):
@@ -183,10 +173,6 @@ def test_missing_and_empty_folders_are_named(tmp_path):
         open_dataset("folder", tmp_path / "nowhere")
     with pytest.raises(UserError, match="no images below"):
         open_dataset("folder", tmp_path)
-    with pytest.raises(UserError, match="needs --data_path"):
-        open_dataset("folder")
-    with pytest.raises(UserError, match="no CIFAR10 in .*--download"):
-        open_dataset("cifar10", tmp_path)
 
 
 def test_subset_by_a_list_of_classes(tmp_path, gradient):
@@ -278,25 +264,11 @@ def test_solar_cells_of_a_small_package(elpv_package):
     assert assert_stratified(elpv_package) == (32, 12)  # of groups of 15, 14, 8 and 7
 
 
-@pytest.mark.parametrize(
-    "contents",
-    [b"", b"images/1.png 1.0\n", b"images/1.png high mono\n", b"images/1.png 1.0 thin\n", None],
-)
-def test_broken_labels_of_solar_cells_are_named(elpv_package, contents):
-    path = elpv_package / "labels.csv"
-    path.unlink()
-    if contents is not None:
-        path.write_bytes(contents)
-    with pytest.raises(UserError, match=rf"cannot read {path} \(.*install elpv-dataset") as error:
-        open_dataset("elpv")
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize("spec", [None, SimpleNamespace(origin=None)])
 def test_solar_cells_need_their_package(monkeypatch, spec):
     """A folder without __init__.py has a spec without origin."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name != "elpv_dataset" else spec)
-    with pytest.raises(UserError, match="^--dataset elpv needs .*: pip install elpv-dataset$"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    with pytest.raises(UserError, match="which comes with elpv-dataset: pip install --upgrade elpv-dataset$"):
         open_dataset("elpv")
 
 
@@ -308,17 +280,18 @@ def idx(array):
     return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
-def write_fashion_mnist(folder, gzipped=False):
-    """Write the four files of Fashion-MNIST, 30 and 12 images: noise around a gray level of the class."""
+def write_fashion_mnist(root):
+    """Write the four files of Fashion-MNIST where torchvision expects them, 30 and 12 images: noise around a gray level
+    of the class."""
+    folder = root / "FashionMNIST/raw"
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for name, count in (("train", 30), ("t10k", 12)):
         labels = rng.permutation(np.arange(count) % 10).astype(np.uint8)
         pixels = (25 * labels[:, None, None] + rng.integers(0, 25, (count, 28, 28))).astype(np.uint8)
         for kind, array in (("images-idx3", pixels), ("labels-idx1", labels)):
-            contents = gzip.compress(idx(array)) if gzipped else idx(array)
-            (folder / f"{name}-{kind}-ubyte{'.gz' if gzipped else ''}").write_bytes(contents)
-    return folder
+            (folder / f"{name}-{kind}-ubyte").write_bytes(idx(array))
+    return root
 
 
 def noise_folder(folder, splits=(("train", 12), ("val", 3))):
@@ -366,12 +339,6 @@ def test_training_images_are_limited_and_tuned_on(tmp_path, source):
         opened("val", train_images=4, tuning=True)
 
 
-def test_items_keep_their_labels_in_a_limited_set(tmp_path):
-    limited = open_dataset("folder", noise_folder(tmp_path), train_images=10)
-    assert [Path(path).parent.name for path in limited.paths] == [limited.classes[label] for label in limited.labels]
-    assert list(limited.paths) == sorted(limited.paths)
-
-
 def test_splits_share_no_image(tmp_path):
     """A folder without train and val is both; with --tuning its images are divided."""
     transforms = {"train": None, "val": None}
@@ -410,25 +377,9 @@ def test_crops_for_validation_do_not_overlap_the_others(tmp_path, monkeypatch):
 
 
 def test_photographs_need_scikit_image(monkeypatch):
-    monkeypatch.setitem(sys.modules, "skimage.data", None)
-    with pytest.raises(UserError, match="comes with scikit-image: pip install scikit-image"):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(UserError, match="comes with scikit-image: pip install --upgrade scikit-image"):
         open_dataset("photographs")
-
-
-# Names by which other packages are imported in projects like this one
-WELL_KNOWN = set(
-    "accelerate albumentations apex augly avalanche clip data dataloader datasets detectron2 diffusers dinov2 "
-    "evaluate evaluation faiss features fairscale fvcore imgaug kornia lightly lightning metrics mmcv mmengine model "
-    "models modeling networks open_clip optim pl_bolts pytorch_lightning solo timm tokenizers torch torchmetrics "
-    "torchvision trainer transformers transforms vissl wandb webdataset xformers".split()
-)
-
-
-def test_no_module_of_the_root_is_called_like_a_well_known_package():
-    names = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert {"main_lgssl", "utils", "support"} < names
-    assert not names & WELL_KNOWN
-    assert not names & sys.stdlib_module_names
 
 
 def test_datasets_of_hugging_face_is_found_from_the_root(tmp_path):
@@ -451,10 +402,10 @@ def test_intensities_are_mapped_linearly_and_clipped(tmp_path):
     Image.fromarray(np.array([[-5, -1, 0, 1, 70000]], np.int32)).save(tmp_path / "signed.tif")
     read = read_image(tmp_path / "signed.tif", intensity_range=[-1, 1])
     assert np.asarray(read)[0, :, 1].tolist() == [0, 0, 127, 255, 255]
-    levels = np.array([[0, 1000, 2000, 3000]], np.uint16)
     for name in ("i.png", "i.tif"):
-        Image.fromarray(levels).save(tmp_path / name)
-        read = read_image(tmp_path / name, intensity_range=(1000, 2000))
+        Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16)).save(tmp_path / name)
+        assert np.asarray(read_image(tmp_path / name))[0, :, 0].tolist() == [0, 1, 128, 255]
+        read = read_image(tmp_path / name, intensity_range=(257, 32896))
         assert np.asarray(read)[0, :, 0].tolist() == [0, 0, 255, 255]
     Image.fromarray(np.array([[7, 200]], np.uint8)).save(tmp_path / "i.png")  # 8 bits stay what they are
     assert np.asarray(read_image(tmp_path / "i.png", intensity_range=(0, 1)))[0, :, 0].tolist() == [7, 200]

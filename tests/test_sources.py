@@ -1,6 +1,5 @@
 """Sources of images: their names, torchvision's data sets, and lists."""
 
-import argparse
 import json
 import os
 import pickle
@@ -16,7 +15,7 @@ import torchvision
 from conftest import ROOT, open_dataset
 from kill_and_resume import fingerprint, wait_for
 from PIL import Image
-from test_images import idx, write_fashion_mnist
+from test_images import write_fashion_mnist
 from test_main_lgssl import TINY
 
 import extract_features
@@ -31,7 +30,6 @@ from utils import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
 FASHION = "torchvision:FashionMNIST"
-IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
 def save(path, pixels=PIXELS[0]):
@@ -72,54 +70,28 @@ def test_cifar10_in_its_own_format(cifar10_folder):
     assert_kept(train)
 
 
-@pytest.mark.parametrize("gzipped", [False, True])
-@pytest.mark.parametrize("below", ["", "FashionMNIST/raw"])
-def test_fashion_mnist_is_that_of_torchvision(tmp_path, below, gzipped):
-    write_fashion_mnist(tmp_path / "theirs/FashionMNIST/raw")
-    write_fashion_mnist(tmp_path / "own" / below, gzipped)
+def test_fashion_mnist_is_that_of_torchvision(tmp_path):
+    write_fashion_mnist(tmp_path)
     for split in ("train", "val"):
-        own = open_dataset(FASHION, tmp_path / "own", split)
-        assert_equal_items(own, torchvision.datasets.FashionMNIST(tmp_path / "theirs", train=split == "train"))
+        own = open_dataset(FASHION, tmp_path, split)
+        assert_equal_items(own, torchvision.datasets.FashionMNIST(tmp_path, train=split == "train"))
     assert_kept(own)
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        (IMAGES, lambda contents: contents[:-1], "no FashionMNIST in {folder}, expected intact files as torchvision "),
-        (LABELS, lambda contents: b"", "no FashionMNIST in {folder}, expected intact files as torchvision puts them"),
-        (LABELS, lambda contents: idx(np.zeros(29, np.uint8)), "(found 30 images, 29 labels and 10 classes)"),
-        (LABELS, lambda contents: idx(np.full(30, 10, np.uint8)), "no FashionMNIST in {folder}, expected intact"),
-        (IMAGES, lambda contents: idx(np.zeros(30, np.uint8)), "no FashionMNIST in {folder}, expected intact files"),
-        (LABELS, None, "no {name} in {folder}: expected the four files"),
-        (f"{IMAGES}.gz", lambda contents: contents[:-9], "cannot read {folder}/{name}: "),
-        (
-            f"{IMAGES}.gz",
-            lambda contents: contents[:40] + b"\xff" * 20,
-            "cannot read {folder}/{name}: ",
-        ),
-        (f"{IMAGES}.gz", lambda contents: b"no gzip", "cannot read {folder}/{name}: "),
-    ],
-)
-def test_damaged_fashion_mnist_is_named(tmp_path, name, change, message):
-    write_fashion_mnist(tmp_path, gzipped=name.endswith(".gz"))
-    path = tmp_path / name
+@pytest.mark.parametrize("change", [lambda contents: contents[:-1], lambda contents: b"", None])
+def test_damaged_and_missing_files_are_one_line(tmp_path, change):
+    path = write_fashion_mnist(tmp_path) / "FashionMNIST/raw/train-labels-idx1-ubyte"
     if change:
         path.write_bytes(change(path.read_bytes()))
     else:
         path.unlink()
-    with pytest.raises(UserError) as error:
+    expected = f"^no FashionMNIST in {tmp_path}, expected intact files as torchvision puts them there, see --download"
+    with pytest.raises(UserError, match=expected) as error:
         open_dataset(FASHION, tmp_path)
-    assert message.format(name=name, folder=tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_downloads_are_those_of_torchvision(tmp_path, monkeypatch):
-    kind = torchvision.datasets.FashionMNIST
-    for dataset, message in {FASHION: f"no {IMAGES} in .*--download", "cifar10": "no CIFAR10 in .*--download"}.items():
-        with pytest.raises(UserError, match=message):
-            open_dataset(dataset, tmp_path)
-
     def no_network(*_, **__):
         raise URLError("name resolution failed\nfor a reason")
 
@@ -128,9 +100,10 @@ def test_downloads_are_those_of_torchvision(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"^cannot download FashionMNIST to {tmp_path}: Error ") as error:
             open_dataset(FASHION, tmp_path, download=True)
         assert "\n" not in str(error.value)
-    monkeypatch.setattr(kind, "download", lambda self: write_fashion_mnist(Path(self.raw_folder)))
+    monkeypatch.setattr(
+        torchvision.datasets.FashionMNIST, "download", lambda self: write_fashion_mnist(Path(self.root))
+    )
     assert len(open_dataset(FASHION, tmp_path, download=True)) == 30
-    assert (tmp_path / "FashionMNIST/raw" / IMAGES).is_file()
 
 
 def test_files_of_torchvision_are_read_as_those_of_a_folder(tmp_path):
@@ -149,7 +122,7 @@ def test_files_of_torchvision_are_read_as_those_of_a_folder(tmp_path):
     with pytest.raises(UserError, match="cannot read image .*/imagenette2/val/n01440764/3.jpeg: cannot identify"):
         own[0]
     for name in ("EuroSAT", "ImageFolder", "os", "cifar10"):
-        with pytest.raises(UserError, match=f"torchvision [^ ]+ has no data set {name} with training"):
+        with pytest.raises(UserError, match=f"--dataset torchvision:{name}: no such data set with training"):
             open_dataset(f"torchvision:{name}", tmp_path)
     for name in ("DTD", "OxfordIIITPet", "SVHN", "FER2013"):
         with pytest.raises(UserError, match=f"^no {name} in {tmp_path}, expected intact files as ") as error:
@@ -159,8 +132,8 @@ def test_files_of_torchvision_are_read_as_those_of_a_folder(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "cifar", "torchvision", "torchvision:", "folder:x", "folder:", "TORCHVISION:DTD"])
 def test_other_data_sets_are_refused(text):
-    expected = f"found {text!r}, expected one of folder, imagenet100, cifar10, torchvision:NAME, hf:NAME_OR_PATH, elpv"
-    with pytest.raises(argparse.ArgumentTypeError, match=expected):
+    expected = f"--dataset: found {text!r}, expected one of folder, imagenet100, cifar10, torchvision:NAME, hf:NAME_OR_"
+    with pytest.raises(UserError, match=expected):
         dataset_name(text)
 
 
@@ -185,7 +158,7 @@ def test_lists_with_and_without_classes(tmp_path):
     path = tmp_path / "data" / "list.txt"
     path.write_text(f"b/1.png\n\n{tmp_path}/data/a/2.png\nwith space.png\nb/ü.png\n", encoding="utf-8")
     dataset = open_dataset("folder", path)
-    assert (dataset.labels, dataset.classes) == ([-1] * 4, [])
+    assert (dataset.labels, list(dataset.classes)) == ([-1] * 4, [])
     for i, (image, _) in enumerate(dataset):
         assert np.array_equal(np.asarray(image), PIXELS[i])
     lines = ["b/1.png\tzebra", "a/2.png\tbig cat", "with space.png\tzebra", "b/ü.png\tant"]
@@ -213,9 +186,7 @@ def test_a_list_moves_with_its_images(tmp_path, monkeypatch):
     ("contents", "message"),
     [
         (b"a.png\tx\nb.png\n", r"has a class after a tab for 1 of its 2 images, but not for b.png: expected a class"),
-        (b"a.png\t\nb.png\ty\n", r"for 1 of its 2 images, but not for a.png"),
         (b"a.png\nc.png\nd.png\n", r"list.txt lists 3 images, 2 are missing; the first: .*c.png"),
-        (b"a\0.png\n", "lists 1 images, 1 are missing"),
         (b"\xff\xfe\n", r"cannot read .*list.txt: .*decode"),
         (b"\n \n", r"cannot read .*list.txt: it is empty"),
     ],
@@ -262,7 +233,6 @@ def test_paths_are_a_sequence():
     full = ["root/" + name for name in names]
     assert list(paths) == full
     assert (len(paths), paths[1], paths[-1]) == (5, full[1], full[-1])
-    assert paths[1:4:2] == full[1:4:2]
     assert full[2] in paths
     assert "a/1.png" not in paths
     assert list(paths.keep([3, 0])) == [full[3], full[0]]

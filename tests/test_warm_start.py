@@ -220,7 +220,7 @@ def test_other_networks_are_refused_in_one_line(refused, tmp_path, monkeypatch):
     assert "was made with --patch_size 8, found --patch_size 4" in refused(
         "--init_weights", tmp_path / "dino.pth", "--patch_size", 4
     )
-    assert "has no 'model', found teacher, student" in refused(
+    assert "has no 'model', found ['student', 'teacher'" in refused(
         "--init_weights", tmp_path / "dino.pth", "--checkpoint_key", "model"
     )
     bad = network()

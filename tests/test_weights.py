@@ -130,23 +130,20 @@ def test_weights_that_do_not_fit_are_named(tmp_path, refused):
     assert "blocks.4.norm1.weight is missing" in refused(state, arch="vit_tiny")
     assert "mask_token is not part of the network" in refused({**state, "mask_token": torch.zeros(1)})
     assert "norm.weight is missing" in refused({k: v for k, v in state.items() if k != "norm.weight"})
-    assert "norm.weight is torch.int64, expected torch.float32" in refused({**state, "norm.weight": torch.arange(96)})
     assert "not finite: norm.weight" in refused({**state, "norm.weight": torch.full((96,), torch.inf)})
     assert "was made with --arch vit_tiny, found --arch vit_micro" in refused(
         {"teacher": state, "args": {"arch": "vit_tiny"}}, arch="vit_micro"
     )
     assert "no architecture resnet50" in refused({"teacher": state, "args": {"arch": "resnet50"}})
-    assert "has no 'teacher', found student" in refused({"student": state})
-    assert "holds no weights under 'teacher'" in refused({"teacher": 3})
-    resnet = {"conv1.weight": torch.zeros(64, 3, 7, 7), "bn1.weight": torch.zeros(64), "bn1.bias": torch.zeros(64)}
+    assert "has no 'teacher', found ['student']" in refused({"student": state})
+    resnet = {"conv1.weight": torch.zeros(64, 3, 7, 7), "bn1.weight": torch.zeros(64)}
     expected = "holds no ViT: expected patch_embed.proj.weight [D, 3, p, p], found "
-    assert f"{expected}conv1.weight, bn1.weight, bn1.bias" in refused(resnet)
+    assert f"{expected}['conv1.weight', 'bn1.weight']" in refused(resnet)
     assert f"{expected}[96, 768]" in refused({**state, "patch_embed.proj.weight": torch.zeros(96, 768)})
-    assert f"{expected}nothing" in refused({})
     large = {"patch_embed.proj.weight": torch.zeros(1024, 3, 16, 16)}
-    assert "of width 1024, expected one of 96 (vit_micro), 192" in refused(large)
-    for path, reason in ((tmp_path / "absent.pth", "no checkpoint at"), (tmp_path, "is a folder")):
-        with pytest.raises(UserError, match=reason):
+    assert "of width 1024, expected one of 96, 192" in refused(large)
+    for path in (tmp_path / "absent.pth", tmp_path):
+        with pytest.raises(UserError, match="no checkpoint at"):
             load_backbone(path)
     torch.save(state, tmp_path / "c.pth")
     for contents in (b"not a checkpoint", (tmp_path / "c.pth").read_bytes()[:50000]):  # the second: a failed download
@@ -180,8 +177,6 @@ def test_a_changed_bit_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("norm.weight", torch.Tensor.to_sparse),
-        ("norm.weight", lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)),
         ("norm.weight", lambda value: value.to("meta")),
         ("pos_embed", lambda value: torch.zeros(1).expand(1, 1 + 20000**2, 96)),  # 150 GB of one number
     ],
@@ -212,15 +207,7 @@ def test_arguments_that_are_not_plain_are_refused_at_once(refused, value):
     assert "records the argument" in refused({"teacher": state, "args": argparse.Namespace(note=value)})
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [
-        ("patch_size", "8", "a whole number in [1, 8192]"),
-        ("global_crops_size", 10**7, "a whole number in [1, 8192]"),
-        ("local_crops_scale", [0.4], "two fractions"),
-        ("flip_prob", 2, "a fraction"),
-    ],
-)
-def test_recorded_arguments_that_no_run_has_are_refused(refused, name, value, expected):
+@pytest.mark.parametrize(("name", "value"), [("patch_size", "8"), ("global_crops_size", 10**7)])
+def test_recorded_sides_that_no_run_has_are_refused(refused, name, value):
     contents = {"teacher": vit_micro(8, img_size=32).state_dict(), "args": {name: value}}
-    assert f"records {name} {value!r}, expected {expected}" in refused(contents)
+    assert f"records {name} {value!r}, expected a whole number in [1, 8192]" in refused(contents)
