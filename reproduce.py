@@ -187,7 +187,8 @@ def evaluation_steps(recipe: str, names: Iterable[str], setup: Setup) -> list[St
     folder, lists, imagenet = setup.runs / recipe, setup.runs / "lists", setup.data_root / "imagenet"
     steps = []
     for name in names:
-        result, words = f"{name}.json", []
+        result = f"{name}.json"
+        words: list[str | Path | int] = ["--data_path", setup.data_root, "--dataset", name]
         if name in ("linear", "knn"):
             words = ["--dataset", dataset, *setup.data_words(dataset)]
             if name == "linear":
@@ -198,8 +199,6 @@ def evaluation_steps(recipe: str, names: Iterable[str], setup: Setup) -> list[St
             steps.append(Step("lists", words, lists / "distractors.txt"))
             words = ["--data_path", setup.data_root / name, "--distractors_path", lists / "distractors.txt"]
             words += ["--whitening_path", imagenet / "train" if whitened_on_all(recipe) else lists / "whitening.txt"]
-        else:
-            words = ["--data_path", setup.data_root, "--dataset", name]
         words = [f"{EVALUATIONS[name].__name__}.py", *words, "--pretrained_weights", folder / "checkpoint.pth"]
         steps.append(Step(name, words, folder / result, setup.processes))
     return steps
@@ -258,12 +257,12 @@ def remarks(step: Step, result: dict[str, Any], pretraining: dict[str, Any], ima
         pretraining: the recipe's settings.
         images: {split or block of the data set: number of images}.
     """
-    wanted, batch_size = step.settings(), result["pretraining"].get("batch_size", TOTAL_BATCH)
+    batch_size = result["pretraining"].get("batch_size", TOTAL_BATCH)
     changed = [] if batch_size == TOTAL_BATCH else [f"a total batch of {batch_size} instead of {TOTAL_BATCH}"]
     changed += differences(pretraining, result["pretraining"])
     if step.name == "linear" and result["batch_size"] != LINEAR_BATCH:
         changed.append(f"{result['batch_size']} images per step instead of {LINEAR_BATCH}")
-    changed += differences(wanted, result["args"])
+    changed += differences(step.settings(), result["args"])
     for split, count in images.items():
         if (number := result["images"].get(split, 0)) != count:
             changed.append(f"{number} {split} images instead of {count}")

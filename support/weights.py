@@ -203,9 +203,6 @@ def _build(
         path: file of the weights, for messages.
         arch, patch_size: expected architecture and patch size; None takes those of the file.
     """
-    for name, wanted in {"arch": arch, "patch_size": patch_size}.items():
-        if wanted and made_with.get(name) not in (None, "", wanted):
-            raise UserError(f"{path} was made with --{name} {made_with[name]}, found --{name} {wanted}")
     state = {name: value for name, value in state.items() if not name.startswith(("head.", "fc_norm."))}
     shape = list(state[PROJECTION].shape) if PROJECTION in state else []
     if len(shape) != 4:

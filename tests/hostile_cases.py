@@ -290,7 +290,7 @@ COMMANDS = [
     ("more neighbours than images", f"{GOOD_KNN} --nb_knn 13", "--nb_knn 13 is more than"),
     ("images smaller than a patch", f"{GOOD_KNN} --crop_size 1", "side 1 .*patch of 8"),
     ("no such network", f"{GOOD_KNN} --checkpoint_key momentum", "no 'momentum'.*teacher"),
-    ("another architecture", f"{GOOD_KNN} --arch vit_base", "--arch vit_micro.*--arch vit_base"),
+    ("another architecture", f"{GOOD_KNN} --arch vit_base", "does not fit vit_base.*--arch vit_micro"),
     ("unknown model of timm", f"{GOOD_KNN} --pretrained_weights timm:vit_gigantic", "vit_gigantic"),
     ("more blocks than there are", f"{GOOD_LINEAR} --n_last_blocks 99", "--n_last_blocks 99"),
     ("fewer outputs than classes", f"{GOOD_LINEAR} --num_labels 1", "--num_labels 1"),

@@ -235,7 +235,7 @@ def test_bad_input_is_named(photo_folder, weights, tmp_path):
     assert "--evaluate found no linear weights at" in message("--evaluate")
     assert "--n_last_blocks 5 is more than the network's 4" in message("--n_last_blocks", 5)
     assert "--num_labels 1 is fewer than the 2 classes" in message("--num_labels", 1)
-    assert "was made with --patch_size 8, found --patch_size 16" in message("--patch_size", 16)
+    assert "expected --arch vit_micro --patch_size 8" in message("--patch_size", 16)
     run(weights, photo_folder)
     no_classifier = "holds no linear classifier with a bias and a weight of (2, 96), found"
     assert f"{no_classifier} (2, 384)" in message("--n_last_blocks", 1)

@@ -191,10 +191,7 @@ def test_subset_by_a_list_of_classes(tmp_path, gradient):
 def test_digits_are_a_fixed_split_of_all_images():
     train, val = open_dataset("digits", split="train"), open_dataset("digits", split="val")
     assert (len(train), len(val)) == (1400, 397)
-    image, label = train[0]
-    assert image.size == (8, 8)
-    assert image.mode == "RGB"
-    assert 0 <= label < 10
+    assert (train[0][0].size, train[0][0].mode) == ((8, 8), "RGB")
     assert train.pixels.max() == 255
     from sklearn.datasets import load_digits
 
@@ -220,13 +217,6 @@ def write_elpv(folder, cells=44):
         lines.append(f"images/cell{i + 1:04}.png  {probability:<19}  {'mono' if i % 3 else 'poly'}\n")
     (data / "labels.csv").write_text("".join(lines))
     return data
-
-
-@pytest.fixture
-def elpv_package(tmp_path, monkeypatch):
-    """Return the data folder of a small elpv_dataset, which hides an installed one."""
-    monkeypatch.syspath_prepend(tmp_path / "packages")
-    return write_elpv(tmp_path / "packages")
 
 
 def assert_stratified(data):
@@ -260,8 +250,9 @@ def test_solar_cells_are_split_with_equal_proportions():
     assert names[:4] == ["cell0002", "cell0003", "cell0005", "cell0009"]  # the split of published results
 
 
-def test_solar_cells_of_a_small_package(elpv_package):
-    assert assert_stratified(elpv_package) == (32, 12)  # of groups of 15, 14, 8 and 7
+def test_solar_cells_of_a_small_package(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)  # hides an installed package
+    assert assert_stratified(write_elpv(tmp_path)) == (32, 12)  # of groups of 15, 14, 8 and 7
 
 
 @pytest.mark.parametrize("spec", [None, SimpleNamespace(origin=None)])

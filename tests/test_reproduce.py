@@ -170,13 +170,6 @@ def test_report_has_every_row_and_the_differences(tmp_path):
     assert re.search(r"^\| ImageNet-1K: Ours.* / 0.700 \([+-]0.\d+\) \| ", text, re.MULTILINE)
     rows = sum(len(table["rows"]) for table in paper()["tables"].values())
     assert len(re.findall(r"^\| .* / ", text, re.MULTILINE)) == rows == 41
-    # The only run with different numbers in two tables is named.
-    seen, differing = {}, []
-    for name, table in paper()["tables"].items():
-        for row in table["rows"].values():
-            first, numbers = seen.setdefault((row["recipe"], *table["columns"]), (name, row["paper"]))
-            differing += [(first, numbers, name, row["paper"])] if numbers != row["paper"] else []
-    assert differing == [("table1", [87.51, 84.44, 84.91], "table6", [75.29, 76.38, 76.24])]
     assert text.count("is 87.51 / 84.44 / 84.91 in Table 1 and 75.29 / 76.38 / 76.24 in Table 6") == 1
 
 
@@ -211,8 +204,6 @@ def test_other_classes_reach_all_steps(tmp_path, capsys):
     reproduce.main(f"show table5 --row mean-imagenet100 --classes C --runs {tmp_path}".split())
     lines = capsys.readouterr().out.splitlines()
     assert sum("--classes C" in line for line in lines) == 2  # only pretraining and lists use these classes
-    reproduce.main(f"show table3 --row mean-tiny --classes C --runs {tmp_path}".split())
-    assert capsys.readouterr().out.count("--classes C") == 3
 
 
 def test_lists_for_copy_detection_are_disjoint_and_without_the_classes(tmp_path, capsys):
@@ -236,13 +227,6 @@ def test_lists_for_copy_detection_are_disjoint_and_without_the_classes(tmp_path,
         reproduce.main(["lists", *words, "20"])
 
 
-def test_the_step_that_draws_lists_is_one_that_reproduce_understands(tmp_path):
-    step, _ = reproduce.evaluation_steps("cifar10_vit_tiny16_mean", ["copydays"], setup_in(tmp_path))
-    args = reproduce.parse_arguments([str(word) for word in step.words[1:]])
-    assert (step.name, args.command, args.imagenet) == ("lists", "lists", "DATA/imagenet")
-    assert (args.output_dir, args.whitening, args.distractors) == (tmp_path / "lists", 20000, 10000)
-
-
 def test_bad_input_is_named(tmp_path, capsys):
     def message(words):
         with pytest.raises((UserError, SystemExit)) as error:
@@ -251,8 +235,6 @@ def test_bad_input_is_named(tmp_path, capsys):
 
     assert "table3 has no row mean, expected some of dino-tiny, mean-tiny" in message("show table3 --row mean")
     assert "the following arguments are required: --data_root" in message("run table3")
-    assert "the following arguments are required: TABLE" in message("show")
-    assert "invalid choice: 'digits'" in message("show digits")
     for split in ("train", "val"):
         (tmp_path / "imagenet" / split).mkdir(parents=True)
     root = f"--data_root {tmp_path}"
