@@ -101,6 +101,8 @@ class ArgumentParser(argparse.ArgumentParser):
                 self._characters += len(text)
                 if depth == MAX_DEPTH or self._characters > MAX_CHARACTERS:
                     raise ValueError(f"more than {MAX_DEPTH} files deep or {MAX_CHARACTERS} characters in all")
+                if "\0" in text:
+                    raise ValueError("it contains a NUL character")
                 inner = shlex.split(text, comments=True)
             except (UserError, OSError, ValueError) as error:  # ValueError: also an open quotation mark
                 self.error(f"argument file: cannot read {path}: {str(error).removeprefix(f'cannot read {path}: ')}")

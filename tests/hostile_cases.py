@@ -450,7 +450,7 @@ RESUMED = [
     ("optimizer None", "checkpoint.pth", run(optimizer=None)),
     ("not a run", "checkpoint.pth is not a checkpoint", instead("checkpoint.pth", saved({"step": 1}))),
     ("empty checkpoint", "checkpoint.pth", instead("checkpoint.pth", "")),
-    ("folder as checkpoint", "checkpoint.pth is ", instead("checkpoint.pth", os.mkdir)),
+    ("folder as checkpoint", "checkpoint.pth", instead("checkpoint.pth", os.mkdir)),
     ("pipe as log", "log.txt.*file", instead("log.txt", os.mkfifo)),
     ("TensorBoard in a file", "warning: no TensorBoard", instead("tb", ""), "", 0),
     ("another process", "out is in use", run(in_use)),
