@@ -1,10 +1,7 @@
-import importlib
-import os
-
 import numpy as np
 import pytest
 import torch
-from matplotlib import rc_context, rcParams
+from matplotlib import rc_context
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patches import ConnectionPatch
 from matplotlib.transforms import Bbox
@@ -73,21 +70,18 @@ def test_pairs_by_features_are_colored_by_their_distance(photographs):
 
 def test_patches_of_several_pairs_have_one_number(photographs):
     figure, (idx_a, _) = draw(photographs, nearest_a=lambda idx: idx[:1].expand(len(idx)))
-    assert list(texts_on(figure, figure.axes[3])) == ["1+"]
+    assert list(texts_on(figure, figure.axes[3])) == ["1"]
     assert sorted(texts_on(figure, figure.axes[4]), key=int) == [str(n + 1) for n in range(len(idx_a))]
-    assert "5+: pair 5 and others" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_boxes_and_intersection_stand_on_the_image(photographs):
+def test_boxes_stand_on_the_image(photographs):
     figure, _ = draw(photographs)
     labels = [axis.get_ylabel() for axis in figure.axes[1:]]
     assert labels == ["teacher’s view\n224×224", "student’s view\n96×96, mirrored"]
     frames = [to_hex(axis.spines["left"].get_edgecolor()).upper() for axis in figure.axes[1:]]
-    *boxes, overlap = figure.axes[0].patches
+    boxes = figure.axes[0].patches
     assert frames == [to_hex(box.get_edgecolor()).upper() for box in boxes] == [figures.TEACHER, figures.STUDENT]
     assert [(r.get_y(), r.get_x(), r.get_height(), r.get_width()) for r in boxes] == list(BOXES)
-    assert overlap.get_label() == "intersection"
-    assert overlap.get_bbox().bounds == (250, 100, 20 + 300 - 250, 192)  # left, top, width, height
 
 
 def test_distance_counts_patches_in_rows_and_columns():
@@ -103,10 +97,10 @@ def test_crops_may_have_nothing_in_common(photographs, nearest_a):
     assert len(figure.axes[0].patches) == 2
 
 
-def curve(level, seeds=3, points=20):
+def curve(level, seeds, points=20):
     """Return a constant curve for `figures.draw_curves`, with a deviation of 1."""
     x = np.arange(1.0, points + 1)
-    return np.stack([x, np.full(points, level), np.full(points, 1.0 if seeds > 1 else np.nan), np.full(points, seeds)])
+    return np.stack([x, np.full(points, level), np.full(points, 1.0 if seeds > 1 else np.nan)])
 
 
 def run_curves(level, seeds=3):
@@ -126,7 +120,7 @@ def test_curves_are_told_apart_by_color_and_style():
 
 
 def test_only_panels_with_something_are_drawn():
-    nothing = np.empty((4, 0))
+    nothing = np.empty((3, 0))
     one = {**run_curves(3.0), "knn_top1": nothing, "entropy_share": nothing}
     figure = figures.draw_curves({"a": one, "b": {**one, "matched_patches": nothing}})
     assert [axis.get_title() for axis in figure.axes] == ["Loss", "Matched patches"]
@@ -134,12 +128,9 @@ def test_only_panels_with_something_are_drawn():
 
 
 def test_losses_of_different_size_share_a_panel():
-    def scale(*levels):
-        return figures.draw_curves({str(level): run_curves(level) for level in levels}).axes[0]
-
-    assert scale(4.0, 5.0).get_yscale() == "linear"
-    assert scale(4.0, 30.0).get_yscale() == "log"
-    assert scale(4.0, 30.0).get_ylabel() == "nats, log scale"
+    for high, scale in ((5.0, "linear"), (30.0, "log")):
+        figure = figures.draw_curves({"a": run_curves(4.0), "b": run_curves(high)})
+        assert figure.axes[0].get_yscale() == scale
 
 
 @pytest.mark.parametrize(
@@ -169,10 +160,11 @@ def test_a_figure_is_written_as_png_or_pdf(tmp_path):
         assert figures.save([figure], tmp_path / f"c{suffix}") == [tmp_path / f"c{suffix}"]
         assert (tmp_path / f"c{suffix}").read_bytes().startswith(start)
     assert b"/Type3" not in (tmp_path / "c.pdf").read_bytes()
-    for name in ("c", "c.xyz", "c.png/c.png"):
+    (tmp_path / "d.png").mkdir()
+    for name in ("c", "c.xyz", "c.png/c.png", "d.png", f"{'n' * 300}.png"):
         with pytest.raises(UserError, match="cannot write"):
             figures.save([figure], tmp_path / name)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pdf", "c.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pdf", "c.png", "d.png"]
 
 
 def check_texts(figure):
@@ -206,17 +198,16 @@ def test_texts_of_panels_do_not_overlap(count, shape):
     maps = [np.random.default_rng(0).random((8, rows, columns))] * count
     colors = [noise(rows, columns), np.full((rows, columns, 3), 128, np.uint8)] * count
     cosines = [np.linspace(-1, 1, rows * columns).reshape(rows, columns)] * count
-    nearest = [(i, rows - 1, columns - 1) for i in range(count)]
+    places = [(0, 0, 0), *((i, rows - 1, columns - 1) for i in range(count))]
     pages = [
         *figures.draw_attention(images, maps, [m > 0.5 for m in maps], 8, 0.6),
         *figures.draw_features(images, colors[:count], 8, np.array([0.5, 0.25, 0.125])),
-        *figures.draw_patch_neighbours(images, cosines, (0, 0), nearest, 8),
+        *figures.draw_patch_neighbours(images, cosines, places, 8),
         *figures.draw_image_neighbours(list(images.values()), [0.98765] * (count - 1), list(images)[1:]),
     ]
     for page in (pages[0], *pages[-3:]):
         check_texts(page)
     assert all(max(page.get_size_inches() * page.dpi) < 2**16 for page in pages)
-    assert ("page 1 of" in pages[0].texts[0].get_text()) == (count == 4)
     assert [axis.get_title() for page in pages for axis in page.axes].count("head 3") == count
 
 
@@ -230,69 +221,64 @@ def test_cells_are_equal():
     np.testing.assert_allclose([picture.y1 for picture in shown[::2]], [cells[0].y1] * 3, rtol=1e-3)
 
 
-def test_no_structure_is_said_instead_of_colors():
+def test_no_structure_is_said_above_the_colors():
     images = {"flat": np.full((16, 16, 3), 90, np.uint8), "rich": noise(16, 16)}
-    (figure,) = figures.draw_features(
-        images, [np.full((2, 2, 3), 128, np.uint8), noise(2, 2)], 8, np.array([0.6, 0.3, 0.1])
-    )
-    assert "no structure" in figure.axes[1].texts[0].get_text()
-    assert not figure.axes[1].images
-    assert figure.axes[3].images
-    (figure,) = figures.draw_features({"flat": images["flat"]}, [np.full((2, 2, 3), 128, np.uint8)], 8, np.zeros(3))
+    colors = [np.full((2, 2, 3), 128, np.uint8), noise(2, 2)]
+    (figure,) = figures.draw_features(images, colors, 8, np.array([0.6, 0.3, 0.1]))
+    assert [axis.get_title() for axis in figure.axes[::2]] == ["flat\nno structure", "rich"]
+    assert "(60%, 30%, 10% of the variance)" in figure.texts[0].get_text()
+    (figure,) = figures.draw_features({"flat": images["flat"]}, colors[:1], 8, np.zeros(3))
     assert "%" not in figure.texts[0].get_text()
 
 
-def test_bright_is_high_and_a_bar_says_so():
+def test_bright_is_high():
     brightness = figures.HEAT(np.linspace(0, 1, 64))[:, :3] @ (0.2126, 0.7152, 0.0722)
     assert (np.diff(brightness) > 0).all()
-    images = {"a": noise(16, 16)}
-    (attention,) = figures.draw_attention(images, [np.eye(2)[None]], [np.eye(2)[None] > 0], 8, 0.6)
-    (cosines,) = figures.draw_patch_neighbours(images, [np.array([[1, 0.5], [-0.25, 0]])], (0, 0), [(0, 0, 1)], 8)
-    for figure, ends in ((attention, ["low", "high"]), (cosines, ["cosine -0.25", "1"])):
-        assert [text.get_text() for text in figure.axes[-1].get_xticklabels()] == ends
+    cosines = [np.array([[1, 0.5], [-0.25, 0]]), np.full((2, 2), -0.25)]
+    places = [(0, 0, 0), (0, 0, 1)]
+    (figure,) = figures.draw_patch_neighbours({"a": noise(16, 16), "b": noise(16, 16)}, cosines, places, 8)
+    a, b = (np.asarray(axis.images[0].get_array())[::8, ::8] for axis in figure.axes[1::2])
+    np.testing.assert_allclose(a[0, 1], 255 * np.array(figures.HEAT(0.6)[:3]), atol=1)
+    assert (b == a[1, 0]).all()  # one scale for all images
+    assert "from -0.25 (dark) to 1 (bright)" in figure.texts[0].get_text()
+    frames = [(p.get_x() + 0.5, p.get_y() + 0.5, to_hex(p.get_edgecolor()).upper()) for p in figure.axes[0].patches]
+    assert frames == [(8, 0, figures.STUDENT), (0, 0, figures.TEACHER)]
 
 
 def test_cosines_have_three_decimals():
     (figure,) = figures.draw_image_neighbours([noise(9, 9)] * 3, [0.98765, 0.5], ["a/b", "c/d"])
     assert [axis.get_title() for axis in figure.axes] == ["query", "a/b\n0.988", "c/d\n0.500"]
-    assert to_hex(figure.axes[0].patches[0].get_edgecolor()).upper() == figures.TEACHER
 
 
 @pytest.mark.parametrize("name", LONG)
 def test_long_names_lose_their_middle(name):
-    assert figures.fit("short", 1) == "short"
-    for width, characters in ((0.5, 6), (1.0, 12), (3.0, 38)):
-        text = figures.fit(name, width).strip()
+    assert figures.fit("short", 12) == "short"
+    for characters in (6, 12, 38):
+        text = figures.fit(name, characters).strip()
         assert len(text) <= characters
-        assert "\n" not in text
         first, *last = text.split("…")
         assert printable(name).strip().startswith(first.strip())
         assert not last or printable(name).strip().endswith(last[0].strip())
-    lines = figures.fit(name, 1.0, lines=3).strip().split("\n")
-    assert max(map(len, lines)) <= 12
-    assert len(lines) == min(-(-len(name) // 12), 3)
 
 
 def test_names_are_taken_literally():
     figure = figures.draw_map(np.eye(3, 2), [0, 1, 2], ["_a", "$b_$", "c"], "$x$")
     texts = [*figure.legends[0].get_texts(), figure.texts[0]]
-    assert [text.get_text() for text in texts] == [" _a", "$b_$", "c", "$x$"]
+    assert [text.get_text() for text in texts] == ["1: _a", "2: $b_$", "3: c", "$x$"]
     assert not any(text.get_parse_math() for text in texts)
 
 
-def test_a_few_classes_are_told_apart_by_color_and_many_by_number():
+def test_classes_are_told_apart_by_color_and_number():
     rng = np.random.default_rng(0)
     figure = figures.draw_map(rng.random((40, 2)), np.arange(40) % 10, long_names(10), "title")
     check_texts(figure)
     colors = {to_hex(points.get_facecolor()[0]) for points in figure.axes[0].collections}
     assert len(colors) == len(figure.legends[0].get_texts()) == len(figures.COLORS) == 10
-    assert not figure.axes[0].texts
 
     points, labels = rng.normal(size=(3000, 2)), np.repeat(np.arange(100), 30)
     figure = figures.draw_map(points, labels, [f"class {i}" for i in range(100)], "title")
-    figure.axes[0].texts[0].figure.draw_without_rendering()
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == [f"{i + 1} class {i}" for i in range(100)]
+    assert legend == [f"{i + 1}: class {i}" for i in range(100)]
     assert figure.get_figheight() <= figures.PAGE_HEIGHT
     for i, (text, dots) in enumerate(zip(figure.axes[0].texts, figure.axes[0].collections, strict=True)):
         assert text.get_text() == str(i + 1)
@@ -309,13 +295,12 @@ def test_settings_that_no_look_tells_apart_are_refused():
         figures.draw_curves({str(i): run_curves(i) for i in range(29)})
 
 
-def test_pages_are_numbered_and_other_files_are_kept(tmp_path, capsys):
+def test_pages_are_numbered_and_other_files_are_kept(tmp_path):
     pages = figures.draw_features({f"{i} 名": noise(8, 8) for i in range(9)}, [noise(1, 1)] * 9, 8, np.zeros(3))
     assert len(pages) > 1
     names = ["a.png", *(f"a-{number}.png" for number in range(2, len(pages) + 1))]
     for _ in range(2):  # figures may be replaced
         assert figures.save(pages, tmp_path / "a.png") == [tmp_path / name for name in names]
-    assert capsys.readouterr().err.count("the font lacks characters of some names\n") == 2
     photo = tmp_path / "photo.png"
     Image.fromarray(noise(8, 8)).save(photo)
     before = photo.read_bytes()
@@ -341,11 +326,3 @@ def test_no_setting_changes_a_figure(tmp_path):
     plain = draw(tmp_path / "a.png")
     with rc_context({"text.usetex": True, "figure.dpi": 1, "savefig.dpi": 5, "font.size": 30}):
         assert draw(tmp_path / "b.png") == plain
-
-
-def test_importing_changes_nothing(monkeypatch):
-    monkeypatch.setenv("MPLBACKEND", "svg")
-    with rc_context({"font.size": 3}):
-        importlib.reload(figures)
-        assert rcParams["font.size"] == 3
-    assert os.environ["MPLBACKEND"] == "svg"

@@ -230,7 +230,7 @@ def test_study_runs_and_goes_on(tmp_path):
         assert float(line["knn10"]) == result["knn"]["10"]["top1"]
         assert result["args"]["seed"] == int(line["seed"])
     curves = plot_runs.read_curves(tmp_path / "digits_curves.csv")
-    assert [(run.folder.name, run.seed) for run in curves] == [
+    assert [(run.name, run.seed) for run in curves] == [
         ("dino-image --epochs 1", "0"),
         ("dino-image --epochs 1", "1"),
     ]
