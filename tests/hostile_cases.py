@@ -147,7 +147,7 @@ IMAGES = [
     ("13,000×13,000 pixels", EXTRACT, f"{BAD}.*13000x13000 pixels", data(FLAT, x=png_header(13_000))),
     ("70,000×1 pixels", EXTRACT, "x.png.*70000x1 pixels", data(FLAT, x=image(size=(70_000, 1)))),
     ("70,000×1 pixels in training", TRAIN, "epoch 1/1", data(FLAT, x=image(size=(70_000, 1))), 0),
-    ("70,000×1 pixels to draw", FEATURES, "70000x1 pixels", data(x=image(size=(70_000, 1)))),
+    ("70,000×1 pixels to draw", FEATURES, "patches, .*--image_size", data(x=image(size=(70_000, 1)))),
     ("8×100,000 pixels to draw", FEATURES, "patches, .*--image_size", data(x=image(size=(8, 100_000)))),
     ("floats", EXTRACT, "x.png.*--intensity_range", data(FLAT, x=image("TIFF", pixels=RAMP))),
     ("NaN", f"{EXTRACT} --intensity_range 0 1", f"{BAD}.*NaN", data(FLAT, x=image("TIFF", pixels=HOLES))),
