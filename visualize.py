@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from augment import MultiCrop, resize
 from patch_matching import RULES, match_patches
-from support import evaluation, features, figures
+from support import evaluation, features
 from support.arguments import ArgumentParser, number
 from support.decoding import read_image
 from support.evaluation import OpenedModel
@@ -92,8 +92,10 @@ def nearest_tokens(features_a: torch.Tensor, features_b: torch.Tensor, idx_b: to
     return (b[idx_b - 1] @ a.T).argmax(1) + 1
 
 
-def show_attention(args: Namespace, model: OpenedModel) -> figures.Pages:
+def show_attention(args: Namespace, model: OpenedModel) -> list[Any]:
     """Draw the attention of the CLS token."""
+    from support import figures  # imports matplotlib, whose backend main has set
+
     images = open_images(args.images, args, model)
     heads = [features.cls_attention(model.backbone, image) for image in images.values()]
     attentions = [np.concatenate([maps, maps.mean(0, keepdims=True)]) for maps in heads]
@@ -102,8 +104,10 @@ def show_attention(args: Namespace, model: OpenedModel) -> figures.Pages:
     return figures.draw_attention(images, attentions, masks, patch_side(model.backbone), args.threshold)
 
 
-def show_features(args: Namespace, model: OpenedModel) -> figures.Pages:
+def show_features(args: Namespace, model: OpenedModel) -> list[Any]:
     """Draw the principal components of the patch features as colors."""
+    from support import figures  # imports matplotlib, whose backend main has set
+
     images = open_images(args.images, args, model)
     tokens = [features.patch_features(model.backbone, image) for image in images.values()]
     colors, explained = features.principal_colors(tokens, list(images.values()))
@@ -111,8 +115,10 @@ def show_features(args: Namespace, model: OpenedModel) -> figures.Pages:
     return figures.draw_features(images, colors, patch_side(model.backbone), explained)
 
 
-def show_matches(args: Namespace, model: OpenedModel | None) -> figures.Pages:
+def show_matches(args: Namespace, model: OpenedModel | None) -> list[Any]:
     """Draw the matches of two views by geometry and, given a network, by features."""
+    from support import figures  # imports matplotlib, whose backend main has set
+
     patch_size, made_with = (patch_side(model.backbone), model.made_with) if model else (args.patch_size or 16, {})
     crops = {name: getattr(args, name) or made_with.get(name, default) for name, default in CROPS.items()}
     ArgumentParser(prog="visualize.py matches").check_crops(Namespace(patch_size=patch_size, **crops))
@@ -156,8 +162,10 @@ def show_matches(args: Namespace, model: OpenedModel | None) -> figures.Pages:
     return [figure]
 
 
-def show_neighbours(args: Namespace, model: OpenedModel) -> figures.Pages:
+def show_neighbours(args: Namespace, model: OpenedModel) -> list[Any]:
     """Draw the images nearest to a query, or with --patch the nearest patches."""
+    from support import figures  # imports matplotlib, whose backend main has set
+
     query = find_image(args.query)
     if args.patch:
         return show_patch_neighbours(args, query, model)
@@ -175,8 +183,10 @@ def show_neighbours(args: Namespace, model: OpenedModel) -> figures.Pages:
     return figures.draw_image_neighbours(pictures, similarity, names)
 
 
-def show_patch_neighbours(args: Namespace, query: Path, model: OpenedModel) -> figures.Pages:
+def show_patch_neighbours(args: Namespace, query: Path, model: OpenedModel) -> list[Any]:
     """Draw the patches nearest to the patch at a point of the query, in the query and in the other images."""
+    from support import figures  # imports matplotlib, whose backend main has set
+
     images = open_images([query, *args.images], args, model)
     width, height = read_image(query).size
     x, y = args.patch
@@ -196,8 +206,10 @@ def show_patch_neighbours(args: Namespace, query: Path, model: OpenedModel) -> f
     return figures.draw_patch_neighbours(images, similarities, [(0, *patch), *nearest], patch_side(model.backbone))
 
 
-def show_map(args: Namespace, model: OpenedModel) -> figures.Pages:
+def show_map(args: Namespace, model: OpenedModel) -> list[Any]:
     """Draw a map of a labeled data set, by t-SNE."""
+    from support import figures  # imports matplotlib, whose backend main has set
+
     dataset = build_dataset(data_spec(args, model.made_with), args.split, features.eval_transform(model.img_size))
     if len(dataset) > args.max_images:
         chosen = np.random.default_rng(args.seed).choice(len(dataset), args.max_images, replace=False)
@@ -227,7 +239,7 @@ def patch_side(backbone: VisionTransformer) -> int:
     return backbone.patch_embed.patch_size[0]
 
 
-def open_images(names: Sequence[str | Path], args: Namespace, model: OpenedModel) -> figures.Images:
+def open_images(names: Sequence[str | Path], args: Namespace, model: OpenedModel) -> dict[str, np.ndarray]:
     """Read images, resized by `whole_patches` to a shorter side of --image_size or twice the model's.
 
     Args:
@@ -244,7 +256,7 @@ def open_images(names: Sequence[str | Path], args: Namespace, model: OpenedModel
     paths = find_images(names)
     if len(paths) > args.max_images:
         warn(f"found {len(paths)} images, drawing the first {args.max_images}: see --max_images")
-    images: figures.Images = {}
+    images: dict[str, np.ndarray] = {}
     for path in paths[: args.max_images]:
         name = printable(path.stem)
         while name in images:
@@ -321,6 +333,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    from support import figures  # imports matplotlib, whose backend main has set
+
     args = parse_arguments(argv)
     for path in args.output:
         figures.check_output(path)
