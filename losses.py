@@ -8,18 +8,14 @@ time and memory.
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.matched_cross_entropy import matched_cross_entropy
+from support.matched_cross_entropy import Matches, TokenOutput, matched_cross_entropy
 from utils import start_all_reduce_mean
-
-if TYPE_CHECKING:
-    from patch_matching import Matches
-    from vision_transformer import TokenOutput
 
 # Weight of a matched token pair, by --loss. Each function takes
 #   is_cls: booleans [M, Ns], whether the pair is CLS with CLS,
@@ -100,7 +96,7 @@ class LocalGlobalLoss(nn.Module):
         chunk_memory: see `matched_cross_entropy`.
 
     Raises:
-        ValueError: the loss or center is unknown, or λ is outside [0, 1].
+        ValueError: the center is unknown, or λ is outside [0, 1].
     """
 
     center: torch.Tensor
@@ -117,8 +113,6 @@ class LocalGlobalLoss(nn.Module):
         chunk_memory: int | None = None,
     ):
         super().__init__()
-        if loss not in LOSS_WEIGHTS:
-            raise ValueError(f"unknown loss {loss!r}, expected one of {', '.join(LOSS_WEIGHTS)}")
         if center not in ("position", "shared"):
             raise ValueError(f"unknown center {center!r}, expected position or shared")
         if not 0 <= lambda_cls <= 1:
@@ -130,7 +124,7 @@ class LocalGlobalLoss(nn.Module):
         self._pending: list[_PendingMean] = []  # of the micro-batches since the last update
 
     def forward(
-        self, student_out: "TokenOutput", teacher_out: "TokenOutput", matches: "Matches", teacher_temp: float
+        self, student_out: TokenOutput, teacher_out: TokenOutput, matches: Matches, teacher_temp: float
     ) -> torch.Tensor:
         """Return the loss of a batch, averaged over images and pairs of views.
 

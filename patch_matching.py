@@ -13,6 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 
 Ints = Sequence[int] | np.ndarray
+Rule = str | None  # a key of RULES; None matches only CLS
 
 
 class Matches(NamedTuple):
@@ -80,12 +81,7 @@ def match_patches(
 
 
 def match_views(
-    boxes: ArrayLike,
-    flips: ArrayLike,
-    grids: ArrayLike,
-    batch_size: int,
-    teacher_views: int = 2,
-    rule: str | None = "paper",
+    boxes: ArrayLike, flips: ArrayLike, grids: ArrayLike, batch_size: int, teacher_views: int = 2, rule: Rule = "paper"
 ) -> Matches:
     """Match each teacher view with every other view of the same image, for a whole batch.
 
@@ -111,9 +107,7 @@ def match_views(
     tokens = 1 + np.prod(np.asarray(grids, np.int64), axis=1)  # [V] tokens per image in each view
     first = np.cumsum(tokens) - tokens  # [V] tokens per image in earlier views
 
-    def listed(
-        view: np.ndarray, token: np.ndarray, total: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def listed(view: np.ndarray, token: np.ndarray, total: int) -> tuple[np.ndarray, ...]:
         """Return the matched tokens of a network with `total` tokens per image, and where the pairs have theirs.
 
         Returns:
@@ -170,9 +164,7 @@ class _Pairs(NamedTuple):
     num_matched: np.ndarray  # [n] matched tokens in the same pair of views, including CLS
 
 
-def _matched_pairs(
-    boxes: ArrayLike, flips: ArrayLike, grids: ArrayLike, teacher_views: int, rule: str | None
-) -> _Pairs:
+def _matched_pairs(boxes: ArrayLike, flips: ArrayLike, grids: ArrayLike, teacher_views: int, rule: Rule) -> _Pairs:
     """Return the _Pairs of G images; arguments as in `match_views`."""
     if rule is not None and rule not in RULES:
         raise ValueError(f"unknown matching rule {rule!r}, expected one of {', '.join(RULES)}")

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from support.matched_cross_entropy import LossAndGradients, Work, length
+from support.matched_cross_entropy import LossAndGradients, Work, length, pieces
 
 # Targets and differences are stored in units of 1 / UNIT: fp16 could hardly tell numbers near 1 / 65,536 apart.
 UNIT = tl.constexpr(1024.0)
@@ -22,17 +22,8 @@ BLOCK = 8192  # columns that a program loads at a time
 HAS_OUT_DTYPE = "dtype_out" in torch.ops.aten.mm.overloads()  # PyTorch 2.8
 
 
-def loss_and_gradients(
-    z: Tensor, prototypes: Tensor, scale: Tensor, work: Work, needs_z: bool, needs_prototypes: bool
-) -> LossAndGradients:
-    """Compute the loss and its gradients.
-
-    Args:
-        z: [Ns, D], bottleneck vectors of the student tokens.
-        prototypes, scale: [K, D] and [K], of the student.
-        work: everything else that the loss depends on.
-        needs_z, needs_prototypes: whether the gradients are wanted.
-    """
+def loss_and_gradients(z: Tensor, prototypes: Tensor, scale: Tensor, work: Work) -> LossAndGradients:
+    """Compute the loss and its gradients with the kernels, from the student's tensors."""
     K, teacher, dtype = len(prototypes), work.teacher_out, work.dtype
     target_idx, target_weight, temp = work.matches.teacher_idx, work.target_weight, work.student_temp
     weights = (scale[:, None] * prototypes).to(dtype)
@@ -40,8 +31,8 @@ def loss_and_gradients(
     student_z, teacher_z = z.to(dtype), teacher.bottleneck.to(dtype)
     weighted_z = (z * work.token_weight).to(dtype)
     losses = torch.empty(len(z), device=z.device)
-    d_z = torch.empty(z.shape, device=z.device) if needs_z else None
-    d_prototypes = torch.zeros(prototypes.shape, device=z.device) if needs_prototypes else None
+    d_z = torch.empty(z.shape, device=z.device) if work.needs_z else None
+    d_prototypes = torch.zeros(prototypes.shape, device=z.device) if work.needs_prototypes else None
     product = torch.empty(prototypes.shape, device=z.device)
     logits_buffer = z.new_empty(max(work.max_teachers, work.chunk), K, dtype=torch.float32)
     is_half = dtype != torch.float32
@@ -52,7 +43,7 @@ def loss_and_gradients(
         tokens, targets = group.teacher, targets_buffer[: length(group.teacher)]
         logits = _product(teacher_z[tokens], teacher_weights.T, logits_buffer[: length(tokens)])
         teacher_targets(logits, work.center, work.matches.teacher_position[tokens], work.teacher_temp, targets)
-        for rows in work.chunks(group):
+        for rows in pieces(group.student, work.chunk):
             logits = _product(student_z[rows], weights.T, logits_buffer[: length(rows)])
             difference, first = difference_buffer[: length(rows)], (rows.start, tokens.start)
             student_cross_entropy(logits, targets, target_idx, target_weight, first, temp, difference, losses)

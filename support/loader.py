@@ -74,20 +74,15 @@ class BatchSampler(Sampler[Key]):
     seed: int = 0
     drop_last: bool = True
 
-    @property
-    def steps_per_epoch(self) -> int:
-        step_size = self.batch_size * self.accum_steps * self.world_size
-        return self.num_samples // step_size if self.drop_last else -(-self.num_samples // step_size)
-
     def __len__(self) -> int:
         return len(self.steps) * self.accum_steps
 
     def __iter__(self) -> Iterator[Key]:
-        shuffled_epoch = None
+        step_size = self.batch_size * self.accum_steps * self.world_size
+        steps_per_epoch = self.num_samples // step_size if self.drop_last else -(-self.num_samples // step_size)
         for step in self.steps:
-            epoch, i = divmod(step, self.steps_per_epoch)
-            if epoch != shuffled_epoch:
-                shuffled_epoch = epoch
+            epoch, i = divmod(step, steps_per_epoch)
+            if i == 0 or step == self.steps[0]:
                 samples = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
             for micro_step in range(self.accum_steps):
                 start = ((i * self.world_size + self.rank) * self.accum_steps + micro_step) * self.batch_size
@@ -165,16 +160,12 @@ def batches_on_device(loader: Iterable[LoadedBatch], device: torch.device) -> It
     Raises:
         UserError: a worker died.
     """
-    batches = iter(loader)
-    while True:
-        try:
-            pixels, matches, bad_images = next(batches)
-        except StopIteration:
-            return
-        except (ConnectionError, EOFError, FileNotFoundError) as error:
-            if str(error).startswith("Caught ") or getattr(loader, "num_workers", 1) == 0:
-                raise  # an error of the data set
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise another error during this one
-            raise UserError(f"{DEAD_WORKER} ({type(error).__name__})") from error
-        views = [normalize(of_one_size.to(device, non_blocking=True)) for of_one_size in pixels]
-        yield Batch(views, matches.to(device), bad_images)
+    try:
+        for pixels, matches, bad_images in loader:
+            views = [normalize(of_one_size.to(device, non_blocking=True)) for of_one_size in pixels]
+            yield Batch(views, matches.to(device), bad_images)
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        if str(error).startswith("Caught ") or getattr(loader, "num_workers", 1) == 0:
+            raise  # an error of the data set
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise another error during this one
+        raise UserError(f"{DEAD_WORKER} ({type(error).__name__})") from error

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from math import inf
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -63,25 +62,27 @@ def matched_cross_entropy(
     Raises:
         ValueError: the number of tokens differs from that of the matches.
     """
-    for name, out, rows in (
-        ("student", student_out, matches.student_row),
-        ("teacher", teacher_out, matches.teacher_row),
-    ):
-        if len(out.bottleneck) != len(rows):
-            raise ValueError(f"found {len(out.bottleneck)} {name} tokens, expected the {len(rows)} of the matches")
     z, prototypes, scale = student_out.bottleneck, student_out.prototypes, student_out.scale
+    tokens, expected = (len(z), len(teacher_out.bottleneck)), (len(matches.student_row), len(matches.teacher_row))
+    if tokens != expected:
+        raise ValueError(f"found {tokens} student and teacher tokens, expected the {expected} of the matches")
     compute_dtype = torch.promote_types(z.dtype, torch.float32)  # of logits and what is derived from them
-    autocast = torch.is_autocast_enabled(z.device.type)
+    device_type = z.device.type
     weight = weight.to(compute_dtype)
     token_weight = weight.sum(0)  # [Ns]
     # Gradients are computed in units of the largest weight, to keep small numbers representable in fp16.
     max_weight = token_weight.max().clamp(min=torch.finfo(compute_dtype).tiny)
     compute = implementation(z.device, compute_dtype)
-    bytes_per_column = (chunk_memory or _default_memory(z.device)) // len(prototypes)
+    if chunk_memory is None and device_type == "cpu":
+        chunk_memory = 80 << 20
+    elif chunk_memory is None:
+        # A share of the whole memory: one of what is free would change chunks and rounding when a run is resumed.
+        chunk_memory = min(torch.cuda.get_device_properties(z.device).total_memory // 48, 3 << 29)
+    bytes_per_column = chunk_memory // len(prototypes)
     if compute is _loss_and_gradients:
         # One chunk of logits and two strip-sized buffers share the memory. A chunk is processed in strips: 8 on a CPU,
         # so that a strip fits the cache, 1 on a GPU, to launch fewer kernels.
-        num_strips = 8 if z.device.type == "cpu" else 1
+        num_strips = 8 if device_type == "cpu" else 1
         max_rows = max(bytes_per_column // 4 * num_strips // (num_strips + 2), 16)
         groups = _image_groups(matches, max_rows // 4)  # bounded, because the targets grow with a group
     else:
@@ -89,51 +90,40 @@ def matched_cross_entropy(
         groups = _image_groups(matches, max_rows)
     chunk = min(max_rows, max(length(group.student) for group in groups))
     work = Work(
-        compute=compute,
-        dtype=torch.get_autocast_dtype(z.device.type) if autocast else compute_dtype,
+        dtype=torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else compute_dtype,
         teacher_out=teacher_out,
         center=center.to(compute_dtype),
         matches=matches,
         token_weight=(token_weight / max_weight)[:, None],
         target_weight=weight / torch.where(token_weight > 0, token_weight, 1),
         groups=groups,
+        max_teachers=max(length(group.teacher) for group in groups),
         chunk=chunk,
         strip=-(-chunk // num_strips),
         student_temp=student_temp,
         teacher_temp=teacher_temp,
+        needs_z=torch.is_grad_enabled() and z.requires_grad,
+        needs_prototypes=torch.is_grad_enabled() and (prototypes.requires_grad or scale.requires_grad),
     )
-    if not torch.is_grad_enabled():  # needs_input_grad does not say so
-        z, prototypes, scale = z.detach(), prototypes.detach(), scale.detach()
-    return _CrossEntropy.apply(z, prototypes, scale, work) * max_weight
-
-
-def _default_memory(device: torch.device) -> int:
-    """Return the default of `chunk_memory`."""
-    if device.type == "cpu":
-        return 80 << 20
-    # A share of the whole memory and not of what is free, which would change chunks and rounding when a run is resumed.
-    return min(torch.cuda.get_device_properties(device).total_memory // 48, 3 << 29)
-
-
-def implementation(device: torch.device, dtype: torch.dtype) -> Callable[..., LossAndGradients]:
-    """Return the function that computes the loss and its gradients on a device, for logits of a type."""
-    kernels = fused_kernels(device) if device.type == "cuda" and dtype == torch.float32 else None
-    return kernels.loss_and_gradients if kernels else _loss_and_gradients
+    return _CrossEntropy.apply(z, prototypes, scale, compute, work) * max_weight
 
 
 @cache
-def fused_kernels(device: torch.device) -> ModuleType | None:
-    """Return the module with the Triton kernels if they work on a device. Warn if Triton is there and they do not."""
-    if find_spec("triton") is None:
-        return None
+def implementation(device: torch.device, dtype: torch.dtype) -> Callable[..., LossAndGradients]:
+    """Return the function that computes the loss and its gradients on a device, for logits of a type.
+
+    These are the Triton kernels if they work there. Warn if Triton is installed and they do not.
+    """
+    if device.type != "cuda" or dtype != torch.float32 or find_spec("triton") is None:
+        return _loss_and_gradients
     try:
         from support import fused_cross_entropy  # imports Triton, which PyTorch's packages for CUDA bring on Linux
 
         fused_cross_entropy.try_out(device)
+        return fused_cross_entropy.loss_and_gradients
     except Exception as error:  # many kinds: an old GPU, no C compiler
         warn(f"the Triton kernels of the loss do not work here, PyTorch's operations are slower: {first_line(error)}")
-        return None
-    return fused_cross_entropy
+        return _loss_and_gradients
 
 
 class ImageGroup(NamedTuple):
@@ -159,7 +149,6 @@ def _image_groups(matches: Matches, max_rows: int) -> list[ImageGroup]:
 class Work:
     """Everything that the loss depends on except the student's tensors. Ns is the number of matched student tokens."""
 
-    compute: Callable[..., LossAndGradients]  # _loss_and_gradients, or that of fused_cross_entropy
     dtype: torch.dtype  # of matrix products
     teacher_out: TokenOutput
     center: Tensor  # [1 or 1+P, K]
@@ -167,29 +156,22 @@ class Work:
     token_weight: Tensor  # [Ns, 1] sum of the weights of a student token, in units of the largest
     target_weight: Tensor  # [M, Ns] weight of each match in the mixture; sums to 1
     groups: list[ImageGroup]
+    max_teachers: int  # the largest number of teacher tokens in a group
     chunk: int  # number of student tokens whose logits are held at a time
     strip: int  # number of student tokens that are processed at a time
     student_temp: float
     teacher_temp: float
-
-    @property
-    def max_teachers(self) -> int:
-        """The largest number of teacher tokens in a group."""
-        return max(length(group.teacher) for group in self.groups)
-
-    def chunks(self, group: ImageGroup) -> list[slice]:
-        """Return slices of the student tokens of a group, of at most `chunk` tokens."""
-        return _pieces(group.student.start, group.student.stop, self.chunk)
+    needs_z: bool  # whether the gradients of the bottleneck vectors are wanted
+    needs_prototypes: bool  # and those of scale * prototypes
 
 
 class _CrossEntropy(torch.autograd.Function):
     """Weighted sum of the cross-entropies of student tokens. Forward computes the gradients, backward scales them."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, prototypes: Tensor, scale: Tensor, work: Work) -> Tensor:
-        needs_z, needs_prototypes = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+    def forward(ctx: Any, z: Tensor, prototypes: Tensor, scale: Tensor, compute: Callable, work: Work) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
-            losses, d_z, d_prototypes = work.compute(z, prototypes, scale, work, needs_z, needs_prototypes)
+            losses, d_z, d_prototypes = compute(z, prototypes, scale, work)
             loss = work.token_weight[:, 0] @ losses
             d_scale = None
             if d_prototypes is not None:
@@ -203,22 +185,17 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (
-            None if gradient is None else (gradient * d_loss).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return *gradients, None
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if x is None else (x * d_loss).to(dtype) for x, dtype in gradients), None, None
 
 
-def _loss_and_gradients(
-    z: Tensor, prototypes: Tensor, scale: Tensor, work: Work, needs_z: bool, needs_prototypes: bool
-) -> LossAndGradients:
+def _loss_and_gradients(z: Tensor, prototypes: Tensor, scale: Tensor, work: Work) -> LossAndGradients:
     """Compute the loss and its gradients with PyTorch's operations, from the student's tensors."""
     device, K, teacher = z.device, len(prototypes), work.teacher_out
     compute_dtype = torch.promote_types(z.dtype, torch.float32)
     losses = torch.empty(len(z), dtype=compute_dtype, device=device)
-    d_z = torch.empty_like(z, dtype=compute_dtype) if needs_z else None
-    d_prototypes = torch.zeros_like(prototypes, dtype=compute_dtype) if needs_prototypes else None
+    d_z = torch.empty_like(z, dtype=compute_dtype) if work.needs_z else None
+    d_prototypes = torch.zeros_like(prototypes, dtype=compute_dtype) if work.needs_prototypes else None
     grad_scale = -1 / work.student_temp
     student_weights, teacher_weights = prototypes.to(work.dtype), teacher.prototypes.to(work.dtype)
     sharpening = scale / work.student_temp
@@ -230,10 +207,11 @@ def _loss_and_gradients(
         targets = targets_buffer[: length(group.teacher)]
         _logits(teacher.bottleneck[group.teacher].to(work.dtype), teacher_weights, teacher.scale, out=targets)
         _sharpen_(targets, work.center, work.matches.teacher_position[group.teacher], work.teacher_temp, strips)
-        for rows in work.chunks(group):
+        for rows in pieces(group.student, work.chunk):
             weight, logits = work.token_weight[rows], logits_buffer[: length(rows)]
             _logits(z[rows].to(work.dtype), student_weights, sharpening, out=logits)
-            losses[rows], difference = _cross_entropy_(logits, targets, work, group, rows.start, strips)
+            _cross_entropy_(logits, targets, losses, work, group, rows, strips)
+            difference = logits  # now mixture - softmax
             if d_prototypes is not None:
                 weighted_z = (z[rows] * weight).to(work.dtype)
                 if work.dtype == compute_dtype:
@@ -260,32 +238,26 @@ def _logits(z: Tensor, prototypes: Tensor, scale: Tensor, out: Tensor) -> None:
 
 def _sharpen_(logits: Tensor, center: Tensor, positions: Tensor, temp: float, strips: Tensor) -> None:
     """Replace the teacher's logits [n, K] by its targets, softmax((logits - center) / temp)."""
-    for rows in _pieces(0, len(logits), strips.shape[1]):
-        centered, centers = strips[:, : length(rows)]
-        if len(center) > 1:
-            torch.index_select(center, 0, positions[rows], out=centers)
-        else:
-            centers = center
+    for rows in pieces(slice(0, len(logits)), strips.shape[1]):
+        centered, buffer = strips[:, : length(rows)]
+        centers = center if len(center) == 1 else torch.index_select(center, 0, positions[rows], out=buffer)
         torch.sub(logits[rows], centers, out=centered).div_(temp)
         torch.softmax(centered, -1, out=logits[rows])
 
 
 def _cross_entropy_(
-    logits: Tensor, targets: Tensor, work: Work, group: ImageGroup, first: int, strips: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Compute the cross-entropies of student tokens, and the gradient mixture - softmax in the memory of their logits.
+    logits: Tensor, targets: Tensor, losses: Tensor, work: Work, group: ImageGroup, chunk: slice, strips: Tensor
+) -> None:
+    """Compute the cross-entropies of student tokens, and replace their logits by mixture - softmax.
 
     Args:
-        logits: [n, K], logits of the student tokens from index `first` on, divided by τ_s.
+        logits: [n, K], logits of the student tokens `chunk`, divided by τ_s.
         targets: targets of the teacher tokens of the group.
+        losses: [Ns], cross-entropies, is written to at the n tokens.
         strips: buffers [2, rows, K].
-
-    Returns:
-        (cross-entropies [n], mixture - softmax [n, K])
     """
-    losses = []
-    for rows in _pieces(first, first + len(logits), strips.shape[1]):
-        strip = logits[rows.start - first : rows.stop - first]
+    for rows in pieces(chunk, strips.shape[1]):
+        strip = logits[rows.start - chunk.start : rows.stop - chunk.start]
         mixture, probabilities = strips[:, : length(rows)]
         target_idx = (work.matches.teacher_idx[:, rows] - group.teacher.start).clamp_(min=0)  # [M, rows]
         target_weight = work.target_weight[:, rows, None]  # 0 for padding
@@ -295,9 +267,8 @@ def _cross_entropy_(
         torch.softmax(strip, -1, out=probabilities)
         # The largest probability is exp(largest logit - logsumexp).
         logsumexp = strip.amax(-1) - probabilities.amax(-1).log()
-        losses.append(logsumexp - strip.mul_(mixture).sum(-1))
+        losses[rows] = logsumexp - strip.mul_(mixture).sum(-1)
         torch.sub(mixture, probabilities, out=strip)
-    return torch.cat(losses), logits
 
 
 def length(rows: slice) -> int:
@@ -305,8 +276,8 @@ def length(rows: slice) -> int:
     return rows.stop - rows.start
 
 
-def _pieces(start: int, stop: int, max_length: int) -> list[slice]:
-    """Split a range into the smallest number of about equal pieces of at most `max_length`."""
-    count = max(-(-(stop - start) // max_length), 1)
-    edges = [start + i * (stop - start) // count for i in range(count + 1)]
+def pieces(rows: slice, max_length: int) -> list[slice]:
+    """Split a slice into the smallest number of about equal pieces of at most `max_length`."""
+    count = max(-(-length(rows) // max_length), 1)
+    edges = [rows.start + i * length(rows) // count for i in range(count + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(edges)]

@@ -7,7 +7,6 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageFilter
 from scipy.stats import ks_2samp
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 
 import augment
@@ -162,32 +161,10 @@ def test_full_strength_changes_no_bit_of_earlier_views(photographs):
         assert rng.random() == earlier.random()
 
 
-def test_strength_0_keeps_every_image(photographs):
-    image = np.array(photographs[1].crop((100, 100, 164, 164)))
-    for seed in range(100):
-        assert np.array_equal(augment.distort(np.random.default_rng(seed), image, 1.0, 1.0, 0.0), image)
-
-
 def test_normalize_is_torchvisions(photographs):
     pixels = TF.pil_to_tensor(photographs[0])
     expected = TF.normalize(TF.to_dtype(pixels, torch.float32, scale=True), augment.MEAN, augment.STD)
     torch.testing.assert_close(augment.normalize(pixels), expected)
-
-
-def test_normalize_copies_its_constants_to_a_device_once():
-    """A copy from pageable memory in every step would stall a GPU."""
-    pixels = torch.zeros(1, 3, 4, 4, dtype=torch.uint8, device="meta")
-    augment.normalize(pixels)
-    calls = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-            calls.append(str(operation))
-            return operation(*args, **(kwargs or {}))
-
-    with Record():
-        augment.normalize(pixels)
-    assert calls == ["aten._to_copy.default", "aten.sub_.Tensor", "aten.div_.Tensor"]
 
 
 @pytest.fixture
@@ -214,15 +191,6 @@ def test_pixels_are_what_box_and_flip_say(images, geometry, groups):
             crop = crop.resize(view.pixels.shape[-2:], Image.Resampling.BICUBIC)
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flips[i % groups] else crop
             assert (TF.pil_to_tensor(crop).int() - view.pixels[i].int()).abs().max() <= 1
-
-
-@pytest.mark.parametrize("geometry", ["batch", "image"])
-def test_views_are_distorted_as_strongly_as_asked(images, geometry, monkeypatch):
-    strengths = []
-    monkeypatch.setattr(augment, "distort", lambda rng, image, *values: strengths.append(values[2]) or image)
-    for strength in (0.3, 1.0):
-        small_views(geometry=geometry, distortion=strength)(images, [0, 1, 2], 0, 0)
-    assert strengths == [0.3] * 12 + [1.0] * 12
 
 
 def same(a, b):
@@ -263,7 +231,3 @@ def test_image_geometry_takes_images_of_any_size():
     for view in small_views(geometry="image")(images, [0, 1], 0, 0):
         for box, image in zip(view.boxes, images, strict=True):
             assert (box[:2] + box[2:] <= image.shape[:2]).all()
-    with pytest.raises(ValueError, match="one size, found 2"):
-        small_views()(images, [0, 1], 0, 0)
-    with pytest.raises(ValueError, match="unknown geometry 'pixel', expected batch or image"):
-        small_views(geometry="pixel")

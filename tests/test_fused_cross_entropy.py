@@ -8,11 +8,13 @@ from importlib.util import find_spec
 import pytest
 import torch
 from conftest import ROOT
-from test_losses import Case, batch_case, token_output
+from test_losses import Case, check_gradients
 from test_losses import test_gradients_only_where_they_are_wanted as test_gradients_only_where_they_are_wanted
+from test_losses import test_gradients_under_autocast as test_gradients_under_autocast
 from test_losses import test_large_logits_stay_finite as test_large_logits_stay_finite  # these run here on the kernels
 
 from support import matched_cross_entropy
+from support.matched_cross_entropy import implementation
 
 if find_spec("triton") is None:
     pytest.skip("Triton is part of PyTorch's packages for CUDA on Linux", allow_module_level=True)
@@ -74,42 +76,7 @@ def test_kernels_equal_the_formula(precision, shared_center, monkeypatch):
 @pytest.mark.parametrize("chunk_memory", [1 << 30, 1])  # all images at once; 16 rows at a time, one image per group
 def test_loss_and_gradients_equal_the_naive_formula(chunk_memory, center):
     case = Case(dim=16, out_dim=300, teachers=12, students=30, pairs=60, images=4, center=center)
-    generator = torch.Generator().manual_seed(1)
-    case.student_scale, case.teacher_scale = torch.rand(2, len(case.student_w), generator=generator).double()
-    inputs = [x.requires_grad_() for x in (case.student_z, case.student_w, case.student_scale)]
-    expected = case.naive(0.5)
-    expected_gradients = torch.autograd.grad(3 * expected, inputs)
-    value = case.fast(0.5, chunk_memory, torch.float32)
-    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
-    for gradient, reference in zip(torch.autograd.grad(3 * value, inputs), expected_gradients, strict=True):
-        assert (gradient - reference).norm() < 3e-6 * reference.norm()
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
-def test_gradients_under_autocast(dtype, tolerance):
-    """With weights of 1e-6, which would vanish in fp16, and with targets near 1 / K."""
-    criterion, (student_out, teacher_out, matches) = batch_case(2, K=4000, D=32, tokens=4)
-    student_z, student_w, teacher_z, teacher_w = (
-        torch.nn.functional.normalize(x.detach()).double() for out in (student_out, teacher_out) for x in out[:2]
-    )
-    matches = matches._replace(num_matched=matches.num_matched * 10**6)
-    results = []
-    for precision in (None, dtype):
-        inputs = [student_z.clone().requires_grad_(), student_w.clone().requires_grad_()]
-        outs = [token_output(*inputs), token_output(teacher_z, teacher_w)]
-        if precision is None:
-            weight = (1 / matches.num_matched).masked_fill(matches.num_matched == 0, 0)[..., None]
-            targets = torch.softmax(teacher_z @ teacher_w.T / 0.07, 1)[matches.teacher_idx]
-            log_p = torch.log_softmax(inputs[0] @ inputs[1].T / 0.1, 1)
-            value = -(weight * targets * log_p).sum() / matches.is_cls().sum()
-        else:
-            outs = [token_output(*(x.float() for x in out[:2])) for out in outs]
-            with torch.autocast("cpu", precision):
-                value = criterion(*outs, matches, 0.07)
-            assert value.dtype == torch.float32
-        results.append((value, *torch.autograd.grad(value, inputs)))
-    for exact, rounded in zip(*results, strict=True):
-        assert (rounded - exact).norm() < tolerance * exact.norm()
+    check_gradients(case, chunk_memory, torch.float32, 1e-6)
 
 
 def test_a_logit_that_is_not_finite_makes_the_loss_not_finite():
@@ -120,9 +87,8 @@ def test_a_logit_that_is_not_finite_makes_the_loss_not_finite():
 
 
 def test_where_the_kernels_do_not_work_a_warning_says_so(capsys):
-    assert matched_cross_entropy.fused_kernels(torch.device("cpu")) is kernels
     for _ in range(2):
-        assert matched_cross_entropy.fused_kernels(torch.device("cuda", 99)) is None  # a GPU that is not there
+        implementation(torch.device("cuda", 99), torch.float32)  # a GPU that is not there
     error = capsys.readouterr().err
     assert error.startswith("warning: the Triton kernels of the loss do not work here")
     assert error.count("\n") == 1

@@ -17,7 +17,7 @@ def test_a_step_takes_the_same_samples_however_many_ranks_and_micro_batches_shar
     shares = step_size // world_size // accum_steps
     ranks = [BatchSampler(20, shares, steps, accum_steps, rank, world_size, seed=3) for rank in range(world_size)]
     reference = list(BatchSampler(20, step_size, steps, seed=3))
-    assert all((len(rank), rank.steps_per_epoch) == (len(list(rank)), 3) for rank in ranks)
+    assert all(len(rank) == len(list(rank)) for rank in ranks)
     keys = [list(rank) for rank in ranks]
     for epoch, step, samples in reference:
         own = [key for rank in keys for key in rank[step * accum_steps : (step + 1) * accum_steps]]
