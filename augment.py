@@ -26,11 +26,8 @@ import torch
 import torch.nn.functional as F
 
 Range = tuple[float, float]
-<<<<<<< HEAD
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels of the image
-=======
 Images = Sequence[np.ndarray] | np.ndarray
->>>>>>> 290fe9b (Say the loss, the views and the loader in fewer lines)
 Rng = np.random.Generator
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pixel values in [0, 1]
 
@@ -60,26 +57,8 @@ class RandomResizedCrop:
     scale: Range
     ratio: Range = (3 / 4, 4 / 3)
 
-<<<<<<< HEAD
     def draw_box(self, rng: Rng, height: int, width: int) -> Box:
         """Draw a box in an image of height × width pixels.
-=======
-    def __call__(self, rng: Rng, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Crop the same box from images of one size.
-
-        Args:
-            rng: random generator.
-            images: uint8 [B, H, W, 3].
-
-        Returns:
-            (crops, box): uint8 [B, size, size, 3]; int64 [4], top, left, height, width
-        """
-        box = self.draw_box(rng, images.shape[1], images.shape[2])
-        return crop_and_resize(images, box, self.size), box
-
-    def draw_box(self, rng: Rng, height: int, width: int) -> np.ndarray:
-        """Draw a box in an image of height × width pixels: int64 [4], top, left, height, width.
->>>>>>> 290fe9b (Say the loss, the views and the loader in fewer lines)
 
         After ten boxes that do not fit into the image, return the largest central box with an allowed aspect ratio.
         """
@@ -88,23 +67,13 @@ class RandomResizedCrop:
             aspect = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
-<<<<<<< HEAD
                 return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-        h, w = height, width
-        if width / height < self.ratio[0]:
-            h = round(width / self.ratio[0])
-        elif width / height > self.ratio[1]:
-            w = round(height * self.ratio[1])
+        h, w = min(height, round(width / self.ratio[0])), min(width, round(height * self.ratio[1]))
         return (height - h) // 2, (width - w) // 2, h, w
 
     def cut(self, images: np.ndarray, box: Box) -> np.ndarray:
         """Cut a box out of uint8 images [B, H, W, 3] and resize it to [B, size, size, 3]."""
         return crop_and_resize(images, box, self.size)
-=======
-                return np.array([rng.integers(height - h + 1), rng.integers(width - w + 1), h, w])
-        h, w = min(height, round(width / self.ratio[0])), min(width, round(height * self.ratio[1]))
-        return np.array([(height - h) // 2, (width - w) // 2, h, w])
->>>>>>> 290fe9b (Say the loss, the views and the loader in fewer lines)
 
 
 def resize(images: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
@@ -228,6 +197,9 @@ class MultiCrop:
             "image" draws them per image, as DINO does. Photometric distortion is always drawn per image.
         seed: seed of all random numbers.
         distortion: strength of the photometric distortion, see `distort`.
+
+    Raises:
+        ValueError: the geometry is unknown.
     """
 
     global_size: int = 224
@@ -239,6 +211,10 @@ class MultiCrop:
     geometry: str = "batch"
     seed: int = 0
     distortion: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.geometry not in ("batch", "image"):
+            raise ValueError(f"unknown geometry {self.geometry!r}, expected batch or image")
 
     def view_specs(self) -> list[_ViewSpec]:
         """Return how each view is made, the two global views first."""
@@ -255,10 +231,18 @@ class MultiCrop:
             indices: B sample indices, the key of what is drawn per image.
             epoch: epoch from 0, also part of that key.
             step, rank: key of what the batch shares; `step` counts through all epochs.
+
+        Raises:
+            ValueError: geometry is "batch" and the images have several sizes.
         """
         photometry = [np.random.default_rng((_PHOTOMETRY, self.seed, epoch, i)) for i in indices]
         # Images of a group share their crops and flips.
         if self.geometry == "batch":
+            sizes = {image.shape for image in images}
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"geometry batch needs images of one size, found {len(sizes)}: resize them or use geometry image"
+                )
             groups = [np.asarray(images)]  # [B, H, W, 3]
             geometry = [np.random.default_rng((_BATCH_GEOMETRY, self.seed, step, rank))]
         else:
@@ -268,7 +252,6 @@ class MultiCrop:
 
     def _view(self, groups: list[np.ndarray], geometry: list[Rng], photometry: list[Rng], spec: _ViewSpec) -> View:
         """Return one view of each image, with a generator of `geometry` per group and of `photometry` per image."""
-<<<<<<< HEAD
         sizes = [images.shape[1:3] for images in groups]
         boxes = [spec.crop.draw_box(rng, height, width) for rng, (height, width) in zip(geometry, sizes, strict=True)]
         flips = [rng.random() < self.flip_prob for rng in geometry]  # RandomHorizontalFlip
@@ -282,17 +265,3 @@ class MultiCrop:
             crop = cv2.flip(crop, 1) if flip else np.ascontiguousarray(crop)
             pixels[i] = distort(rng, crop, spec.blur_prob, spec.solarize_prob, self.distortion)
         return View(torch.from_numpy(pixels).permute(0, 3, 1, 2), np.array(boxes), np.array(flips))
-=======
-        boxes, flips, crops = [], [], []
-        for rng, images in zip(geometry, groups, strict=True):
-            crops_of_group, box = spec.crop(rng, images)
-            flip = rng.random() < self.flip_prob  # RandomHorizontalFlip
-            crops += [cv2.flip(crop, 1) if flip else np.ascontiguousarray(crop) for crop in crops_of_group]
-            boxes.append(box)
-            flips.append(flip)
-        pixels = [
-            distort(rng, crop, spec.blur_prob, spec.solarize_prob, self.distortion)
-            for rng, crop in zip(photometry, crops, strict=True)
-        ]
-        return View(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), np.stack(boxes), np.array(flips))
->>>>>>> 290fe9b (Say the loss, the views and the loader in fewer lines)

@@ -63,8 +63,13 @@ class RevisitedRetrieval:
             entries = [contents["gnd"][i] for i in range(len(self.queries))]
             self.boxes = [tuple(round(value) for value in entry["bbx"]) for entry in entries]
             self.relevance = [{kind: list(entry[kind]) for kind in KINDS} for entry in entries]
-            if max(i for kinds in self.relevance for kind in KINDS for i in kinds[kind]) >= len(self.database):
-                raise LookupError
+            for kinds, (left, top, right, bottom) in zip(self.relevance, self.boxes, strict=True):
+                indices = sum(kinds.values(), [])
+                is_valid = set(indices) <= set(range(len(self.database))) and len(set(indices)) == len(indices) > 0
+                if not (is_valid and left < right and top < bottom):
+                    raise ValueError
+            if not entries:
+                raise ValueError
         except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"cannot read {path}: it is not the ground truth of {name}") from error
         missing = [path for path in self.queries + self.database if not os.path.isfile(path)]

@@ -135,7 +135,7 @@ class ImageGroup(NamedTuple):
 
 def _image_groups(matches: Matches, max_rows: int) -> list[ImageGroup]:
     """Split a batch into groups of consecutive images with at most `max_rows` tokens per network, or of one image."""
-    teacher_end, student_end = (x.cumsum(0).tolist() for x in (matches.teacher_count, matches.student_count))
+    teacher_end, student_end = (x.numpy().cumsum().tolist() for x in (matches.teacher_count, matches.student_count))
     groups, t0, s0 = [], 0, 0
     # The group ends with an image if the next one, or the end of the batch, does not fit any more.
     for t1, s1, t2, s2 in zip(teacher_end, student_end, teacher_end[1:] + [inf], student_end[1:] + [inf], strict=True):
