@@ -96,7 +96,7 @@ class LocalGlobalLoss(nn.Module):
         chunk_memory: see `matched_cross_entropy`.
 
     Raises:
-        ValueError: the center is unknown, or λ is outside [0, 1].
+        ValueError: the loss or the center is unknown, or λ is outside [0, 1].
     """
 
     center: torch.Tensor
@@ -113,6 +113,8 @@ class LocalGlobalLoss(nn.Module):
         chunk_memory: int | None = None,
     ):
         super().__init__()
+        if loss not in LOSS_WEIGHTS:
+            raise ValueError(f"unknown loss {loss!r}, expected one of {', '.join(LOSS_WEIGHTS)}")
         if center not in ("position", "shared"):
             raise ValueError(f"unknown center {center!r}, expected position or shared")
         if not 0 <= lambda_cls <= 1:

@@ -359,7 +359,7 @@ def test_teacher_temperature_is_dinos_schedule():
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [({"center": "none"}, "unknown center"), ({"lambda_cls": 1.5}, r"\[0, 1\]")],
+    [({"loss": "max"}, "unknown loss"), ({"center": "none"}, "unknown center"), ({"lambda_cls": 1.5}, r"\[0, 1\]")],
 )
 def test_bad_options_are_named(option, message):
     with pytest.raises(ValueError, match=message):
