@@ -44,9 +44,11 @@ def number(kind: type[int] | type[float], low: float = -math.inf, high: float | 
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends the default of every option that has one."""
+    """Appends the default of every option that has one. Lists are shown as on the command line."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action.default, list) and action.default:
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 

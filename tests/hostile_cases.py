@@ -470,7 +470,6 @@ FIGURES = [
     ("figure below a file", f"{ATTENTION} --output {{weights}}/a.png", "weights.pth"),
     ("matches of a folder", "visualize.py matches {flat} --output {here}/out.png", "flat: not a regular file"),
     ("too many patches", f"{MATCHES} --patch_size 1", "--global_crops_size 224 has 50176 patches"),
-    ("three patches", f"{FEATURES} --image_size 8", "found 3 patches", data(x=image(size=(24, 8)))),
     ("point outside of the query", f"{NEIGHBOURS} --patch 10 240", "--patch 10 240 .*300x240", data(x=PNG)),
     ("no image but the query", NEIGHBOURS.replace("{here}/data", "{flat}/china0.jpg"), "no image to compare"),
     ("neighbour that cannot be read", NEIGHBOURS, BAD, data(FLAT, x="bad")),

@@ -44,7 +44,7 @@ def test_scripts_are_found():
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
-def test_help_is_complete_and_grouped(parser_of, script):
+def test_help_is_complete(parser_of, script):
     check_parser(parser_of(script))
 
 
@@ -64,11 +64,6 @@ def check_parser(parser):
             assert "default: " in text, f"{action.dest} does not say its default"
             default = " ".join(map(str, action.default)) if isinstance(action.default, list) else str(action.default)
             assert default in text, f"{action.dest} says another default than {action.default}"
-    if len(options) > 6:
-        positionals, optionals, *groups = parser._action_groups
-        loose = [action.dest for group in (positionals, optionals) for action in group._group_actions]
-        assert not {action.dest for action in options} & set(loose)
-        assert all(group.title and group._group_actions for group in groups)
 
 
 @pytest.mark.slow

@@ -207,13 +207,10 @@ def test_intensities_in_a_tar(tmp_path):
     assert np.asarray(dataset.image(0))[0, :, 0].tolist() == [0, 127, 255]
 
 
-def test_dataset_tar_is_refused_with_the_line_to_use(tmp_path, capsys):
+def test_dataset_tar_is_refused_with_the_line_to_use(tmp_path):
     """Also where a run with it is resumed, whose options are the same."""
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(UserError, match="tars are read with --dataset hf:PATH and without --data_path"):
         main_lgssl.main(["--dataset", "tar", "--data_path", str(tmp_path), "--output_dir", str(tmp_path / "run")])
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "tars are read with --dataset hf:PATH and without --data_path" in line
 
 
 def table(datasets, numbers, **columns):

@@ -130,7 +130,7 @@ def test_knn_without_labels_is_off_or_an_error(photo_folder, tmp_path, capsys):
     assert not (tmp_path / "a").exists()
     at = TINY.index("--knn_every")
     main_lgssl.main([*TINY[:at], *TINY[at + 2 :], "--epochs", "1", *options])
-    assert "no online k-NN: the train images" in capsys.readouterr().out
+    assert "no online k-NN: " in capsys.readouterr().out
     assert "knn_top1" not in read(tmp_path / "a/log.txt")[0]
 
 

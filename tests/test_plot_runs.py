@@ -121,7 +121,7 @@ def test_a_log_without_arguments_is_named_by_its_folder(write_run, drawn):
     log = [json.dumps({"train_loss": loss, "epoch": epoch}) for epoch, loss in enumerate(losses)]  # as DINO writes it
     (folder / "log.txt").write_text("\n".join(log) + "\n")
     axes, legend = drawn(folder)
-    assert (list(axes), legend[0].replace("\n", "")) == (["Loss"], f"{folder} (1 seed)")
+    assert (list(axes), "".join(legend[0].split())) == (["Loss"], f"{folder}(1seed)")
     assert len(axes["Loss"].collections[0].get_paths()) == 0  # a single seed has no band
 
 
