@@ -282,7 +282,10 @@ def lgssl_steps(case, batches_on_device, mark, device) -> None:
         mark("update")
 
     images = [(np.zeros((IMAGE, IMAGE, 3), np.uint8), 0)] * (2**10 * case.batch_size)  # an epoch does not end
-    patches = {"open_images": lambda args: (images, None, "not timed"), "build_networks": build_networks}
+    patches = {
+        "open_images": lambda args: main_lgssl.Images(images, None, "not timed"),
+        "build_networks": build_networks,
+    }
     with (
         mock.patch.multiple(main_lgssl, batches_on_device=batches_on_device, **patches),
         mock.patch.object(torch.Tensor, "backward", marked_backward),

@@ -119,7 +119,7 @@ def measure(arch, patch_size, batch_size, K, steps, side) -> dict:
     times, result = [], {}
 
     def open_images(args):
-        return images * (steps + 2), None, "not timed"  # more images than the steps take
+        return main_lgssl.Images(images * (steps + 2), None, "not timed")  # more images than the steps take
 
     def build_optimizer(name, network):
         optimizer = original_optimizer(name, network)
