@@ -17,8 +17,9 @@ import cv2, matplotlib, numpy as np, torch
 def state():
     handlers = [signal.getsignal(number) for number in signal.valid_signals() if number not in (signal.SIGKILL,)]
     threads = cv2.getNumThreads(), torch.get_num_threads()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCH")}  # torch's own
-    return environment, handlers, threads, threading.excepthook, sys.excepthook, dict(matplotlib.rcParams)
+    # PyTorch and scikit-learn set these.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TORCH", "KMP"))}
+    return environment, handlers, threads, threading.excepthook, dict(matplotlib.rcParams)
 
 before = state()
 for name in sys.argv[1:]:
