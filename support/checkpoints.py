@@ -23,8 +23,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 KEYS = "student teacher optimizer loss scaler meters epoch step batch_size images args".split()  # of a checkpoint
-
-
 Contents = dict[str, Any]  # of a checkpoint
 Settings = dict[str, Any]
 

@@ -1,8 +1,6 @@
 """Safe decoding of image files, which may be damaged or hostile."""
 
 import contextlib
-import os
-import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from support.files import refuse_irregular
 from utils import UserError, first_line, printable
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
@@ -122,9 +121,3 @@ def gray_levels(values: np.ndarray, intensity_range: Sequence[float] | None) -> 
         raise ValueError("it holds NaN or infinite values")
     low, high = intensity_range or (0, 65535)
     return ((values.astype(np.float64).clip(low, high) - low) * 255 // (high - low)).astype(np.uint8)
-
-
-def refuse_irregular(path: str | Path) -> None:
-    """Raise ValueError if a path is not a regular file. Reading a pipe or a device could wait forever."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("not a regular file")

@@ -106,8 +106,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return contents
 
 
+def refuse_irregular(path: str | Path) -> None:
+    """Raise ValueError if a path is not a regular file. Reading a pipe or a device could wait forever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
+
+
 def read_text(path: str | Path, errors: str = "strict", max_bytes: int = 2**28) -> str:
-    """Read a UTF-8 text file, with or without a byte order mark. Only regular files are opened: a pipe would hang.
+    """Read a UTF-8 text file, with or without a byte order mark.
 
     Args:
         errors: as for `open`.
@@ -117,11 +123,11 @@ def read_text(path: str | Path, errors: str = "strict", max_bytes: int = 2**28) 
         UserError: the file is missing, not a regular file, too large or not text.
     """
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file")
-        if status.st_size > max_bytes:
-            raise ValueError(f"{status.st_size} bytes are more than {max_bytes}")
+        if os.path.isdir(path):
+            raise ValueError("a folder")
+        refuse_irregular(path)
+        if (size := os.path.getsize(path)) > max_bytes:
+            raise ValueError(f"{size} bytes are more than {max_bytes}")
         with open(path, encoding="utf-8-sig", errors=errors) as file:
             return file.read(max_bytes)
     except (OSError, ValueError) as error:  # ValueError: also a name with a NUL, or bytes that are not UTF-8

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
-from support.decoding import refuse_irregular
+from support.files import refuse_irregular
 from support.images import ImageList, numbered_classes
 from utils import UserError, first_line, is_first_process, printable
 

@@ -49,9 +49,8 @@ def load_file(path: str | Path) -> dict[str, Any]:
     with _readable(path):
         if path.suffix == ".safetensors":
             return load_safetensors(path)
-        if zipfile.is_zipfile(
-            path
-        ):  # as torch.save writes it since PyTorch 1.6, with checksums, which torch.load ignores
+        # torch.save has written zip files since PyTorch 1.6. torch.load ignores their checksums.
+        if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
                 if damaged := file.testzip():
                     raise UserError(f"cannot read {path}: its record {damaged} is damaged")
