@@ -309,8 +309,6 @@ def report(runs: Path) -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    split = argv.index("--") if "--" in argv else len(argv)
     rest = "-- OPTIONS go to main_lgssl.py."
     parser = ArgumentParser(description=__doc__.splitlines()[0], epilog=f"COMMAND --help lists its options. {rest}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -341,12 +339,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--distractors", type=number(int, 1), default=10000, help="number of images in distractors.txt")
     add("--seed", type=number(int, 0), default=0, help="seed of the drawing")
 
-    args = parser.parse_args(argv[:split])
-    args.extra = argv[split + 1 :]
+    args = parser.parse_with_extra(argv)
     if args.command in ("show", "run"):
-        rows = tables[args.table]["rows"]
-        if unknown := [row for row in args.row or [] if row not in rows]:
-            parser.error(f"{args.table} has no row {unknown[0]}, expected some of {', '.join(rows)}")
+        parser.check_rows(args.row, tables[args.table]["rows"], args.table)
     return args
 
 

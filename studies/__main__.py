@@ -21,9 +21,7 @@ from support.arguments import ROOT, ArgumentParser, number
 from utils import UserError, run_main
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line. What follows `--` becomes `extra`."""
-    split = argv.index("--") if "--" in argv else len(argv)
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     rest = "-- OPTIONS go to main_lgssl.py."
     parser = ArgumentParser(prog="studies", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -51,12 +49,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         add("--jobs", type=number(int, 1), default=min(os.cpu_count() or 1, 8), help="number of simultaneous runs")
     for sub in (listing, run, search):
         sub.add_argument("--runs", type=Path, default="runs", help="folder of all runs and results")
-    args = parser.parse_args(argv[:split])
-    args.extra = list(argv[split + 1 :])
+    args = parser.parse_with_extra(argv)
     if args.command == "run":
-        rows = STUDIES[args.study].rows
-        if unknown := [row for row in args.row or [] if row not in rows]:
-            parser.error(f"{args.study} has no row {unknown[0]}, expected some of {', '.join(rows)}")
+        parser.check_rows(args.row, STUDIES[args.study].rows, args.study)
     return args
 
 
@@ -72,7 +67,7 @@ def list_studies(runs: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    args = parse_arguments(argv)
     try:
         from studies.report import report, search_report
     except ImportError as error:

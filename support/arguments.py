@@ -5,7 +5,7 @@ import difflib
 import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -88,6 +88,14 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f"unknown option {word}; {hint}")
         return namespace
 
+    def parse_with_extra(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse a command line, by default that of the process. The words after `--` become `extra`."""
+        argv = list(sys.argv[1:] if argv is None else argv)
+        split = argv.index("--") if "--" in argv else len(argv)
+        args = self.parse_args(argv[:split])
+        args.extra = argv[split + 1 :]
+        return args
+
     def _expand(self, words: Sequence[str], folder: Path = Path(), depth: int = 0) -> list[str]:
         """Replace the names of argument files in the words by the contents of these files."""
         expanded = []
@@ -122,6 +130,11 @@ class ArgumentParser(argparse.ArgumentParser):
             low, high = getattr(args, name)
             if not 0 < low <= high:
                 self.error(f"--{name} {low} {high}: expected two positive fractions, the smaller first")
+
+    def check_rows(self, given: Sequence[str] | None, rows: Collection[str], table: str) -> None:
+        """Exit unless all given names, if any, are rows of a table."""
+        if unknown := [row for row in given or [] if row not in rows]:
+            self.error(f"{table} has no row {unknown[0]}, expected some of {', '.join(rows)}")
 
     def error(self, message: str) -> NoReturn:
         print_error(f"{self.prog}: error: {' '.join(message.splitlines())}")
