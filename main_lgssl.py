@@ -7,7 +7,6 @@
 """
 
 import argparse
-import atexit
 import datetime
 import math
 import os
@@ -29,13 +28,23 @@ from losses import LocalGlobalLoss, teacher_temperature
 from support import checkpoints
 from support.checkpoints import RunSize, hash_of_names, restore
 from support.images import LabeledImages, ResizedArray
-from support.loader import BatchSampler, ViewBatches, batches_on_device, check_batch, init_worker
+from support.loader import (
+    NO_WORKERS,
+    BatchSampler,
+    ViewBatches,
+    Workers,
+    batches_on_device,
+    check_batch,
+    fit_workers,
+    open_loader,
+)
 from support.meters import Meters, measure
 from support.observe import OnlineKNN, environment, is_due, training_pictures
 from support.optimizers import build_optimizer, clip_each_gradient
-from support.options import AUTOCAST, may_change, parse_arguments, set_precision
-from support.preemption import EXIT_CODE, StopRequest
+from support.options import AUTOCAST, long_warmups, may_change, parse_arguments, set_precision
+from support.preemption import EXIT_CODE, PATIENCE, NoData, StopRequest
 from support.report import WATCH_FROM, Report, hide_tensorboard_errors
+from support.resources import set_threads, usable_cores
 from support.sources import build_dataset, data_spec
 from support.weights import load_start, start_from
 from utils import (
@@ -44,21 +53,25 @@ from utils import (
     cosine_schedule,
     first_line,
     init_distributed,
-    kill_workers,
     run_main,
     seed_networks,
+    warn,
 )
 from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead, Teacher, VisionTransformer
 
 
 def main(argv: list[str] | None = None) -> signal.Signals | None:
     """Train and return None. After a signal, save, stop early and return the signal."""
-    cv2.setNumThreads(0)  # views may be made in this process; with several, each has its share of the cores
-    atexit.register(kill_workers)  # workers ignore SIGTERM, so Python's exit-time join would hang
     args = parse_arguments(argv)
+    cv2.setNumThreads(0)  # views may be made in this process; with several, each has its share of the cores
+    set_threads(args.num_workers)
     with StopRequest() as stop, hide_tensorboard_errors():
         run = build_run(args, stop)
-        stopped_by = train(args, run, stop)
+        try:
+            stopped_by = train(args, run, stop)
+        except NoData:
+            warn(f"no batch has arrived within {PATIENCE} s: the run stops without saving this step")
+            stopped_by = stop.signal
         if run.report:
             run.report.end(run.settings, stopped_by)
         if run.lock is not None:
@@ -108,7 +121,8 @@ def train(args: argparse.Namespace, run: Run, stop: StopRequest) -> signal.Signa
 
         # Loss and gradients, accumulated over micro-batches
         for micro_step in range(args.accum_steps):
-            batch = next(batches)  # normalized views and their matches, on the device
+            with stop.waiting_for_data():
+                batch = next(batches)  # normalized views and their matches, on the device
             seed_networks(args.seed, step, rank, micro_step)
             with nullcontext() if micro_step == args.accum_steps - 1 else no_sync():
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -142,9 +156,9 @@ def train(args: argparse.Namespace, run: Run, stop: StopRequest) -> signal.Signa
             torch._foreach_lerp_(teacher_parameters, student_parameters, 1 - scheduled["momentum"])
         interval_steps += 1
         if run.report:
-            run.report.step()
+            run.report.step(float(meters.loss) / meters.steps if step == run.start_step else None)
 
-        # Check, report and save. The CPU waits for the device only here.
+        # Check, report and save. After the first step, the CPU waits for the device only here.
         stop.check()
         is_saved = ends_epoch or stop.agreed or (args.save_every_steps and (step + 1) % args.save_every_steps == 0)
         if is_report_step or is_saved:
@@ -153,11 +167,13 @@ def train(args: argparse.Namespace, run: Run, stop: StopRequest) -> signal.Signa
                 meters.share_bad_images()
         if is_report_step:
             values = meters.end_interval({**health, "grad_norm": norms.norm()})
-            seconds = (time.perf_counter() - interval_start) / interval_steps
+            interval_seconds = time.perf_counter() - interval_start
+            seconds = interval_seconds / interval_steps
             if run.report:
                 values = {"loss": values.pop("loss"), **scheduled, **values}
-                run.report.interval(epoch, step, seconds, {**values, "images_per_s": run.size.batch_size / seconds})
-            interval_start, interval_steps = time.perf_counter(), 0
+                values["images_per_s"] = run.size.batch_size / seconds
+                run.report.interval(epoch, step, seconds, values, stop.waited / interval_seconds)
+            interval_start, interval_steps, stop.waited = time.perf_counter(), 0, 0.0
         if is_saved:
             checkpoints.refuse_diverged({"student": student, "teacher": teacher, "loss": criterion}, step)
         if ends_epoch:
@@ -223,6 +239,7 @@ def save(args: argparse.Namespace, run: Run, step: int, ends_epoch: bool) -> Non
 def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     """Check all input, then build everything. If --output_dir holds a checkpoint, resume from it."""
     images, output_dir = open_images(args), Path(args.output_dir)
+    workers = fit_all_workers(args, images.online_knn)  # before another process fills the shared memory
     init_hash = checkpoints.hash_of_file(args.init_weights) if args.init_weights else None
     every = 10 if args.knn_every is None and images.online_knn else args.knn_every or 0
     settings = {**vars(args), "knn_every": every, "init_hash": init_hash}
@@ -269,11 +286,13 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
         report = Report(output_dir, start_step, args.epochs, size.steps_per_epoch, watch_from)
         millions = sum(p.numel() for p in student.backbone.parameters()) / 1e6
         network = f"{args.arch}/{args.patch_size} ({millions:.1f} M parameters), loss {args.loss}"
-        batch = f"batch {batch_size} on {world_size} x {device.type} in {settings['precision']}"
+        processors = f"{world_size} x {device.type} (threads: {torch.get_num_threads()}, CPU cores: {usable_cores()})"
+        batch = f"batch {batch_size} on {processors} in {settings['precision']}"
         resumed = f"; resuming after step {start_step} of {size.total_steps}" if start_step else ""
+        resumed = "; the run is finished" if start_step == size.total_steps else resumed
         headline = f"{network}, {len(images.train)} images, {batch}, {size.steps_per_epoch} steps per epoch{resumed}"
         headline += "" if images.online_knn else f"\nno online k-NN: {images.no_knn}"
-        headline += f"\n{started}" if started else ""
+        headline = "\n".join([headline, *([started] if started else []), *long_warmups(args)])
         report.start(settings, {"step": start_step, "processes": world_size, **environment()}, headline)
     return Run(
         student=student,
@@ -284,7 +303,7 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
         scaler=scaler,
         meters=meters,
         state=state,
-        loader=build_loader(args, images.train, range(start_step, size.total_steps), process),
+        loader=build_loader(args, images.train, range(start_step, size.total_steps), process, workers),
         online_knn=images.online_knn,
         report=report,
         lock=lock,
@@ -362,7 +381,21 @@ def wrap_networks(
     return DistributedDataParallel(student, device_ids=device_ids, gradient_as_bucket_view=True)  # no copy of gradients
 
 
-def build_loader(args: argparse.Namespace, dataset: LabeledImages, steps: range, process: Process) -> DataLoader:
+def fit_all_workers(args: argparse.Namespace, online_knn: OnlineKNN | None) -> Workers:
+    """Return the training's data-loading workers. The online k-NN keeps its own if all fit into the shared memory."""
+    global_pixels, local_pixels = 2 * args.global_crops_size**2, args.local_crops_number * args.local_crops_size**2
+    batch_bytes = 3 * args.batch_size_per_gpu * (global_pixels + local_pixels)
+    if online_knn:
+        both = batch_bytes + 12 * args.batch_size_per_gpu * args.global_crops_size**2
+        if fit_workers(args.num_workers, both, quiet=True) == Workers(args.num_workers):
+            return Workers(args.num_workers)
+        online_knn.num_workers = 0
+    return fit_workers(args.num_workers, batch_bytes)
+
+
+def build_loader(
+    args: argparse.Namespace, dataset: LabeledImages, steps: range, process: Process, workers: Workers = NO_WORKERS
+) -> DataLoader:
     """Return the loader of this rank's batches for a range of steps."""
     multi_crop = MultiCrop(
         global_size=args.global_crops_size,
@@ -377,16 +410,9 @@ def build_loader(args: argparse.Namespace, dataset: LabeledImages, steps: range,
     )
     rule = None if args.loss == "cls" else args.matching
     skip_bad, (rank, world_size, device) = args.on_bad_image == "skip", process
-    return DataLoader(
-        ViewBatches(dataset, multi_crop, args.patch_size, rule, rank, skip_bad),
-        sampler=BatchSampler(
-            len(dataset), args.batch_size_per_gpu, steps, args.accum_steps, rank, world_size, args.seed
-        ),
-        batch_size=None,  # each key of the sampler is a whole batch
-        num_workers=args.num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=init_worker,
-    )
+    sampler = BatchSampler(len(dataset), args.batch_size_per_gpu, steps, args.accum_steps, rank, world_size, args.seed)
+    batches = ViewBatches(dataset, multi_crop, args.patch_size, rule, rank, skip_bad)
+    return open_loader(batches, workers, device, sampler=sampler, batch_size=None)  # a key is a whole batch
 
 
 if __name__ == "__main__":

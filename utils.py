@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from support.output import Output
+
 VERSION = "0.9.0"
 RANKS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # set by torchrun; their values for a single process
 NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -37,7 +39,7 @@ def one_line_errors() -> Iterator[None]:
     """Print a UserError as one line on stderr and exit with code 2. Ctrl-C exits with code 130.
 
     The line also explains a full disk, a refused path, a lack of memory, and the death of a data-loading worker or of
-    another rank. Characters that the terminal cannot show are replaced.
+    another rank. Characters that the terminal cannot show are replaced. Output without a reader is dropped.
     """
     os.environ["MPLBACKEND"] = "agg"  # needs no display; matplotlib cannot be imported with an unknown one
     for name in ("stdout", "stderr"):
@@ -45,6 +47,8 @@ def one_line_errors() -> Iterator[None]:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         with contextlib.suppress(AttributeError):  # a notebook's stream
             getattr(sys, name).reconfigure(errors="replace")
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Output, streams)  # type: ignore[assignment]
     try:
         yield
         sys.stdout.flush()
@@ -59,6 +63,8 @@ def one_line_errors() -> Iterator[None]:
         if message is None:
             raise
         _exit(2, f"error: {message}")
+    finally:
+        sys.stdout, sys.stderr = streams
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
@@ -79,10 +85,8 @@ def print_error(line: str) -> None:
 
 def _exit(code: int, message: str) -> NoReturn:
     print_error(f"{Path(sys.argv[0]).name}: {message}")
-    try:
+    with contextlib.suppress(OSError):
         sys.stdout.flush()
-    except OSError:  # the reader of a pipe has ended, or the disk is full: Python must not try again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if dist.is_initialized():
         os._exit(code)  # a regular exit would wait for ranks that are inside a collective
     sys.exit(code)
@@ -104,8 +108,6 @@ def _explain(error: Exception) -> str | None:
     is_of_group = isinstance(error, dist.DistError) or re.search("gloo|[Cc]onnection|pair closure", text)
     if dist.is_initialized() and is_of_group:
         return f"rank {dist.get_rank()} waited for another process that died or hangs: see its message ({text})"
-    if isinstance(error, BrokenPipeError):
-        return "the reader of the output has ended"
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         return f"cannot write {error.filename or 'a file'}: {error.strerror}; free some space and run the command again"
     if isinstance(error, OSError) and isinstance(error.filename, str | bytes):

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 import torchvision.transforms.v2 as T
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from augment import MEAN, STD, normalize
 from support.decoding import MAX_PIXELS
+from support.loader import fit_workers, open_loader
 from utils import UserError
 from vision_transformer import VisionTransformer
 
@@ -87,7 +88,6 @@ def extract_features(
     batch_size: int = 64,
     num_workers: int = 2,
     title: str | None = "features",
-    worker_init_fn: Callable[[int], None] | None = None,
 ) -> Tensor | None:
     """Apply a network to all images of a data set.
 
@@ -98,7 +98,6 @@ def extract_features(
         network: on `device`.
         dataset: data set of (normalized image, label). Images of different sizes need a batch size of 1.
         title: text of the progress bar; None: no progress bar.
-        worker_init_fn: called in each data-loading process, as in DataLoader.
 
     Returns:
         features [n, D] on the CPU, of the network's type, in the order of the data set; None on other ranks than 0
@@ -106,10 +105,9 @@ def extract_features(
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total = len(dataset)  # type: ignore[arg-type] # all of ours have a length
     own = range(rank, total, world_size)
-    pinned = device.type == "cuda"
-    loader = DataLoader(
-        Subset(dataset, own), batch_size, num_workers=num_workers, worker_init_fn=worker_init_fn, pin_memory=pinned
-    )
+    batch_bytes = batch_size * dataset[own[0]][0].nbytes if num_workers and own else 0
+    workers = fit_workers(num_workers, batch_bytes)
+    loader = open_loader(Subset(dataset, own), workers, device, batch_size=batch_size)
     bar = tqdm(loader, title, unit="batch", disable=rank > 0 or title is None or not sys.stderr.isatty())
     features, done = torch.empty(0), 0
     for images, _ in bar:

@@ -70,9 +70,11 @@ def atomic_write(path: Path, backup: Path | None = None) -> Iterator[Path]:
             raise
         reason = cause.strerror if isinstance(cause, OSError) else first_line(cause)
         kept = f"the last saved {path} is kept" if path.exists() else "no earlier one exists"
-        advice = "free some space and run the command again"
-        if isinstance(cause, OSError) and cause.errno not in NO_SPACE:
-            advice = "make its folder writable, or give another one"
+        advice = "make its folder writable, or give another one"
+        if not isinstance(cause, OSError) or cause.errno in NO_SPACE:
+            advice = "free some space and run the command again"
+        elif not path.parent.is_dir():
+            advice = f"the folder {path.parent} is gone, create it again or give another one"
         raise UserError(f"cannot save {path}: {reason}; {kept}: {advice}") from error
     finally:
         with contextlib.suppress(OSError):

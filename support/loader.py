@@ -1,22 +1,32 @@
 """The order of batches, and the workers that turn images into batches of views."""
 
+import atexit
+import functools
+import multiprocessing
+import multiprocessing.queues
+import os
 import signal
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from augment import MultiCrop, View, normalize
 from patch_matching import Matches, match_views
 from support.images import LabeledImages
 from support.preemption import ignore_signals
-from utils import DEAD_WORKER, UserError
+from support.resources import free_shared_memory
+from utils import DEAD_WORKER, UserError, first_line, is_first_process, kill_workers, warn
 
 MAX_BAD_IN_A_ROW = 100
+SHM_ADVICE = "give a container more with docker run --shm-size=8g or --ipc=host"
+PREFETCHED = 2  # batches per worker, PyTorch's default
 Key = tuple[int, int, list[int]]  # of a batch: epoch, step, sample indices
 BadImages = dict[int, str]  # {sample index: error message}
 
@@ -145,13 +155,84 @@ class ViewBatches(Dataset[LoadedBatch]):
         raise UserError(f"{MAX_BAD_IN_A_ROW} consecutive images cannot be read; the last: {bad_images[sample]}")
 
 
+class Workers(NamedTuple):
+    """The data-loading workers of a DataLoader."""
+
+    number: int
+    prefetched: int = PREFETCHED  # batches of each worker
+
+
+NO_WORKERS = Workers(0)
+
+
+warn_once = functools.cache(warn)
+
+
+def fit_workers(num_workers: int, batch_bytes: int, quiet: bool = False) -> Workers:
+    """Return the workers whose batches fit into this process's share of the shared memory, /dev/shm.
+
+    Workers send batches through shared memory: those that they prefetch, and one that is in use. Where the memory is
+    too small, as the 64 MB of a Docker container may be, workers prefetch one batch each, then there are fewer of them,
+    and without any the process loads the images itself. A line says so, once.
+
+    Args:
+        num_workers: number of workers that the user wants.
+        batch_bytes: size of a batch; of several data loaders that are open at the same time, the sum.
+        quiet: omit the line.
+    """
+    if num_workers == 0:
+        return NO_WORKERS
+    try:
+        multiprocessing.Lock()  # as the queues of the workers have them
+        free = free_shared_memory()
+        found = f"/dev/shm has {free / 1e6:.0f} MB free for this process"
+    except (OSError, ImportError) as error:
+        free, found = 0, f"no shared memory in /dev/shm ({first_line(error)})"
+    fitting = int(free / max(batch_bytes, 1)) - 1
+    workers = Workers(num_workers)
+    if fitting < PREFETCHED * num_workers:
+        workers = Workers(min(num_workers, fitting), 1) if fitting > 0 else NO_WORKERS
+    if workers != Workers(num_workers) and is_first_process() and not quiet:
+        needed = f"{num_workers} workers with {PREFETCHED} batches of {batch_bytes / 1e6:.0f} MB each do not fit"
+        instead = f"using {workers.number} with 1" if workers.number else "loading without workers, which is slow"
+        warn_once(f"{found}, {needed}: {instead}; {SHM_ADVICE}")
+    return workers
+
+
+def open_loader(dataset: Dataset, workers: Workers, device: torch.device, **options: Any) -> DataLoader:
+    """Return a DataLoader for batches that go to a device. Further options are those of DataLoader.
+
+    The process kills its workers when it ends: they ignore SIGTERM, so that Python's exit-time join would hang.
+    """
+    atexit.register(kill_workers)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, as the user wants
+        return DataLoader(
+            dataset,
+            num_workers=workers.number,
+            prefetch_factor=workers.prefetched if workers.number else None,
+            worker_init_fn=init_worker,
+            pin_memory=device.type == "cuda",
+            **options,
+        )
+
+
 def init_worker(worker_id: int) -> None:
     """Prepare a data-loading worker, as the `worker_init_fn` of a DataLoader.
 
-    Signals are left to the main process. OpenCV gets no threads, because the workers share the cores already.
+    Signals are left to the main process. OpenCV gets no threads, because the workers share the cores already. If a
+    batch cannot be sent, the worker ends, so that the main process learns of it: Python would only print a traceback,
+    and the main process would wait for ever.
     """
     ignore_signals()
     cv2.setNumThreads(0)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
+
+
+def _end_worker(error: BaseException, _: object) -> NoReturn:
+    line = f"a data-loading worker cannot send its batch, {first_line(error)}: if /dev/shm is full, {SHM_ADVICE}"
+    print(line, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def batches_on_device(loader: Iterable[LoadedBatch], device: torch.device) -> Iterator[Batch]:
@@ -163,7 +244,9 @@ def batches_on_device(loader: Iterable[LoadedBatch], device: torch.device) -> It
     try:
         for pixels, matches, bad_images in loader:
             views = [normalize(of_one_size.to(device, non_blocking=True)) for of_one_size in pixels]
-            yield Batch(views, matches.to(device), bad_images)
+            batch = Batch(views, matches.to(device), bad_images)
+            del pixels, matches  # frees their shared memory before the next batch arrives
+            yield batch
     except (ConnectionError, EOFError, FileNotFoundError) as error:
         if str(error).startswith("Caught ") or getattr(loader, "num_workers", 1) == 0:
             raise  # an error of the data set

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import datetime
 import importlib.metadata
-import os
 import platform
 import shlex
 import subprocess
@@ -23,7 +22,8 @@ from support import features
 from support.evaluation import check_splits, classification_metrics, knn_votes
 from support.features import eval_transform, extract_features, normalized_cls
 from support.images import ImageList, LabeledImages
-from support.loader import ViewBatches, init_worker
+from support.loader import ViewBatches
+from support.resources import usable_cores
 from support.sources import DataSpec, build_dataset
 from utils import VERSION, UserError, warn
 from vision_transformer import VisionTransformer
@@ -88,11 +88,10 @@ class OnlineKNN:
         """
         references, queries = (
             extract_features(
-                normalized_cls(backbone), self.splits[split], device, self.batch_size, self.num_workers, title=None,
-                worker_init_fn=init_worker,
+                normalized_cls(backbone), self.splits[split], device, self.batch_size, self.num_workers, title=None
             )
             for split in ("train", "val")
-        )  # fmt: skip
+        )
         if references is None or queries is None:
             return None
         references, queries, k = references.to(device), queries.to(device), min(NEIGHBOURS, len(references))
@@ -197,6 +196,6 @@ def environment() -> dict[str, Any]:
         "packages": packages,
         "system": platform.platform(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpu_cores": os.cpu_count(),
+        "cpu_cores": usable_cores(),
         "threads": torch.get_num_threads(),
     }

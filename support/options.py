@@ -1,7 +1,6 @@
 """The options of the pretraining, `main_lgssl.py`."""
 
 import argparse
-import os
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ import torch
 from losses import LOSS_WEIGHTS
 from patch_matching import RULES
 from support.arguments import ArgumentParser, bool_flag, number
+from support.resources import local_processes, usable_cores
 from support.sources import add_source_arguments
 from utils import UserError
 from vision_transformer import ARCHITECTURES, MAX_SIDE, architecture
@@ -102,7 +102,7 @@ def add_data_arguments(parser: ArgumentParser) -> None:
         "labels. Training never uses labels")
     free("--image_every", type=count, default=10, help="write pictures to TensorBoard every N epochs (0: never)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of all random numbers")
-    workers = min(10, os.cpu_count() or 1)
+    workers = min(10, max(usable_cores() // local_processes(), 1))
     free("--num_workers", type=number(int, 0, 1000), default=workers, help="data-loading workers per process")
     free("--dist_url", default="env://", help="URL to set up distributed training")
     free("--dist_timeout", type=number(int, 1, 10**7), default=600, help="seconds to wait for another process")
@@ -147,6 +147,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.geometry == "batch" and args.image_size == 0:
         parser.error("--image_size 0 needs --geometry image: crops shared by a batch need images of one size")
     return args
+
+
+def long_warmups(args: argparse.Namespace) -> list[str]:
+    """Return a line for each warm-up that lasts to the end of the run."""
+    lines = []
+    if args.warmup_epochs >= args.epochs:
+        lines.append(f"--warmup_epochs {args.warmup_epochs} is not less than --epochs {args.epochs}: the learning rate "
+            "rises to the end of the run")  # fmt: skip
+    if args.warmup_teacher_temp_epochs > args.epochs and args.warmup_teacher_temp != args.teacher_temp:
+        lines.append(f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} is more than --epochs "
+            f"{args.epochs}: the run ends before --teacher_temp {args.teacher_temp}")  # fmt: skip
+    return lines
 
 
 def set_precision(precision: str | None, device: torch.device) -> str:

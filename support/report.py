@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from support.files import append_line, read_text, write_text
-from utils import first_line, warn
+from utils import first_line, printable, warn
 
 PATIENCE = 50  # reports in a row
 WATCH_FROM = 2000  # the watch for a collapse starts at this step, or at the end of the warm-up if that is earlier
@@ -79,17 +79,18 @@ class Report:
         try:
             # A slow disk blocks the training only when 1,000 entries are waiting.
             self.board = SummaryWriter(output_dir / "tb", max_queue=1000, purge_step=start_step)
-        except OSError as error:
-            warn(f"no TensorBoard in {output_dir / 'tb'}: {_reason(error)}; the run goes on without")
+        except Exception as error:  # many kinds, also for a name that is not UTF-8
+            warn(f"no TensorBoard in {printable(output_dir / 'tb')}: {_reason(error)}; the run goes on without")
 
     def _board(self, method: str, *args: Any, **options: Any) -> None:
         """Call a method of TensorBoard's writer, if there is one. If it fails, warn and go on without."""
         try:
             if self.board:
                 getattr(self.board, method)(*args, **options)
-        except OSError as error:
+        except Exception as error:  # many kinds, also those of its thread
             self.board = None
-            warn(f"cannot write {self.output_dir / 'tb'}: {_reason(error)}; the run goes on without TensorBoard")
+            place = printable(self.output_dir / "tb")
+            warn(f"cannot write {place}: {_reason(error)}; the run goes on without TensorBoard")
 
     def start(self, settings: dict[str, Any], environment: dict[str, Any], headline: str) -> None:
         """Write the settings and the environment of the run, print a headline and open the progress bar."""
@@ -98,26 +99,41 @@ class Report:
         for name, values in (("arguments", settings), ("environment", environment)):
             self._board("add_text", name, "    " + json.dumps(values, indent=2).replace("\n", "\n    "), 0)
         print(headline, flush=True)
-        self.bar = tqdm(total=self.total_steps, initial=self.start_step, unit="step", disable=not sys.stderr.isatty())
+        is_hidden = not sys.stderr.isatty()
+        self.bar = tqdm(
+            total=self.total_steps, initial=self.start_step, unit="step", disable=is_hidden, dynamic_ncols=True
+        )
 
-    def step(self) -> None:
-        """Advance the progress bar by one step."""
+    def step(self, loss: float | None = None) -> None:
+        """Advance the progress bar by one step. `loss` is shown until the first report."""
+        if loss is not None:
+            self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         self.bar.update()
 
-    def interval(self, epoch: int, step: int, seconds_per_step: float, values: dict[str, float | None]) -> None:
-        """Report the mean values of a logging interval, which ends with `step`."""
+    def interval(
+        self, epoch: int, step: int, seconds_per_step: float, values: dict[str, float | None], data_share: float = 0.0
+    ) -> None:
+        """Report the mean values of a logging interval, which ends with `step`.
+
+        Args:
+            data_share: share of the time in which the process waited for data. Not in `steps.jsonl`.
+        """
         append_line({"epoch": epoch, "step": step, **values}, self.step_log)
-        for name, value in values.items():
+        for name, value in {**values, "data_share": data_share}.items():
             if value is not None:
                 self._board("add_scalar", name, value, step)
         loss, rate = f"{values['loss']:.3f}", f"{values['images_per_s']:.0f}"
+        usage = {"waiting for data": f"{data_share:.0%}"}
+        if torch.cuda.is_initialized():
+            usage["GPU memory"] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
         if self.bar.disable:
             left = datetime.timedelta(seconds=round((self.total_steps - step - 1) * seconds_per_step))
             place = f"epoch {epoch + 1}/{self.epochs}  step {step + 1}/{self.total_steps}"
-            print(f"{place}  loss {loss}  lr {values['lr']:.2e}  {rate} images/s  left {left}", flush=True)
+            words = "".join(f"  {name} {value}" for name, value in usage.items())
+            print(f"{place}  loss {loss}  lr {values['lr']:.2e}  {rate} images/s{words}  left {left}", flush=True)
         else:
             self.bar.set_description(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
-            self.bar.set_postfix({"loss": loss, "images/s": rate}, refresh=False)
+            self.bar.set_postfix({"loss": loss, "images/s": rate, **usage}, refresh=False)
         for text in self.watch(values) if step >= self.watch_from else []:
             warn(text)
 
@@ -159,7 +175,7 @@ class Report:
     def end(self, settings: dict[str, Any], stopped_by: signal.Signals | None) -> None:
         """Print how the run ended. A complete run also writes its settings to TensorBoard's HPARAMS."""
         if self.metrics and not stopped_by:
-            plain = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in settings.items()}
+            plain = {name: v if isinstance(v, (bool, int, float)) else printable(v) for name, v in settings.items()}
             metrics = {f"final/{name}": value for name, value in self.metrics.items()}
             self._board("add_hparams", plain, metrics, run_name=".")
         self.bar.close()

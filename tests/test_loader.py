@@ -1,3 +1,7 @@
+import errno
+import multiprocessing
+import os
+
 import cv2
 import numpy as np
 import pytest
@@ -6,6 +10,7 @@ from conftest import open_dataset
 from torch.utils.data import DataLoader
 
 from augment import MultiCrop, normalize
+from support import loader
 from support.images import ResizedArray
 from support.loader import BatchSampler, ViewBatches, batches_on_device, init_worker
 from utils import UserError
@@ -52,8 +57,8 @@ def test_views_do_not_depend_on_the_workers(photo_folder, geometry):
     crop = MultiCrop(global_size=32, local_size=16, local_number=2, geometry=geometry)
     batches = ViewBatches(dataset, crop, 8, "paper", 0)
     keys = [(0, step, [step, 3, 7]) for step in range(4)]
-    loader = DataLoader(batches, batch_size=None, sampler=keys, num_workers=2, worker_init_fn=init_worker, timeout=60)
-    for key, batch in zip(keys, batches_on_device(loader, torch.device("cpu")), strict=True):
+    opened = DataLoader(batches, batch_size=None, sampler=keys, num_workers=2, worker_init_fn=init_worker, timeout=60)
+    for key, batch in zip(keys, batches_on_device(opened, torch.device("cpu")), strict=True):
         pixels, matches, bad_images = batches[key]
         assert [x.dtype for x in pixels] == [torch.uint8] * 2
         assert all(torch.equal(normalize(x), y) for x, y in zip(pixels, batch.views, strict=True))
@@ -67,15 +72,53 @@ def test_an_error_of_a_data_set_is_not_taken_for_a_dead_process(num_workers):
         def __getitem__(self, key):
             raise FileNotFoundError("shard 7 is gone")
 
-    loader = DataLoader(Lost(), batch_size=None, sampler=[0], num_workers=num_workers)
+    opened = DataLoader(Lost(), batch_size=None, sampler=[0], num_workers=num_workers)
     with pytest.raises(FileNotFoundError, match="shard 7 is gone"):
-        next(batches_on_device(loader, torch.device("cpu")))
+        next(batches_on_device(opened, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("free", "workers"),
+    [(210, (10, 2)), (209, (10, 1)), (110, (10, 1)), (40, (3, 1)), (20, (1, 1)), (19, (0, 2)), (0, (0, 2))],
+)
+def test_workers_fit_into_the_shared_memory(monkeypatch, capsys, free, workers):
+    """Batches of 10 bytes: those that workers prefetch, and one in use."""
+    loader.warn_once.cache_clear()
+    monkeypatch.setattr(loader, "free_shared_memory", lambda: free)
+    for _ in range(2):
+        assert loader.fit_workers(10, 10) == workers
+    warning = capsys.readouterr().err
+    assert warning.count("docker run --shm-size=8g or --ipc=host") == (workers != (10, 2))
+    assert loader.fit_workers(0, 10) == (0, 2)
+
+
+def test_without_semaphores_the_process_loads_itself(monkeypatch, capsys):
+    def lock():
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(multiprocessing, "Lock", lock)
+    assert loader.fit_workers(2, 10).number == 0
+    assert "no shared memory in /dev/shm ([Errno 30] Read-only file system)" in capsys.readouterr().err
+
+
+class Unsendable(torch.utils.data.Dataset):
+    """Its items cannot be sent to another process, as those that do not fit into the shared memory."""
+
+    def __getitem__(self, key):
+        return lambda: key
+
+
+def test_a_batch_that_cannot_be_sent_ends_the_worker(capfd):
+    opened = loader.open_loader(Unsendable(), loader.Workers(1), torch.device("cpu"), batch_size=None, sampler=[0, 1])
+    with pytest.raises(RuntimeError, match="DataLoader worker .* exited unexpectedly"):
+        next(iter(opened))
+    assert "a data-loading worker cannot send its batch, " in capfd.readouterr().err
 
 
 def test_a_dead_data_loading_process_is_named():
-    def loader():
+    def batches():
         yield from ()
         raise ConnectionResetError("gone")
 
     with pytest.raises(UserError, match=r"a data-loading worker died, .* fewer --num_workers \(ConnectionResetError\)"):
-        next(batches_on_device(loader(), torch.device("cpu")))
+        next(batches_on_device(batches(), torch.device("cpu")))

@@ -1,0 +1,32 @@
+"""Standard output whose reader may end: `| head -1`, or a terminal that was closed."""
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Any
+
+
+class Output:
+    """A text stream that drops what is written once its reader is gone, or after another error, which is raised."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable, *args: str) -> None:
+        try:
+            call(*args)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # also for Python's last flush
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                error.filename = self._stream.name
+                raise
