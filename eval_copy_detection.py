@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = blocks | {name: listed_images(source) if source else [] for name, source in others.items()}
     images = {name: len(files) for name, files in paths.items()}
     backbone, made_with, _ = evaluation.open_model(evaluation.model_spec(args), args.imsize)
-    path = evaluation.result_file(args.output_dir, args.pretrained_weights, "copydays")
+    result = evaluation.Result("copydays", args, backbone, made_with, images=images)
 
     rank, _, device = init_distributed(args.dist_url)
     backbone.to(device)
@@ -180,12 +180,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     whiten = Whitening(features["whitening"]) if "whitening" in features else lambda x: x
     database = torch.cat([features[name] for name in ("original", "distractors") if name in features])
     database = F.normalize(whiten(database))
-    scores = {}
+    scores, lines = {}, []
     for name in positives:
         queries = F.normalize(whiten(features[name]))
         scores[name] = mean_average_precision(queries @ database.T, positives[name], args.topk)
-        print(f"copy detection, {name}: mAP {scores[name]:.3f}", flush=True)
-    evaluation.write_result(path, {"map": scores, "images": images}, made_with, args)
+        lines.append(f"copy detection, {name}: mAP {scores[name]:.3f}")
+    result.publish(lines, map=scores)
 
 
 if __name__ == "__main__":

@@ -172,12 +172,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     benchmark = RevisitedRetrieval(args.data_path, args.dataset)
     backbone, made_with, _ = evaluation.open_model(evaluation.model_spec(args), args.imsize)
-    path = evaluation.result_file(args.output_dir, args.pretrained_weights, args.dataset)
     new = partial(RetrievalImages, side=args.imsize, patch_size=max(backbone.patch_embed.patch_size))
     boxes = benchmark.boxes if args.crop_queries else None
     datasets = {"queries": new(benchmark.queries, boxes=boxes), "database": new(benchmark.database)}
     for dataset in datasets.values():
         dataset.use_intensity_range(args.intensity_range or made_with.get("intensity_range"))
+    images = {name: len(dataset) for name, dataset in datasets.items()}
+    result = evaluation.Result(args.dataset, args, backbone, made_with, images=images)
 
     rank, _, device = init_distributed(args.dist_url)
     network = partial(retrieval_features, backbone.to(device), args.multiscale)
@@ -188,13 +189,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     similarity = (features["database"] @ features["queries"].T).numpy()
     scores = {protocol: score(similarity, benchmark.relevance, protocol) for protocol in PROTOCOLS}
+    lines = []
     for protocol, scored in scores.items():
         if scored["map"] is not None:
             at = ", ".join(f"mP@{cutoff} {100 * p:.2f}" for cutoff, p in zip(CUTOFFS, scored["mp"], strict=True))
-            print(f"{args.dataset} {protocol}: mAP {100 * scored['map']:.2f}, {at}", flush=True)
-    result = {kind: {name: scored[kind] for name, scored in scores.items()} for kind in ("map", "mp", "aps")}
-    images = {name: len(dataset) for name, dataset in datasets.items()}
-    evaluation.write_result(path, {**result, "images": images}, made_with, args)
+            lines.append(f"{args.dataset} {protocol}: mAP {100 * scored['map']:.2f}, {at}")
+    numbers = {kind: {name: scored[kind] for name, scored in scores.items()} for kind in ("map", "mp", "aps")}
+    result.publish(lines, **numbers)
 
 
 if __name__ == "__main__":

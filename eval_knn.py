@@ -57,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     backbone, made_with, crop_size, datasets = evaluation.open_classification(args)
     if max(args.nb_knn) > len(datasets["train"]):
         raise UserError(f"--nb_knn {max(args.nb_knn)} is more than the {len(datasets['train'])} training images")
-    path = evaluation.result_file(args.output_dir, args.pretrained_weights, f"knn_{args.dataset}")
+    images = {split: len(dataset) for split, dataset in datasets.items()}
+    facts = {"images": images, "crop_size": crop_size}
+    result = evaluation.Result(f"knn_{args.dataset}", args, backbone, made_with, datasets, **facts)
 
     rank, _, device = init_distributed(args.dist_url)
     network = normalized_cls(backbone.to(device))
@@ -68,13 +70,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     search_device = torch.device("cpu") if args.use_cuda is False else device
     labels = {split: torch.tensor(dataset.labels, device=search_device) for split, dataset in datasets.items()}
     train, val = (features.pop(split).to(search_device) for split in ("train", "val"))
-    knn = {}
+    knn, lines = {}, []
     for k in args.nb_knn:
         votes = knn_votes(train, labels["train"], val, len(datasets["train"].classes), k, args.temperature)
         knn[k] = classification_metrics(votes, labels["val"])
-        print(f"k-NN (K={k}): {describe(knn[k])}", flush=True)
-    images = {split: len(dataset) for split, dataset in datasets.items()}
-    evaluation.write_result(path, {"images": images, "crop_size": crop_size, "knn": knn}, made_with, args)
+        lines.append(f"k-NN (K={k}): {describe(knn[k])}")
+    result.publish(lines, knn=knn)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ stopped run resumes after its last complete epoch. Runs on GPUs or CPUs, in one 
 
 import argparse
 import copy
-import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,21 +22,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.transforms.v2 as T
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from support import checkpoints, evaluation
 from support.arguments import bool_flag, number
 from support.evaluation import features_of_all
 from support.features import RawPixels, to_pixels
 from support.images import LabeledImages
-from support.loader import BatchSampler
+from support.loader import BatchSampler, fit_workers, open_loader
 from support.weights import load_file
 from utils import UserError, all_gather, cosine_schedule, init_distributed, run_main
 from vision_transformer import VisionTransformer
-
-# Arguments that may differ when a run resumes, or when its weights are evaluated.
-MAY_CHANGE = "pretrained_weights download output_dir batch_size_per_gpu num_workers val_freq evaluate".split()
-MAY_CHANGE += ["dist_url", "local_rank", "arch", "patch_size", "checkpoint_key"]
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # one rank's share of a step, possibly empty: features [b, D], labels [b]
 
@@ -172,16 +167,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     backbone, made_with, crop_size, splits = evaluation.open_classification(args, augmented=not args.cache_features)
     protocol = protocol_of(args, backbone, made_with, len(splits["train"].classes))
-    path = evaluation.result_file(args.output_dir, args.pretrained_weights, f"linear_{args.dataset}")
-    file = Path(args.evaluate) if isinstance(args.evaluate, str) else path and path.with_suffix(".pth")
     rank, world_size, device = init_distributed(args.dist_url)
     batch_size = args.batch_size_per_gpu * world_size
+    facts = {"images": {split: len(images) for split, images in splits.items()}, "crop_size": crop_size}
+    facts |= {"batch_size": batch_size, "protocol": protocol._asdict()}
+    facts["training_images"] = "not augmented, features cached" if args.cache_features else "augmented"
+    result = evaluation.Result(f"linear_{args.dataset}", args, backbone, made_with, splits, **facts)
+    file = result.path and result.path.with_suffix(".pth")
+    if args.evaluate and not (file and file.exists()):
+        file = result.first and result.first.with_suffix(".pth")
+    if isinstance(args.evaluate, str):
+        file = Path(args.evaluate)
     dim = backbone.embed_dim * (protocol.n_last_blocks + protocol.avgpool_patchtokens)
-    settings = {**vars(args), **protocol._asdict()}
-    run = {"fingerprint": fingerprint(backbone, splits), "args": settings, "batch_size": batch_size}
     state = None
     if file and file.exists():
-        state = load_state(file, (protocol.num_labels, dim), None if args.evaluate else run)
+        state = load_state(file, (protocol.num_labels, dim))
     elif args.evaluate:
         where = f" at {file}" if file else ""
         raise UserError(f"--evaluate found no linear weights{where}: train them first, or give their file")
@@ -222,8 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches = ((train[indices], labels[indices]) for _, _, indices in sampler)
     else:
         augmented = AugmentedBatches(splits["train"], crop_size, protocol.flip_prob, args.seed)
-        pin_memory = device.type == "cuda"
-        loader = DataLoader(augmented, None, sampler=sampler, num_workers=args.num_workers, pin_memory=pin_memory)
+        workers = fit_workers(args.num_workers, args.batch_size_per_gpu * 12 * crop_size**2, quiet=True)
+        loader = open_loader(augmented, workers, device, sampler=sampler, batch_size=None)
         batches = ((network(x.to(device, non_blocking=True)), y.to(device, non_blocking=True)) for x, y in loader)
     for epoch in range(start + 1, args.epochs + 1):
         optimizer.param_groups[0]["lr"] = cosine_schedule(epoch - 1, args.epochs, lr, 0.0)
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if file is not None:
             weights = {f"module.linear.{name}": x for name, x in classifier.state_dict().items()}  # DINO's names
             progress = {"epoch": epoch, "state_dict": weights, "optimizer": optimizer.state_dict()}
-            checkpoints.save({**run, **progress, "validations": validations}, file)
+            checkpoints.save({**result.contents, **progress, "validations": validations}, file)
     evaluation.leave_process_group()
     if rank > 0:
         return
@@ -249,49 +249,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = {name: best[name] for name in evaluation.METRICS if name in best}
     cached = ", features of un-augmented images" if args.cache_features else ""
     of = f"(best of {args.epochs} epochs: number {best['epoch']}{cached})"
-    print(f"linear: {evaluation.describe(metrics)} {of}", flush=True)
-    result = {**metrics, "epoch": best["epoch"], "protocol": protocol._asdict(), "crop_size": crop_size}
-    result["training_images"] = "not augmented, features cached" if args.cache_features else "augmented"
-    result["images"] = {split: len(images) for split, images in splits.items()}
-    result |= {"batch_size": batch_size, "history": history}
-    evaluation.write_result(path, result, made_with, args)
+    numbers = {**metrics, "epoch": best["epoch"], "history": history}
+    result.publish([f"linear: {evaluation.describe(metrics)} {of}"], **numbers)
 
 
-def fingerprint(network: nn.Module, splits: dict[str, LabeledImages]) -> str:
-    """Return a SHA-256 hash of a network's weights and of the classes and labels of {split: data set}."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    for split, images in splits.items():
-        digest.update(repr((split, images.classes, images.labels)).encode())
-    return digest.hexdigest()
-
-
-def load_state(file: Path, shape: tuple[int, int], run: dict[str, Any] | None) -> dict[str, Any]:
+def load_state(file: Path, shape: tuple[int, int]) -> dict[str, Any]:
     """Read a file of linear weights.
 
     Args:
         shape: (classes, dimension) of the classifier's weight.
-        run: {"fingerprint": hash of backbone and data, "args": all settings, "batch_size"} of a run that resumes, or
-            None.
 
     Raises:
-        UserError: the weights do not fit, or belong to other settings, weights or images than those of the run.
+        UserError: the weights do not fit.
     """
     state = load_file(file)
     shapes = {name: tuple(value.shape) for name, value in best_classifier(state).items()}
     if shapes != {"weight": shape, "bias": shape[:1]}:
         found = f"found {shapes.get('weight')}: weights of another network or data set, or of another command"
         raise UserError(f"{file} holds no linear classifier with a bias and a weight of {shape}, {found}")
-    if run is not None:
-        if state.get("fingerprint") != run["fingerprint"]:
-            raise UserError(f"{file} was trained on other weights or images: move it, or give another --output_dir")
-        defaults = vars(parse_arguments(["--pretrained_weights", "none"]))
-        if state["batch_size"] != run["batch_size"]:
-            trained = f"{file} was trained with {state['batch_size']} images per step, found {run['batch_size']}"
-            raise UserError(f"{trained}: use the batch and number of processes of that run")
-        checkpoints.refuse_other_run(state["args"], run["args"], defaults, MAY_CHANGE, file)
     return state
 
 

@@ -114,7 +114,7 @@ class Step:
         if self.name == "pretraining":
             run = self.result.parent
             return progress(run) == 1.0 and not differences(self.settings(), read_json(run / "args.json"))
-        result = read_result(self.result)
+        result = read_result(self)
         return bool(result) and not differences(self.settings(), result["args"])
 
     def line(self) -> str:
@@ -221,10 +221,16 @@ def progress(run: Path) -> float:
     return (entries[-1]["epoch"] + 1) / read_json(run / "args.json")["epochs"] if entries else 0.0
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """Return an evaluation's result, empty if it is missing or its pretraining had not finished."""
-    result = read_json(path) if path.is_file() else {"pretraining": {"epoch": 0}}
-    return result if result["pretraining"].get("epoch") == result["pretraining"].get("epochs") else {}
+def read_result(step: Step) -> dict[str, Any]:
+    """Return the result of an evaluation, {} if there is none of a pretraining that has finished.
+
+    Of several, which differ in their settings and have suffixes, it is one with the step's settings, if any.
+    """
+    files = [step.result, *sorted(step.result.parent.glob(f"{step.result.stem}_*.json"))]
+    results = [read_json(file) for file in files if file.is_file()]
+    finished = [r for r in results if r["pretraining"].get("epoch") == r["pretraining"].get("epochs")]
+    expected = [r for r in finished if not differences(step.settings(), r["args"])]
+    return next(iter(expected + finished), {})
 
 
 def score(column: str, result: dict[str, Any]) -> float | None:
@@ -288,7 +294,7 @@ def report(runs: Path) -> str:
             pretraining = vars(recipe_arguments(recipe))
             for column, theirs in zip(table["columns"], row["paper"], strict=True):
                 evaluation, form = COLUMNS[column].evaluation, COLUMNS[column].form
-                result = read_result(steps[evaluation].result)
+                result = read_result(steps[evaluation])
                 ours = score(column, result)
                 if ours is None:
                     cells.append(f"{theirs:{form}} / not run")

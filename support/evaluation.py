@@ -1,6 +1,7 @@
 """Shared parts of the evaluations: options, opening of model and images, k-NN, average precision, JSON results."""
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -12,19 +13,22 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from support.arguments import ArgumentParser, number
 from support.features import Network, RawPixels, eval_transform, extract_features, whole_transform
-from support.files import make_folder, write_text
+from support.files import make_folder, read_json, write_text
 from support.images import ImageList, LabeledImages
 from support.sources import DataSpec, add_source_arguments, build_dataset, data_spec
-from support.weights import load_backbone
-from utils import UserError
+from support.weights import load_backbone, load_file
+from utils import UserError, is_first_process, printable, warn
 from vision_transformer import ARCHITECTURES, MAX_SIDE, VisionTransformer, architecture
 
 PIXELS = "; pixels: no network, but the pixels minus the mean training image"  # see `open_classification`
+# Arguments that do not change a result, or that `fingerprint` covers
+NO_SETTINGS = "pretrained_weights checkpoint_key arch patch_size download output_dir batch_size_per_gpu".split()
+NO_SETTINGS += "num_workers use_cuda val_freq evaluate dist_url local_rank".split()
 METRICS = {"top1": "top-1", "top5": "top-5", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
 
 
@@ -321,32 +325,124 @@ def average_precision(ranks: Sequence[int], count: int) -> float:
     return total
 
 
-def result_file(output_dir: str | None, pretrained_weights: str, name: str) -> Path | None:
-    """Return the path of a result: NAME.json in `output_dir`, by default in the folder of the weights.
+class Result:
+    """The JSON result of an evaluation, in a file of its own.
 
-    Random weights, raw pixels and timm's names have no folder: without `output_dir` there is no result file, None.
-
-    Raises:
-        UserError: the folder cannot be written to.
-    """
-    if output_dir is None and (pretrained_weights in ("none", "pixels") or pretrained_weights.startswith("timm:")):
-        return None
-    folder = Path(pretrained_weights).parent if output_dir is None else Path(output_dir)
-    make_folder(folder, "--output_dir")
-    return folder / f"{re.sub('[:/]', '_', name)}.json"
-
-
-def write_result(
-    path: Path | None, result: dict[str, Any], made_with: dict[str, Any], args: argparse.Namespace
-) -> None:
-    """Write a result as JSON, with the settings of evaluation and pretraining.
+    The file is NAME.json in --output_dir, by default in the folder of the weights. If NAME.json holds a result of other
+    weights, images or settings, a suffix says what differs, as in `knn_folder_epoch20.json`. There is no file for
+    random weights, raw pixels and timm's names without --output_dir, nor in a folder that cannot be written to.
 
     Args:
-        path: return value of `result_file`; None writes nothing.
-        made_with: see `OpenedModel`.
+        name: of the file, such as knn_folder.
         args: arguments of the evaluation.
+        network: on the CPU.
+        made_with: see `OpenedModel`.
+        splits: {split: labeled images}, empty for other images.
+        facts: what the file holds besides, such as the numbers of images.
+
+    Attributes:
+        first: NAME.json, or None without a file.
+        path: the file.
+        contents: of the file, without the numbers that `publish` adds.
+
+    Raises:
+        UserError: --output_dir cannot be written to.
     """
-    if path is not None:
-        contents = {**result, "pretraining": made_with, "args": vars(args)}
-        write_text(json.dumps(contents, indent=2, default=str) + "\n", path)
-        print(f"written to {path}", flush=True)
+
+    def __init__(
+        self,
+        name: str,
+        args: argparse.Namespace,
+        network: nn.Module,
+        made_with: dict[str, Any],
+        splits: Mapping[str, LabeledImages] | None = None,
+        **facts: Any,
+    ) -> None:
+        hashes = {"network": fingerprint(network, {}), "fingerprint": fingerprint(network, splits or {})}
+        self.contents = {**facts, **hashes, "pretraining": made_with, "args": vars(args)}
+        self.path = self.first = None
+        folder = Path(args.pretrained_weights).parent
+        if args.output_dir is not None:
+            folder = Path(args.output_dir)
+            make_folder(folder, "--output_dir")
+        elif args.pretrained_weights in ("none", "pixels") or args.pretrained_weights.startswith("timm:"):
+            return
+        elif not os.access(folder, os.W_OK):
+            if is_first_process():
+                warn(f"cannot write to {printable(folder)}: the result is only printed; --output_dir keeps it")
+            return
+        self.path = self.first = folder / f"{re.sub('[:/]', '_', name)}.json"
+        suffix, number = "_".join(["", *differences(earlier_result(self.first), self.contents)])[:100], 1
+        while differences(earlier_result(self.path), self.contents):
+            self.path = self.first.with_stem(self.first.stem + suffix + (f"_{number}" if number > 1 else ""))
+            number += 1
+
+    def publish(self, lines: Sequence[str], **numbers: Any) -> None:
+        """Write the file, then print lines.
+
+        Raises:
+            UserError: the file cannot be written. The lines are printed before.
+        """
+        try:
+            if self.path is not None:
+                write_text(json.dumps({**numbers, **self.contents}, indent=2, default=str) + "\n", self.path)
+                lines = [*lines, f"written to {printable(self.path)}"]
+        finally:
+            print("\n".join(lines), flush=True)
+
+
+def fingerprint(network: nn.Module, splits: Mapping[str, LabeledImages]) -> str:
+    """Return a SHA-256 hash of a network's weights and of the classes and labels of {split: data set}."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    for split, images in splits.items():
+        digest.update(repr((split, images.classes, images.labels)).encode())
+    return digest.hexdigest()
+
+
+def earlier_result(path: Path) -> dict[str, Any]:
+    """Return the contents of a result's file, or of a linear classifier that is still being trained; {} for no file."""
+    if path.exists():
+        return read_json(path)
+    return load_file(path.with_suffix(".pth")) if path.with_suffix(".pth").exists() else {}
+
+
+def differences(earlier: dict[str, Any], contents: dict[str, Any]) -> list[str]:
+    """Return how an evaluation differs from an earlier one, as words for the name of its file.
+
+    Args:
+        earlier: contents of the earlier file, {} without one. Contents that it lacks, as those of an older version do,
+            do not differ.
+        contents: contents of the file to write.
+    """
+    if not earlier:
+        return []
+    words, there, here = [], comparable(earlier), comparable(contents)
+    if earlier.get("network", contents["network"]) != contents["network"]:
+        stems = [Path(str(x.get("args", {}).get("pretrained_weights"))).stem for x in (earlier, contents)]
+        epochs = [x.get("pretraining", {}).get("epoch") for x in (earlier, contents)]
+        keys = [x.get("args", {}).get("checkpoint_key") for x in (earlier, contents)]
+        named = [(keys, "{}"), (epochs, "epoch{}"), (stems, "{}")]
+        words = [form.format(new) for (old, new), form in named if old != new][:1] or [contents["network"][:8]]
+    for name, value in here.items():
+        if name in there and there[name] != value:
+            text = {"True": name, "False": f"no_{name}"}.get(value, f"{name}-{os.path.basename(value).strip('[]')}")
+            words.append(re.sub(r"[^\w.-]+", "-", text))
+    if words or (contents["fingerprint"], contents["images"]) == tuple(
+        earlier.get(name, contents[name]) for name in ("fingerprint", "images")
+    ):
+        return words
+    return [f"{sum(contents['images'].values())}_images_{contents['fingerprint'][:8]}"]
+
+
+def comparable(contents: dict[str, Any]) -> dict[str, str]:
+    """Return the settings of a result as texts. Paths are absolute."""
+    facts: dict[str, Any] = {name: contents[name] for name in ("crop_size", "batch_size") if name in contents}
+    settings = {**contents.get("args", {}), **contents.get("protocol", {}), **facts}
+    return {
+        name: os.path.realpath(value) if value and (name.endswith("_path") or name == "classes") else str(value)
+        for name, value in settings.items()
+        if name not in NO_SETTINGS
+    }

@@ -132,8 +132,20 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(photo_folder, weights, monkeypat
             run(weights, photo_folder, *more)
     parts = run(weights, photo_folder, *more)
     assert parts == whole
-    with pytest.raises(UserError, match="--lr 5.0 there, 4.0 here"):
-        run(weights, photo_folder, *more, "--lr", 4)
+
+
+def test_another_setting_neither_resumes_nor_overwrites(photo_folder, weights, tmp_path):
+    """Also while the first run has weights, but no result yet."""
+    first = run(weights, photo_folder, "--cache_features")
+    before = (tmp_path / "linear_folder.pth").read_bytes()
+    (tmp_path / "linear_folder.json").unlink()
+    assert run(weights, photo_folder, "--cache_features", "--lr", 4) is None
+    assert run(weights, photo_folder, "--cache_features", "--batch_size_per_gpu", 6) is None
+    assert (tmp_path / "linear_folder.pth").read_bytes() == before
+    other = json.loads((tmp_path / "linear_folder_lr-4.0.json").read_text())
+    assert (other["args"]["lr"], len(other["history"])) == (4, 3)
+    assert (tmp_path / "linear_folder_batch_size-6.json").exists()
+    assert run(weights, photo_folder, "--cache_features", "--num_workers", 1)["history"] == first["history"]
 
 
 def test_cached_features_are_those_of_unaugmented_images(photo_folder, weights):
@@ -238,16 +250,8 @@ def test_bad_input_is_named(photo_folder, weights, tmp_path):
     assert "expected --arch vit_micro --patch_size 8" in message("--patch_size", 16)
     run(weights, photo_folder)
     no_classifier = "holds no linear classifier with a bias and a weight of (2, 96), found"
-    assert f"{no_classifier} (2, 384)" in message("--n_last_blocks", 1)
+    assert f"{no_classifier} (2, 384)" in message("--n_last_blocks", 1, "--evaluate")
     assert f"{no_classifier} None" in message("--n_last_blocks", 1, "--evaluate", weights)
-    assert "5 images per step, found 6" in message("--batch_size_per_gpu", 6)
-    (tmp_path / "other").symlink_to(photo_folder)
-    with pytest.raises(UserError, match=f"--data_path {photo_folder} there, {tmp_path}/other here"):
-        run(weights, tmp_path / "other")
-    contents = torch.load(weights, weights_only=True)
-    contents["teacher"]["cls_token"] += 1
-    torch.save(contents, weights)
-    assert "was trained on other weights or images" in message()
 
 
 def test_vit_base_has_its_own_features():

@@ -1,0 +1,101 @@
+"""Where evaluations write their results."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import eval_knn
+from utils import UserError
+from vision_transformer import vit_micro
+
+
+def save(path, seed, **contents):
+    torch.manual_seed(seed)
+    args = {"arch": "vit_micro", "patch_size": 8, "global_crops_size": 32}
+    torch.save({"teacher": vit_micro(8, img_size=32).state_dict(), "args": args, **contents}, path)
+
+
+@pytest.fixture
+def run_of(tmp_path, photo_folder):
+    """Return a function that evaluates a checkpoint and returns the results, {name of the file: contents}."""
+
+    def evaluate(weights, *words, data_path=photo_folder):
+        words = ["--data_path", data_path, "--pretrained_weights", weights, "--num_workers", 0, *words]
+        words += [] if "--nb_knn" in words else ["--nb_knn", 3]
+        eval_knn.main(list(map(str, words)))
+        return {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+
+    return evaluate
+
+
+def test_each_evaluation_has_a_file_of_its_own(run_of, tmp_path, photo_folder, monkeypatch):
+    """The first keeps the plain name; a suffix names what differs from it."""
+    checkpoint, earlier = tmp_path / "checkpoint.pth", tmp_path / "checkpoint0009.pth"
+    save(checkpoint, 0, epoch=20)
+    save(earlier, 1, epoch=10)
+    save(tmp_path / "plain.pth", 2)
+    first = run_of(checkpoint)["knn_folder.json"]
+    (tmp_path / "other").symlink_to(photo_folder / "train")
+    (tmp_path / "copy").symlink_to(photo_folder)
+    monkeypatch.chdir(photo_folder.parent)
+    # The same evaluation, named differently
+    assert set(run_of(checkpoint, "--batch_size_per_gpu", 2, data_path=photo_folder.name)) == {"knn_folder.json"}
+    assert set(run_of(checkpoint, "--crop_size", 32, data_path=tmp_path / "copy")) == {"knn_folder.json"}
+    names = {
+        "knn_folder_epoch10.json": run_of(earlier),
+        "knn_folder_crop_size-40.json": run_of(checkpoint, "--crop_size", 40),
+        "knn_folder_nb_knn-1-2_tuning.json": run_of(checkpoint, "--nb_knn", 1, 2, "--tuning"),
+        "knn_folder_data_path-train_tuning.json": run_of(checkpoint, "--tuning", data_path=tmp_path / "other"),
+        "knn_folder_epochNone.json": run_of(tmp_path / "plain.pth"),
+    }
+    for i, (name, results) in enumerate(names.items()):
+        assert name in results
+        assert len(results) == 2 + i
+    assert results["knn_folder.json"]["knn"] == first["knn"]
+    assert results["knn_folder_epoch10.json"]["pretraining"]["epoch"] == 10
+    save(checkpoint, 3, epoch=20)  # trained again
+    (new,) = set(run_of(checkpoint)) - set(results)
+    assert new == f"knn_folder_{run_of(checkpoint)[new]['network'][:8]}.json"
+    assert len(run_of(earlier)) == 2 + len(names)
+
+
+def test_a_result_of_an_earlier_version_is_of_the_same_weights(run_of, tmp_path):
+    save(tmp_path / "checkpoint.pth", 0)
+    result = run_of(tmp_path / "checkpoint.pth")["knn_folder.json"]
+    del result["fingerprint"], result["network"]
+    (tmp_path / "knn_folder.json").write_text(json.dumps(result))
+    assert len(run_of(tmp_path / "checkpoint.pth")) == 1
+    assert len(run_of(tmp_path / "checkpoint.pth", "--nb_knn", 2)) == 2
+
+
+def test_results_are_written_before_they_are_printed(tmp_path, photo_folder):
+    save(tmp_path / "checkpoint.pth", 0)
+    words = f"--data_path {photo_folder} --pretrained_weights {tmp_path}/checkpoint.pth --nb_knn 2 3 --num_workers 0"
+    command = f"set -o pipefail; {sys.executable} eval_knn.py {words} | head -1"
+    process = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout.startswith("k-NN (K=2)")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert set(json.loads((tmp_path / "knn_folder.json").read_text())["knn"]) == {"2", "3"}
+
+
+def test_what_cannot_be_written_is_printed(run_of, tmp_path, capsys, monkeypatch):
+    save(tmp_path / "checkpoint.pth", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)  # as for a read-only folder, which root can write to
+        assert run_of(tmp_path / "checkpoint.pth") == {}
+    out, err = capsys.readouterr()
+    assert out.startswith("k-NN (K=3): top-1 ")
+    assert err == f"warning: cannot write to {tmp_path}: the result is only printed; --output_dir keeps it\n"
+    monkeypatch.setattr("support.evaluation.write_text", full_disk)
+    with pytest.raises(UserError, match="full"):
+        run_of(tmp_path / "checkpoint.pth")
+    assert capsys.readouterr().out == out
+
+
+def full_disk(*_):
+    raise UserError("the disk is full")
