@@ -45,7 +45,7 @@ class Sgd(SkippableStep, torch.optim.SGD):
 class Lars(SkippableStep, timm.optim.Lars):
     """LARS as in DINO: the trust ratio of weights w with gradient g and decay λ is ‖w‖ / ‖g + λw‖.
 
-    timm uses ‖w‖ / (‖g‖ + λ‖w‖), and no trust ratio if λ is 0.
+    timm uses ‖w‖ / (‖g‖ + λ‖w‖ + 1e-8), and no trust ratio if λ is 0.
     """
 
     @torch.no_grad()
@@ -55,7 +55,8 @@ class Lars(SkippableStep, timm.optim.Lars):
             for parameter in group["params"] if decay else ():
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter, alpha=decay)
-            group |= {"weight_decay": 0.0, "always_adapt": group["decay"]}  # the decay is part of the gradient now
+            # The decay is part of the gradient now.
+            group |= {"weight_decay": 0.0, "always_adapt": group["decay"], "eps": 0.0}
         super().step(closure)
         for group, decay in zip(self.param_groups, decays, strict=True):
             group["weight_decay"] = decay

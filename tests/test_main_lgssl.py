@@ -140,11 +140,12 @@ def test_weight_decay_spares_biases_and_1d_parameters_alone():
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_lars_is_dinos(decay):
-    """DINO's update, written out in float64: also with a weight of norm 0, and without weight decay."""
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 0.0])
+def test_lars_is_dinos(decay, scale):
+    """DINO's update, written out: also with a weight or a gradient of norm 0, and without weight decay."""
     generator = torch.Generator().manual_seed(0)
-    network = torch.nn.Linear(5, 4)
-    network.zero = torch.nn.Parameter(torch.zeros(2, 2))
+    network = torch.nn.Linear(5, 4).double()
+    network.zero = torch.nn.Parameter(torch.zeros(2, 2).double())
     optimizer = build_optimizer("lars", network)
     own = dict(network.named_parameters())
     naive = {name: p.detach().double().clone() for name, p in own.items()}
@@ -153,22 +154,21 @@ def test_lars_is_dinos(decay):
         for group in optimizer.param_groups:
             group.update(lr=0.5, weight_decay=decay if group["decay"] else 0.0)
         for name, parameter in own.items():
-            parameter.grad = (
-                torch.randn(parameter.shape, generator=generator) if (step, name) != (1, "weight") else None
-            )
-            if parameter.grad is None:
+            parameter.grad = scale * torch.randn(parameter.shape, generator=generator).double()
+            if (step, name) == (1, "weight"):
+                parameter.grad = None
                 continue
-            update = parameter.grad.double()
+            update = parameter.grad.clone()
             if parameter.ndim > 1:
                 update = update + decay * naive[name]
-                norm = naive[name].norm()
-                update = update * (0.001 * norm / update.norm() if norm > 0 else 1)
+                norm, update_norm = naive[name].norm(), update.norm()
+                update = update * (0.001 * norm / update_norm if norm > 0 and update_norm > 0 else 1)
             momentum[name] = 0.9 * momentum[name] + update
             naive[name] = naive[name] - 0.5 * momentum[name]
         optimizer.step()
         assert [group["weight_decay"] for group in optimizer.param_groups] == [decay, 0.0]
         for name, parameter in own.items():
-            torch.testing.assert_close(parameter.detach().double(), naive[name], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(parameter.detach(), naive[name], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
