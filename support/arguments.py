@@ -83,8 +83,10 @@ class ArgumentParser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].split("=")[0]
-            close = difflib.get_close_matches(word, self._option_string_actions, n=1)
-            hint = f"did you mean {close[0]}?" if close else "--help lists the options"
+            start, options = "--" + word[2:].replace("-", "_"), list(self._option_string_actions)
+            close = [option for option in options if option.startswith(start) and word.startswith("--") and word[2:]]
+            close = close[:4] or difflib.get_close_matches(word, options, n=1)
+            hint = f"did you mean {' or '.join(close)}?" if close else "--help lists the options"
             self.error(f"unknown option {word}; {hint}")
         return namespace
 

@@ -51,6 +51,25 @@ def test_bad_argument_files_are_one_line(tmp_path, capsys):
         assert text.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("--batch_size", "--batch_size_per_gpu"),
+        ("--batch-size=64", "--batch_size_per_gpu"),
+        ("--warmup_teacher_temp_e", "--warmup_teacher_temp_epochs"),
+        ("--norm", "--norm_last_layer"),
+        ("--global_crops", "--global_crops_size or --global_crops_scale"),
+        ("--patchsize", "--patch_size"),
+        ("--lrr", "--lr"),
+    ],
+)
+def test_the_hint_completes_what_argparse_would_abbreviate(capsys, word, meant):
+    """DINO's scripts accept such abbreviations."""
+    with pytest.raises(SystemExit):
+        main_lgssl.parse_arguments([word, "64"])
+    assert capsys.readouterr().err.endswith(f"unknown option {word.split('=')[0]}; did you mean {meant}?\n")
+
+
 def test_sub_commands_take_argument_files(tmp_path, capsys):
     p = ArgumentParser(prog="p")
     commands = p.add_subparsers(dest="command", required=True)
