@@ -145,6 +145,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("protocol").add_argument
     add("--imsize", type=number(int, 1), default=320, help="resize images to a square of this side in pixels")
     add("--topk", type=number(int, 0), default=20, help="results to consider per query; 0: the whole database")
+    evaluation.add_use_cuda(add)
     add = parser.add_argument_group("data").add_argument
     add("--data_path", required=True, help="folder of Copydays, with original and strong")
     add("--whitening_path", help="folder or list of images on which to fit the whitening; default: no whitening")
@@ -179,11 +180,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     whiten = Whitening(features["whitening"]) if "whitening" in features else lambda x: x
     database = torch.cat([features[name] for name in ("original", "distractors") if name in features])
-    database = F.normalize(whiten(database))
+    search_device = torch.device("cpu") if args.use_cuda is False else device
+    database = F.normalize(whiten(database)).to(search_device)
     scores, lines = {}, []
     for name in positives:
-        queries = F.normalize(whiten(features[name]))
-        scores[name] = mean_average_precision(queries @ database.T, positives[name], args.topk)
+        queries = F.normalize(whiten(features[name])).to(search_device)
+        scores[name] = mean_average_precision((queries @ database.T).cpu(), positives[name], args.topk)
         lines.append(f"copy detection, {name}: mAP {scores[name]:.3f}")
     result.publish(lines, map=scores)
 

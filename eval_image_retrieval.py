@@ -155,6 +155,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--imsize", type=number(int, 1), help="longer side in pixels; default: 224 for roxford5k, 512 for rparis6k")
     add("--multiscale", type=bool_flag, help="average features at three scales; default: true only for rparis6k")
     add("--crop_queries", type=bool_flag, default=False, help="crop queries to their boxes, unlike DINO")
+    evaluation.add_use_cuda(add)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=SETTINGS, default="roxford5k", help="revisited Oxford or Paris")
     add("--data_path", required=True, help="folder with DATASET/gnd_DATASET.pkl and DATASET/jpg")
@@ -187,7 +188,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluation.leave_process_group()
     if rank > 0:
         return
-    similarity = (features["database"] @ features["queries"].T).numpy()
+    search_device = torch.device("cpu") if args.use_cuda is False else device
+    database, queries = (features[name].to(search_device) for name in ("database", "queries"))
+    similarity = (database @ queries.T).cpu().numpy()
     scores = {protocol: score(similarity, benchmark.relevance, protocol) for protocol in PROTOCOLS}
     lines = []
     for protocol, scored in scores.items():

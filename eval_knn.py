@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from support import evaluation
-from support.arguments import bool_flag, number
+from support.arguments import number
 from support.evaluation import classification_metrics, describe, features_of_all, knn_votes, top_hits
 from support.features import normalized_cls
 from utils import UserError, init_distributed, run_main
@@ -44,8 +44,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("protocol").add_argument
     add("--nb_knn", type=number(int, 1), nargs="+", default=[10, 20], help="numbers of neighbours K")
     add("--temperature", type=number(float, 1e-6), default=0.07, help="temperature of the votes")
-    # The default is None, not True: reproduce.py compares it with earlier results, which lack the option.
-    add("--use_cuda", type=bool_flag, help="search neighbours on the GPU if available; default: true")
+    evaluation.add_use_cuda(add)
     evaluation.add_data_arguments(parser)
     evaluation.add_computation_arguments(parser, batch_size=128)
     return parser.parse_args(argv)

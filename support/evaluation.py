@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from support.arguments import ArgumentParser, number
+from support.arguments import ArgumentParser, bool_flag, number
 from support.features import Network, RawPixels, eval_transform, extract_features, whole_transform
 from support.files import make_folder, read_json, write_text
 from support.images import ImageList, LabeledImages
@@ -85,6 +85,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> Callable:
     text = "side of the images in pixels; default: the pretraining's, or 224"
     add("--crop_size", type=number(int, 1, MAX_SIDE), help=text)
     return add
+
+
+def add_use_cuda(add: Callable) -> None:
+    """Add DINO's option --use_cuda to an argument group, given the group's `add_argument`."""
+    # The default is None, not True: reproduce.py compares it with earlier results, which lack the option.
+    add("--use_cuda", type=bool_flag, help="compare features on the GPU if available; default: true")
 
 
 def add_computation_arguments(parser: ArgumentParser, batch_size: int = 0, json_result: bool = True) -> None:
