@@ -30,6 +30,8 @@ from vision_transformer import (
 
 State = dict[str, torch.Tensor]
 PROJECTION = "patch_embed.proj.weight"  # its shape [D, 3, p, p] tells width and patch size
+# Put in front of names by torch.compile, by DataParallel and its like, by trainers, and by DINO, possibly repeated.
+WRAPPERS = re.compile(r"(?:(?:_orig_mod|module|model|backbone)\.)*")
 # DINO's full checkpoints hold, besides tensors and plain values, their arguments and NumPy scalars of the optimizer's
 # state, under the old and the new name of NumPy's module.
 _SCALAR: Any = np.float64(0).__reduce__()[0]
@@ -84,14 +86,15 @@ def plain_arguments(args: Any, path: str | Path) -> dict[str, Any]:
     """Return the arguments that a file records, a dictionary or DINO's Namespace, as a dictionary.
 
     Raises:
-        UserError: they are of another kind, or hold anything but numbers, texts and lists of these. A list of lists is
-            refused too: a small file can hold one of 2^60 values.
+        UserError: they are of another kind, or hold anything but numbers, texts, and lists and dictionaries of these. A
+            list of lists is refused too: a small file can hold one of 2^60 values.
     """
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(args, dict):
         raise UserError(f"{path} records arguments of type {type(args).__name__}, expected a dictionary")
     for name, value in args.items():
-        items = value if isinstance(value, list | tuple) else [value]
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        items = items if isinstance(items, list | tuple) else [items]
         if not isinstance(name, str) or not all(map(_is_plain, items)):
             raise UserError(f"{path} records the argument {short_repr(value)}, expected plain numbers and texts")
     return args
@@ -104,7 +107,8 @@ def _is_plain(value: Any) -> bool:
 def _recorded(contents: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """Return the arguments and the progress of the pretraining that a file records. `arch` gets our name."""
     progress = {name: contents[name] for name in ("epoch", "batch_size") if name in contents}
-    made_with = plain_arguments(contents.get("args", {}), path) | progress
+    progress = {name: value for name, value in progress.items() if _is_plain(value)}
+    made_with = plain_arguments(contents.get("args") or {}, path) | progress
     for name in ("patch_size", "global_crops_size", "local_crops_size"):
         side = made_with.get(name, 1)
         if not isinstance(side, int) or not 1 <= side <= MAX_SIDE:
@@ -115,13 +119,31 @@ def _recorded(contents: dict[str, Any], path: str | Path) -> dict[str, Any]:
 
 
 def _weights(contents: dict[str, Any], checkpoint_key: str, path: str | Path) -> State:
-    """Return the weights of a network in the contents of a file, which holds several networks or one backbone."""
+    """Return the weights of a network in the contents of a file, which holds several networks or one backbone.
+
+    The names lose the prefixes of WRAPPERS. Beside names with the prefix `backbone.`, only DINO's head is kept.
+    """
     if not all(map(torch.is_tensor, contents.values())):
-        if checkpoint_key not in contents:
-            found = short_repr(list(contents))
-            raise UserError(f"{path} has no {checkpoint_key!r}, found {found}: see --checkpoint_key")
+        parts = [
+            key
+            for key, value in contents.items()
+            if isinstance(value, dict) and any(map(torch.is_tensor, value.values()))
+        ]
+        if checkpoint_key not in parts:
+            found = ", ".join(map(short_repr, parts[:20] or list(contents)[:20]))
+            advice = "give one of these as --checkpoint_key" if parts else "none of these is a dictionary of weights"
+            raise UserError(f"{path} has no {checkpoint_key!r}, found [{found}]: {advice}")
         contents = contents[checkpoint_key]
-    return {name.removeprefix("module.").removeprefix("backbone."): value for name, value in contents.items()}
+    short = {name: WRAPPERS.sub("", name, count=1) for name in contents}
+    of_backbone = {name for name in contents if "backbone." in name.removesuffix(short[name])}
+    state: State = {}
+    for name, value in contents.items():
+        if of_backbone and name not in of_backbone and not short[name].startswith("head."):
+            continue
+        if short[name] in state:
+            raise UserError(f"{path} holds several tensors {short_repr(short[name])} with other prefixes, expected one")
+        state[short[name]] = value
+    return state
 
 
 def _differences(state: State, expected: State) -> list[str]:
@@ -206,6 +228,8 @@ def _build(
     shape = list(state[PROJECTION].shape) if PROJECTION in state else []
     if len(shape) != 4:
         found = short_repr(shape or list(state))
+        if not shape and (prefixes := [name.removesuffix(PROJECTION) for name in state if name.endswith(PROJECTION)]):
+            found = f"it behind {short_repr(prefixes)}: save one of these networks without its prefix"
         raise UserError(f"{path} holds no ViT: expected {PROJECTION} [D, 3, p, p], found {found}")
     looks = WIDTHS.get(shape[0]), shape[-1]
     arch, patch_size = arch or made_with.get("arch") or looks[0], patch_size or made_with.get("patch_size") or looks[1]
@@ -243,7 +267,8 @@ def load_start(path: str, arch: str, patch_size: int, checkpoint_key: str = "tea
         state = _weights(contents, checkpoint_key, path)
         backbone = _build(state, _recorded(contents, path), path, arch, patch_size)
         head = {name.removeprefix("head."): value for name, value in state.items() if name.startswith("head.")}
-        center = (contents.get("loss") or contents.get("dino_loss") or {}).get("center")
+        losses = [part for part in map(contents.get, ("loss", "dino_loss")) if isinstance(part, dict)]
+        center = losses[0].get("center") if losses else None
         _check_numbers(head if center is None else {**head, "center": center}, path)
         return Start(path, backbone, head, center)
 

@@ -12,7 +12,7 @@ import torch
 from conftest import GOLDEN
 from safetensors.torch import save_file
 
-from support.weights import load_backbone, load_file
+from support.weights import load_backbone, load_file, load_start
 from utils import UserError
 from vision_transformer import ARCHITECTURES, DINOHead, VisionTransformer, vit_micro
 
@@ -85,6 +85,65 @@ def test_checkpoints_of_version_0_9_0_are_read(monkeypatch):
     backbone, made_with = load_backbone(GOLDEN / "checkpoint_0.9.0.pth")
     assert torch.equal(backbone.cls_token, contents["teacher"]["backbone.cls_token"])
     assert made_with == {**contents["args"], "epoch": contents["epoch"], "batch_size": 280}
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module.", "model.", "model.module."]
+)
+def test_prefixes_of_wrappers_are_stripped(tmp_path, prefix):
+    """Those of torch.compile, wrappers for several processes, and trainers, before a backbone and before both parts."""
+    network, head = vit_micro(8, img_size=32), DINOHead(96, 20, hidden_dim=32).state_dict()
+    state = network.state_dict()
+    save_file({f"{prefix}{name}": value for name, value in state.items()}, tmp_path / "c.safetensors")
+    assert_same(load_backbone(tmp_path / "c.safetensors")[0], network)
+    both = {f"{prefix}backbone._orig_mod.{name}": value for name, value in state.items()}
+    torch.save({"teacher": both | {f"{prefix}head.{name}": value for name, value in head.items()}}, tmp_path / "c.pth")
+    start = load_start(tmp_path / "c.pth", "vit_micro", 8)
+    assert_same(start.backbone, network)
+    assert start.head.keys() == head.keys()
+    assert all(torch.equal(start.head[name], value) for name, value in head.items())
+
+
+@pytest.mark.parametrize(
+    ("others", "prefix", "found", "key"),
+    [
+        ({"model_state_dict": {}, "optimizer_state_dict": {"state": {}}, "loss": 0.4}, "", [], "model_state_dict"),
+        ({"model": {}, "args": argparse.Namespace(model="mae"), "scaler": {"scale": 1.0}}, "", [], "model"),
+        ({"state_dict": {}, "state_dict_ema": {}, "args": argparse.Namespace(opt_kwargs={}, mean=None), "version": 2},
+         "module.", ["state_dict", "state_dict_ema"], "state_dict_ema"),
+        ({"state_dict": {}, "loops": {"fit": {}}, "loss": torch.ones(2)}, "model.backbone.", [], "state_dict"),
+        ({"args": None, "net": {}, "momentum_net": {}, "queue": {"features": torch.zeros(2)}},
+         "module.", ["net", "momentum_net", "queue"], "net"),
+    ],
+    ids="PyTorch MAE timm Lightning MoCo".split(),
+)  # fmt: skip
+def test_full_checkpoints_of_others(tmp_path, refused, others, prefix, found, key):
+    """The message names the keys that hold tensors, and --checkpoint_key reads one of them."""
+    network = vit_micro(8, img_size=32)
+    state = {f"{prefix}{name}": value for name, value in network.state_dict().items()}
+    contents = {"epoch": torch.tensor(3)} | others
+    contents |= {name: state for name, value in others.items() if value == {}}
+    line = refused(contents)
+    assert line.endswith(f"has no 'teacher', found {found or [key]}: give one of these as --checkpoint_key")
+    assert_same(load_backbone(tmp_path / "c.pth", checkpoint_key=key)[0], network)
+    assert_same(load_start(tmp_path / "c.pth", "vit_micro", 8, key).backbone, network)
+
+
+def test_networks_of_others_that_cannot_be_read_are_named(refused):
+    state = vit_micro(8, img_size=32).state_dict()
+    both = {f"{side}_backbone.{name}": value for side in ("student", "teacher") for name, value in state.items()}
+    expected = "found it behind ['student_backbone.', 'teacher_backbone.']: save one of these networks"
+    assert expected in refused({"state_dict": both}, checkpoint_key="state_dict")
+    dinov2 = {f"backbone.{name}": value for name, value in state.items()} | {"dino_head.mlp.0.weight": torch.ones(1)}
+    dinov2["backbone.blocks.0.ls1.gamma"] = torch.ones(96)
+    line = refused({"teacher": dinov2})
+    assert line.endswith(
+        "c.pth does not fit vit_micro with patch size 8: blocks.0.ls1.gamma is not part of the network"
+    )
+    twice = state | {f"module.{name}": value for name, value in state.items()}
+    assert "holds several tensors 'cls_token' with other prefixes" in refused(twice)
+    nothing = "has no 'teacher', found ['epoch', 'config']: none of these is a dictionary of weights"
+    assert nothing in refused({"epoch": 3, "config": {"lr": 1.0}})
 
 
 def test_timms_safetensors_are_read_and_agree(tmp_path):
@@ -183,7 +242,7 @@ def cyclic():
     return value
 
 
-@pytest.mark.parametrize("value", [nested(100), cyclic(), 10**500, b"bytes", torch.zeros(3)])
+@pytest.mark.parametrize("value", [nested(100), cyclic(), {"a": nested(100)}, 10**500, b"bytes", torch.zeros(3)])
 def test_arguments_that_are_not_plain_are_refused_at_once(refused, value):
     state = vit_micro(8, img_size=32).state_dict()
     assert "records the argument" in refused({"teacher": state, "args": {"note": value}})
