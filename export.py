@@ -29,11 +29,14 @@ from vision_transformer import WIDTHS, VisionTransformer
 TOLERANCE = 1e-3  # largest accepted difference of a token's values, which are of the order of 1
 
 
-def timm_config(backbone: VisionTransformer) -> dict[str, Any]:
+def timm_config(backbone: VisionTransformer, made_with: dict[str, Any]) -> dict[str, Any]:
     """Return the contents of `config.json`: the timm model that fits the backbone's weights, and its input.
 
     Architectures and patch sizes without a name in timm are ViT-Ti/16 with other arguments. The input is cropped as in
-    support.features.eval_transform.
+    support.features.eval_transform. timm ignores `pretraining`, which support.weights.load_backbone reads.
+
+    Args:
+        made_with: see `load_backbone`.
     """
     side, patch_size = backbone.patch_embed.img_size[0], backbone.patch_embed.patch_size[0]
     name = f"{WIDTHS.get(backbone.embed_dim)}_patch{patch_size}_224"
@@ -51,6 +54,7 @@ def timm_config(backbone: VisionTransformer) -> dict[str, Any]:
             "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center",
             "mean": list(MEAN), "std": list(STD),
         },
+        "pretraining": made_with,
     }
     # fmt: on
 
@@ -110,10 +114,10 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{folder / name} already exists and is not overwritten: give another --output_dir")
     if args.onnx and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
         raise UserError("--onnx needs more packages: pip install onnx onnxscript onnxruntime")
-    backbone, *_ = evaluation.open_model(evaluation.model_spec(args))
+    backbone, made_with, _ = evaluation.open_model(evaluation.model_spec(args))
     make_folder(folder, "--output_dir")
 
-    config, state, side = timm_config(backbone), backbone.state_dict(), backbone.patch_embed.img_size[0]
+    config, state, side = timm_config(backbone, made_with), backbone.state_dict(), backbone.patch_embed.img_size[0]
     images = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
     tokens = backbone(images)
     difference = largest_difference(timm_model(config, state).forward_features(images), tokens)

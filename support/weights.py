@@ -7,7 +7,7 @@ import os
 import re
 import reprlib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import timm
 import torch
 from safetensors.torch import load_file as load_safetensors
 
+from support.files import read_json
 from utils import NO_MEMORY, UserError, first_line
 from vision_transformer import (
     ARCHITECTURES,
@@ -104,15 +105,39 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, float | str) or (isinstance(value, int) and abs(value) < 2**64)
 
 
+def _is_side(value: Any) -> bool:
+    return isinstance(value, int) and 1 <= value <= MAX_SIDE
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
+
+
+# Recorded arguments that evaluations and pictures use: {name: (check, what is expected)}
+RECORDED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("patch_size", "global_crops_size", "local_crops_size"), (_is_side, f"a whole number in [1, {MAX_SIDE}]")
+    ),
+    **dict.fromkeys(("global_crops_scale", "local_crops_scale"), (_is_pair, "two numbers")),
+    "intensity_range": (lambda value: value is None or _is_pair(value), "two numbers"),
+    "flip_prob": (lambda value: isinstance(value, int | float) and 0 <= value <= 1, "a number in [0, 1]"),
+}
+
+
 def _recorded(contents: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """Return the arguments and the progress of the pretraining that a file records. `arch` gets our name."""
+    """Return the arguments and the progress of the pretraining that a file records. `arch` gets our name.
+
+    Those of a `model.safetensors` that export.py wrote are in `config.json` beside it.
+    """
+    config = Path(path).with_name("config.json")
+    if Path(path).name == "model.safetensors" and os.path.isfile(config):
+        contents, path = {"args": read_json(config).get("pretraining")}, config
     progress = {name: contents[name] for name in ("epoch", "batch_size") if name in contents}
     progress = {name: value for name, value in progress.items() if _is_plain(value)}
     made_with = plain_arguments(contents.get("args") or {}, path) | progress
-    for name in ("patch_size", "global_crops_size", "local_crops_size"):
-        side = made_with.get(name, 1)
-        if not isinstance(side, int) or not 1 <= side <= MAX_SIDE:
-            raise UserError(f"{path} records {name} {short_repr(side)}, expected a whole number in [1, {MAX_SIDE}]")
+    for name, (is_valid, expected) in RECORDED.items():
+        if name in made_with and not is_valid(made_with[name]):
+            raise UserError(f"{path} records {name} {short_repr(made_with[name])}, expected {expected}")
     if made_with.get("arch"):
         made_with["arch"] = architecture(str(made_with["arch"]))
     return made_with
@@ -188,7 +213,8 @@ def load_backbone(
 
     Returns:
         (backbone, made_with): the backbone in evaluation mode, and the pretraining arguments together with the `epoch`
-        reached and the total `batch_size`, if the file has them.
+        reached and the total `batch_size`, if the file has them. A file without `global_crops_size` gets the side of
+        the images that its position embedding was made for.
 
     Raises:
         UserError: the file is not a checkpoint, lacks the network, holds no ViT, or its weights do not fit.
@@ -199,7 +225,9 @@ def load_backbone(
     contents = _read(path)
     with _readable(path):
         state, made_with = _weights(contents, checkpoint_key, path), _recorded(contents, path)
-        return _build(state, made_with, path, arch, patch_size), made_with
+        backbone = _build(state, made_with, path, arch, patch_size)
+        made_with.setdefault("global_crops_size", backbone.patch_embed.img_size[0])
+        return backbone, made_with
 
 
 def _read(path: str | Path) -> dict[str, Any]:

@@ -5,9 +5,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from test_main_lgssl import train
 from timm.data import resolve_data_config
 
+import eval_knn
+import eval_linear
 import export
+import extract_features
 from support.weights import load_backbone
 from utils import UserError
 from vision_transformer import ARCHITECTURES, vit_micro
@@ -53,12 +57,66 @@ def test_timm_reads_the_folder(tmp_path, capsys, arch, patch_size, side):
     assert torch.equal(load_backbone(folder / "model.safetensors")[0].pos_embed, network.pos_embed)
 
 
+def evaluated(weights, folder, photo_folder):
+    """Return what the evaluations say about weights, without the paths."""
+    words = ["--data_path", str(photo_folder), "--pretrained_weights", str(weights), "--num_workers", "0"]
+    eval_knn.main([*words, "--nb_knn", "2", "--output_dir", str(folder)])
+    eval_linear.main([*words, "--epochs", "1", "--output_dir", str(folder)])
+    extract_features.main([*words, "--output", str(folder / "f.npz")])
+    results = [json.loads((folder / f"{name}_folder.json").read_text()) for name in ("knn", "linear")]
+    for result in results:
+        del result["args"]
+    with np.load(folder / "f.npz") as file:
+        return results, file["features"]
+
+
+def test_evaluations_of_an_export_equal_those_of_its_checkpoint(photo_folder, tmp_path):
+    train(photo_folder, tmp_path / "run", "--epochs", 1, "--flip_prob", 0, "--intensity_range", 0, 4095)
+    export.main(["--pretrained_weights", f"{tmp_path}/run/checkpoint.pth", "--output_dir", str(tmp_path / "export")])
+    expected, features = evaluated(tmp_path / "run/checkpoint.pth", tmp_path / "run", photo_folder)
+    found, own = evaluated(tmp_path / "export/model.safetensors", tmp_path / "export", photo_folder)
+    assert found == expected
+    np.testing.assert_array_equal(own, features)
+    assert found[1]["protocol"]["flip_prob"] == 0.0
+    assert found[1]["pretraining"]["intensity_range"] == [0.0, 4095.0]
+    assert timm.create_model(f"local-dir:{tmp_path}/export", pretrained=True).patch_embed.img_size == (32, 32)
+
+    (tmp_path / "bare").mkdir()  # without config.json, only the side of the images is known
+    (tmp_path / "export/model.safetensors").rename(tmp_path / "bare/model.safetensors")
+    found, own = evaluated(tmp_path / "bare/model.safetensors", tmp_path / "bare", photo_folder)
+    assert found[0]["knn"] == expected[0]["knn"]
+    np.testing.assert_array_equal(own, features)
+    assert found[1]["crop_size"] == 32
+    assert found[1]["protocol"]["flip_prob"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"pretraining": {"flip_prob": "often"}}', "records flip_prob 'often', expected a number in"),
+        ('{"pretraining": {"intensity_range": [1]}}', "records intensity_range [1], expected two numbers"),
+        ('{"pretraining": {"note": [[1]]}}', "records the argument [[1]], expected plain numbers and texts"),
+        ('{"pretraining": 3}', "records arguments of type int, expected a dictionary"),
+        ("{", "it is not JSON"),
+    ],
+)
+def test_wrong_configurations_are_named(tmp_path, config, message):
+    export.main([*saved(vit_micro(8, img_size=32), tmp_path / "c.pth"), "--output_dir", str(tmp_path)])
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError) as error:
+        load_backbone(tmp_path / "model.safetensors")
+    assert message in str(error.value)
+    assert "config.json" in str(error.value)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')  # of another project
+    assert load_backbone(tmp_path / "model.safetensors")[1] == {"global_crops_size": 32}
+
+
 def test_all_names_of_timm_are_of_the_same_network():
     for arch, build in ARCHITECTURES.items():
         for patch_size in (8, 16, 32):
             with torch.device("meta"):
                 network = build(patch_size)
-                config = export.timm_config(network)
+                config = export.timm_config(network, {})
                 theirs = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
             name = f"{arch}_patch{patch_size}_224"
             assert config["architecture"] == (name if timm.is_model(name) else "vit_tiny_patch16_224")

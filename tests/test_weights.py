@@ -149,7 +149,8 @@ def test_networks_of_others_that_cannot_be_read_are_named(refused):
 def test_timms_safetensors_are_read_and_agree(tmp_path):
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
-    backbone, _ = load_backbone(tmp_path / "model.safetensors")
+    backbone, made_with = load_backbone(tmp_path / "model.safetensors")
+    assert made_with == {"global_crops_size": 224}
     image = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(backbone(image), theirs.forward_features(image), rtol=0, atol=1e-5)
@@ -160,7 +161,8 @@ def test_architecture_patch_size_and_grid_are_read_from_the_shapes(tmp_path, arc
     """Backbone files of DINO and timm store none of them."""
     network = ARCHITECTURES[arch](patch_size, img_size=96)
     save_file(network.state_dict(), tmp_path / "model.safetensors")
-    backbone, _ = load_backbone(tmp_path / "model.safetensors")
+    backbone, made_with = load_backbone(tmp_path / "model.safetensors")
+    assert made_with == {"global_crops_size": 96}
     assert_same(backbone, network)
     assert backbone.patch_embed.patch_size == (patch_size, patch_size)
     assert backbone.patch_embed.grid_size == (96 // patch_size, 96 // patch_size)
