@@ -281,6 +281,10 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     checkpoints.refuse_different_starts(start_step, device)
     report = None
     if rank == 0:
+        sides = [side for side in (args.global_crops_size, args.local_crops_size) if side % args.patch_size]
+        if sides:
+            rest = " and ".join(f"{side % args.patch_size} of {side}" for side in sides)
+            warn(f"patches of side {args.patch_size} leave out the last {rest} pixels of views at the right and bottom")
         checkpoints.tidy(output_dir, earlier.path)
         watch_from = min(args.warmup_epochs * size.steps_per_epoch, WATCH_FROM)
         report = Report(output_dir, start_step, args.epochs, size.steps_per_epoch, watch_from)

@@ -122,10 +122,13 @@ class ArgumentParser(argparse.ArgumentParser):
         return expanded
 
     def check_crops(self, args: argparse.Namespace) -> None:
-        """Exit unless crop sizes are multiples of the patch size and crop scales are ranges of positive numbers."""
+        """Exit unless crop sizes fit the patch size, if it is known, and crop scales are ranges of positive numbers.
+
+        Crop sizes are multiples of the patch size. With `--loss cls`, as in DINO, they may be any larger size.
+        """
         for name in ("global_crops_size", "local_crops_size"):
-            size, patch = getattr(args, name), args.patch_size
-            if size % patch:
+            size, patch, is_cls = getattr(args, name), args.patch_size, getattr(args, "loss", "") == "cls"
+            if patch and size % patch and not (is_cls and size > patch):
                 nearest = max(round(size / patch), 1) * patch
                 self.error(f"--{name} {size} is not a multiple of --patch_size {patch}; the nearest is {nearest}")
         for name in ("global_crops_scale", "local_crops_scale"):

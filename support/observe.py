@@ -139,8 +139,8 @@ def training_pictures(
 
     image, (views, _) = view_batches.readable_image(key[2][0], {}), view_batches.make_views(key)
     rule, patch_size = view_batches.rule, view_batches.patch_size
-    size = views[0].pixels.shape[-1]
     grids = [(view.pixels.shape[-1] // patch_size,) * 2 for view in views]
+    size = grids[0][0] * patch_size  # a rest of the pixels is in no patch
     pixels = [figures.to_picture(view.pixels[0]) for view in views]
     names = [
         f"{kind} view {i}" for kind, count in (("global", 2), ("local", len(views) - 2)) for i in range(1, 1 + count)

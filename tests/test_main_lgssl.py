@@ -841,6 +841,27 @@ def test_defaults_are_the_papers():
     assert {name: args[name] for name in expected} == expected
 
 
+def test_pixels_beyond_the_last_whole_patch_are_left_out(photo_folder, tmp_path, capsys, monkeypatch):
+    """As by DINO's convolution: a run whose views are cut to whole patches ends with the same weights."""
+    options = ("--loss", "cls", "--patch_size", 14, "--epochs", 1, "--warmup_epochs", 0, "--lr", 0.05)
+    whole = train(photo_folder, tmp_path / "whole", *options)
+    expected = "patches of side 14 leave out the last 4 of 32 and 2 of 16 pixels of views at the right and bottom"
+    assert capsys.readouterr().err == f"warning: {expected}\n"
+    make_views = ViewBatches.make_views
+
+    def cut_views(batches, key):
+        views, bad_images = make_views(batches, key)
+        sides = [view.pixels.shape[-1] // 14 * 14 for view in views]
+        cut = [view.pixels[..., :side, :side] for view, side in zip(views, sides, strict=True)]
+        return [view._replace(pixels=pixels) for view, pixels in zip(views, cut, strict=True)], bad_images
+
+    monkeypatch.setattr(ViewBatches, "make_views", cut_views)
+    cut = train(photo_folder, tmp_path / "cut", *options)
+    assert whole["student"]["backbone.pos_embed"].shape == (1, 1 + 2 * 2, 96)
+    for name in ("student", "teacher", "loss"):
+        torch.testing.assert_close(whole[name], cut[name], rtol=0, atol=0)
+
+
 def test_defaults_that_follow_from_others():
     assert [vars(parse_arguments(["--loss", "cls"]))[n] for n in ("geometry", "image_size")] == ["image", 0]
     args = parse_arguments(["--loss", "cls", "--geometry", "batch"])
@@ -887,6 +908,8 @@ def test_a_dino_command_line_works():
     [
         ("--lambda_cls 1.5", "--lambda_cls: found '1.5', expected a number in [0, 1]"),
         ("--global_crops_size 220", "--global_crops_size 220 is not a multiple of --patch_size 16; the nearest is 224"),
+        ("--patch_size 14", "--local_crops_size 96 is not a multiple of --patch_size 14; the nearest is 98"),
+        ("--loss cls --patch_size 97", "--local_crops_size 96 is not a multiple of --patch_size 97; the nearest is 97"),
         ("--image_size 0", "--image_size 0 needs --geometry image"),
         ("--accum_steps 2 --use_bn_in_head true", "--accum_steps needs --use_bn_in_head false"),
         ("--local_crops_scale 0.4 0.1", "--local_crops_scale 0.4 0.1: expected two positive fractions, the smaller"),

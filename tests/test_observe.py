@@ -2,6 +2,7 @@ import io
 import json
 import subprocess
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from test_main_lgssl import TINY, read, train
 
 import eval_knn
 import main_lgssl
-from augment import MultiCrop
+from augment import MultiCrop, resize
 from patch_matching import match_patches, match_views
 from support import observe
 from support.figures import LABEL_HEIGHT
@@ -180,6 +181,16 @@ def test_pictures_show_the_matched_patches(photo_folder, loss):
             cells = changed.reshape(side // 8, 8, side // 8, 8).any((1, 3)).ravel()
             expected = set() if rule is None else set(idx[1:].tolist())
             assert set((np.flatnonzero(cells) + 1).tolist()) == expected
+
+
+def test_pictures_of_a_network_leave_out_pixels_beyond_its_patches(photo_folder):
+    """The image beside the attention shows what the patches cover."""
+    dataset = open_dataset("folder", photo_folder, "train", ResizedArray(64))
+    multi_crop = MultiCrop(global_size=32, local_size=16, local_number=1, geometry="image")
+    batches = ViewBatches(dataset, multi_crop, 14, None, 0)
+    attention = training_pictures(vit_micro(14, img_size=32).eval(), batches, (0, 0, [0]))["attention"]
+    covered = cv2.resize(resize(dataset[0][0][None], (28, 28), "bicubic")[0], (160, 160), interpolation=0)
+    np.testing.assert_array_equal(attention[LABEL_HEIGHT : LABEL_HEIGHT + 160, :160], covered)
 
 
 def test_tensorboard_has_pictures_histogram_and_hyperparameters(photo_folder, tmp_path):

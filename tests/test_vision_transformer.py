@@ -81,17 +81,20 @@ def dinos_position_embedding(pos_embed, patch_size, height, width):
     return np.concatenate([pos_embed[0, :1].double().numpy(), resized.reshape(rows * columns, -1)])
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (65, 65), (65, 70), (70, 64), (32, 128), (48, 80)])
-def test_position_embedding_is_interpolated_where_dino_does(height, width):
+SIZES = [(64, 64), (65, 65), (65, 70), (70, 64), (32, 128), (48, 80)]
+
+
+@pytest.mark.parametrize(("height", "width", "patch"), [(*size, 16) for size in SIZES] + [(96, 96, 14), (66, 66, 14)])
+def test_position_embedding_is_interpolated_where_dino_does(height, width, patch):
     """For an image that is not square DINO interpolates, even if its grid or number of patches is the trained one."""
-    network = vit_micro(16, img_size=64)
+    network = vit_micro(patch, img_size=64)
     torch.nn.init.normal_(network.pos_embed)
     network.blocks, network.norm = torch.nn.Sequential(), torch.nn.Identity()  # what is left is the embedding
     images = torch.randn(1, 3, height, width)
     with torch.no_grad():
         tokens = network(images)[0]
         patches = network.patch_embed.proj(images).flatten(2).mT[0]  # a convolution ignores the remainder too
-    expected = dinos_position_embedding(network.pos_embed.detach(), 16, height, width)
+    expected = dinos_position_embedding(network.pos_embed.detach(), patch, height, width)
     own = tokens - torch.cat([network.cls_token[0].detach(), patches])
     np.testing.assert_allclose(own.numpy(), expected, rtol=0, atol=2e-5)
 
