@@ -41,12 +41,12 @@ from support.loader import (
 from support.meters import Meters, measure
 from support.observe import OnlineKNN, environment, is_due, training_pictures
 from support.optimizers import build_optimizer, clip_each_gradient
-from support.options import AUTOCAST, long_warmups, may_change, parse_arguments, set_precision
+from support.options import AUTOCAST, argument_parser, long_warmups, may_change, parse_arguments, set_precision
 from support.preemption import EXIT_CODE, PATIENCE, NoData, StopRequest
 from support.report import WATCH_FROM, Report, hide_tensorboard_errors
 from support.resources import set_threads, usable_cores
 from support.sources import build_dataset, data_spec
-from support.weights import load_start, start_from
+from support.weights import load_start, recorded_arguments, start_from
 from utils import (
     Process,
     UserError,
@@ -245,13 +245,17 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     settings = {**vars(args), "knn_every": every, "init_hash": init_hash}
     earlier = checkpoints.open_output(output_dir, settings, vars(parse_arguments([])), may_change(settings))
     checkpoint, settings["init_hash"] = earlier.checkpoint, earlier.init_hash
-    start = None
+    start, made_with = None, recorded_arguments(checkpoint, str(earlier.path)) if checkpoint else {}
     if args.init_weights and not checkpoint:
         start = load_start(args.init_weights, args.arch, args.patch_size, args.checkpoint_key)
+        made_with = {"arch": start.arch, "patch_size": start.backbone.patch_embed.patch_size[0]}
+    args.arch = args.arch or made_with.get("arch", "vit_small")
+    args.patch_size = args.patch_size or made_with.get("patch_size", 16)
+    argument_parser().check_crops(args)
+    settings |= {"arch": args.arch, "patch_size": args.patch_size}
     timeout = datetime.timedelta(seconds=args.dist_timeout)
     rank, world_size, device = process = init_distributed(args.dist_url, timeout)
-    recorded = checkpoint["args"].get("precision") if checkpoint else None
-    settings["precision"] = set_precision(args.precision or recorded, device)
+    settings["precision"] = set_precision(args.precision or made_with.get("precision"), device)
     lock = checkpoints.lock(output_dir) if rank == 0 else None
     stop.join(timeout)
     check_batch(len(images.train), args.batch_size_per_gpu, args.accum_steps, world_size)

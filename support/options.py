@@ -32,8 +32,9 @@ def add_method_arguments(parser: ArgumentParser) -> None:
         "in the authors' code, or one for all tokens, as in Algorithm 1")
 
     add = parser.add_argument_group("model").add_argument
-    add("--arch", type=architecture, default="vit_small", help="one of " + ", ".join(ARCHITECTURES))
-    add("--patch_size", type=side, default=16, help="side of a patch in pixels")
+    add("--arch", type=architecture, help=f"{', '.join(ARCHITECTURES)}. Default: that of --init_weights, or vit_small")
+    add("--patch_size", type=side, help="side of a patch in pixels; the sides of the views are multiples of it, except "
+        "with --loss cls. Default: that of --init_weights, or 16")
     add("--out_dim", type=number(int, 2, 10**7), default=10000, help="K, number of prototypes")
     add("--norm_last_layer", type=bool_flag, default=True, help="fix the norm of the prototypes to 1")
     add("--use_bn_in_head", type=bool_flag, default=False, help="use batch norm in the head")
@@ -124,14 +125,18 @@ def argument_parser() -> ArgumentParser:
 def may_change(settings: dict[str, Any]) -> set[str]:
     """Return the names of settings in which runs may differ and still count as the same run.
 
-    These are the options marked `free`, a precision that is not asked for, and `init_hash`, which is compared apart.
+    These are the options marked `free`, precision and network if they are not asked for, and `init_hash`, which is
+    compared apart.
     """
-    unset = {"precision"} if settings.get("precision") is None else set()
+    unset = {name for name in ("precision", "arch", "patch_size") if settings.get(name) is None}
     return {*argument_parser().may_change, "init_hash", *unset}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line and check the options that depend on each other."""
+    """Parse the command line and check the options that depend on each other.
+
+    With --init_weights, an architecture and a patch size that are not given stay None: the file tells them.
+    """
     parser = argument_parser()
     args = parser.parse_args(argv)
     args.geometry = args.geometry or ("image" if args.loss == "cls" else "batch")
@@ -141,6 +146,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.precision = "fp16" if args.use_fp16 else "fp32"
     del args.use_fp16
 
+    if args.init_weights is None:
+        args.arch, args.patch_size = args.arch or "vit_small", args.patch_size or 16
     parser.check_crops(args)
     if args.use_bn_in_head and args.accum_steps > 1:
         parser.error("--accum_steps needs --use_bn_in_head false: batch norm would see one micro-batch at a time")

@@ -124,7 +124,7 @@ RECORDED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _recorded(contents: dict[str, Any], path: str | Path) -> dict[str, Any]:
+def recorded_arguments(contents: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """Return the arguments and the progress of the pretraining that a file records. `arch` gets our name.
 
     Those of a `model.safetensors` that export.py wrote are in `config.json` beside it.
@@ -224,7 +224,7 @@ def load_backbone(
         return ARCHITECTURES[arch or "vit_small"](patch_size or 16, img_size=img_size).eval(), {}
     contents = _read(path)
     with _readable(path):
-        state, made_with = _weights(contents, checkpoint_key, path), _recorded(contents, path)
+        state, made_with = _weights(contents, checkpoint_key, path), recorded_arguments(contents, path)
         backbone = _build(state, made_with, path, arch, patch_size)
         made_with.setdefault("global_crops_size", backbone.patch_embed.img_size[0])
         return backbone, made_with
@@ -283,22 +283,25 @@ class Start(NamedTuple):
     """Weights that a run starts from instead of random ones, see `load_start`."""
 
     path: str
+    arch: str
     backbone: VisionTransformer
     head: State  # names as in DINOHead; others or none if the file has no such head
     center: torch.Tensor | None  # [1+P or 1, K]
 
 
-def load_start(path: str, arch: str, patch_size: int, checkpoint_key: str = "teacher") -> Start:
+def load_start(path: str, arch: str | None, patch_size: int | None, checkpoint_key: str = "teacher") -> Start:
     """Read the weights that a run starts from; see `load_backbone` for arguments, files and errors."""
     contents = _read(path)
     with _readable(path):
         state = _weights(contents, checkpoint_key, path)
-        backbone = _build(state, _recorded(contents, path), path, arch, patch_size)
+        made_with = recorded_arguments(contents, path)
+        backbone = _build(state, made_with, path, arch, patch_size)
         head = {name.removeprefix("head."): value for name, value in state.items() if name.startswith("head.")}
         losses = [part for part in map(contents.get, ("loss", "dino_loss")) if isinstance(part, dict)]
         center = losses[0].get("center") if losses else None
         _check_numbers(head if center is None else {**head, "center": center}, path)
-        return Start(path, backbone, head, center)
+        arch = arch or made_with.get("arch") or WIDTHS[backbone.embed_dim]
+        return Start(path, arch, backbone, head, center)
 
 
 @torch.no_grad()

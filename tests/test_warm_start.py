@@ -16,6 +16,7 @@ from test_vision_transformer import dinos_position_embedding
 
 import eval_knn
 import main_lgssl
+import reproduce
 from support.weights import load_file
 from vision_transformer import BackboneWithHead, DINOHead, vit_micro
 
@@ -247,6 +248,29 @@ def test_a_run_resumes_without_the_file_but_not_with_another(photo_folder, tmp_p
     for name in ("student", "teacher", "loss"):
         assert_same(resumed[name], whole[name])
     assert resumed["args"] == {**whole["args"], "output_dir": str(tmp_path / "out")}
+
+
+def test_the_file_tells_the_network_that_is_not_given(photo_folder, tmp_path, refused, monkeypatch):
+    """Recorded as if it had been given, so that a run resumes without the file."""
+    path, options = tmp_path / "b.pth", ("--epochs", 2, "--saveckp_freq", 1, "--init_weights", tmp_path / "b.pth")
+    torch.save(vit_micro(8, img_size=32).state_dict(), path)
+    given = train(photo_folder, tmp_path / "given", *options)
+    for module in ("test_main_lgssl", __name__):
+        monkeypatch.setattr(f"{module}.TINY", TINY[4:])  # without --arch and --patch_size
+    whole = train(photo_folder, tmp_path / "whole", *options)
+    assert whole["args"] == {**given["args"], "output_dir": str(tmp_path / "whole")}
+    assert json.loads((tmp_path / "whole/args.json").read_text()) == whole["args"]
+    assert reproduce.differences(vars(main_lgssl.parse_arguments(["--init_weights", "x"])), {"patch_size": 8}) == []
+    expected = "--local_crops_size 20 is not a multiple of --patch_size 8; the nearest is 16"
+    assert f"main_lgssl.py: error: {expected}\n" == refused("--init_weights", path, "--local_crops_size", 20)
+    path.unlink()
+    (tmp_path / "out").mkdir(exist_ok=True)
+    shutil.copy(tmp_path / "whole/checkpoint0000.pth", tmp_path / "out/checkpoint.pth")
+    assert "--arch vit_micro there, vit_tiny here" in refused(*options[2:], "--arch", "vit_tiny")
+    resumed = train(photo_folder, tmp_path / "out", *options)
+    for name in ("student", "teacher", "loss"):
+        assert_same(resumed[name], given[name])
+    assert resumed["args"] == {**given["args"], "output_dir": str(tmp_path / "out")}
 
 
 def test_checkpoints_of_older_versions_count_as_started_from_nothing(photo_folder, tmp_path, refused):
