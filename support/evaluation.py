@@ -117,7 +117,8 @@ def open_model(spec: ModelSpec, img_size: int | None = None) -> OpenedModel:
     Random weights equal the initial weights of `main_lgssl.py --seed` on all processes.
 
     Args:
-        img_size: side of the images in pixels. None: the size of the pretraining's global crops, or 224.
+        img_size: side of the images in pixels. None: the size of the pretraining's global crops, or that for which the
+            position embedding was made; 224 for random weights.
 
     Raises:
         UserError: as `load_backbone`, or the images are smaller than a patch.
@@ -125,7 +126,7 @@ def open_model(spec: ModelSpec, img_size: int | None = None) -> OpenedModel:
     torch.manual_seed(spec.seed)
     path, arch, patch_size = spec.pretrained_weights, spec.arch, spec.patch_size
     backbone, made_with = load_backbone(path, arch, patch_size, spec.checkpoint_key, img_size or 224)
-    img_size = img_size or made_with.get("global_crops_size", 224)
+    img_size = img_size or made_with.get("global_crops_size", backbone.patch_embed.img_size[0])
     check_image_side(img_size, backbone)
     return OpenedModel(backbone, made_with, img_size)
 

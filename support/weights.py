@@ -213,8 +213,7 @@ def load_backbone(
 
     Returns:
         (backbone, made_with): the backbone in evaluation mode, and the pretraining arguments together with the `epoch`
-        reached and the total `batch_size`, if the file has them. A file without `global_crops_size` gets the side of
-        the images that its position embedding was made for.
+        reached and the total `batch_size`, if the file has them.
 
     Raises:
         UserError: the file is not a checkpoint, lacks the network, holds no ViT, or its weights do not fit.
@@ -225,9 +224,7 @@ def load_backbone(
     contents = _read(path)
     with _readable(path):
         state, made_with = _weights(contents, checkpoint_key, path), recorded_arguments(contents, path)
-        backbone = _build(state, made_with, path, arch, patch_size)
-        made_with.setdefault("global_crops_size", backbone.patch_embed.img_size[0])
-        return backbone, made_with
+        return _build(state, made_with, path, arch, patch_size), made_with
 
 
 def _read(path: str | Path) -> dict[str, Any]:
