@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import math
 import shlex
 import sys
@@ -57,7 +58,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     `@FILE` is replaced by the words in FILE, where `#` starts a comment. FILE is relative to the current folder, or
     else to this repository, so that `@recipes/NAME.args` works from any folder. In an argument file, `@OTHER` is
-    relative to that file. If an option occurs several times, the last one wins.
+    relative to that file. If an option occurs several times, the last one wins. `@OUT/args.json` are the options that
+    a run has recorded.
 
     Attributes:
         may_change: names of the options that a resumed run may change, see `free`.
@@ -115,11 +117,29 @@ class ArgumentParser(argparse.ArgumentParser):
                     raise ValueError(f"more than {MAX_DEPTH} files deep or {MAX_CHARACTERS} characters in all")
                 if "\0" in text:
                     raise ValueError("it contains a NUL character")
-                inner = shlex.split(text, comments=True)
+                is_json = path.suffix == ".json"
+                inner = self._words_of(json.loads(text)) if is_json else shlex.split(text, comments=True)
             except (UserError, OSError, ValueError) as error:  # ValueError: also an open quotation mark
                 self.error(f"argument file: cannot read {path}: {str(error).removeprefix(f'cannot read {path}: ')}")
             expanded += self._expand(inner, path.parent, depth + 1)
         return expanded
+
+    def _words_of(self, settings: dict[str, Any]) -> list[str]:
+        """Return the command line of recorded settings, `args.json`, in which None stands for an option not given."""
+        if not isinstance(settings, dict):
+            raise ValueError("expected a JSON object")
+        if unknown := [n for n in settings if n not in {a.dest for a in self._actions} and n != "init_hash"]:
+            raise ValueError(f"it holds {unknown[0]}, which is no option")
+        words = []
+        for action in self._actions:
+            value = settings.get(action.dest)
+            if action.nargs == 0 and value:
+                words.append(action.option_strings[0])
+            elif action.nargs and value is not None:
+                words += [action.option_strings[0], *map(str, value)]
+            elif action.nargs is None and value is not None:
+                words.append(f"{action.option_strings[0]}={value}")
+        return words
 
     def check_crops(self, args: argparse.Namespace) -> None:
         """Exit unless crop sizes fit the patch size, if it is known, and crop scales are ranges of positive numbers.

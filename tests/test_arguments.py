@@ -1,3 +1,6 @@
+import json
+import shlex
+
 import pytest
 
 import main_lgssl
@@ -18,6 +21,26 @@ def test_argument_files_include_others_beside_them(tmp_path):
     args = parser().parse_args([f"@{tmp_path / 'run.args'}"])
     assert (args.lr, args.name) == (2, "two words")
     assert parser().parse_args([f"@{tmp_path / 'run.args'}", "--lr", "3"]).lr == 3
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--data_path=a\\ b --loss lambda --lambda_cls 0.2 --intensity_range -5 10 --compile --norm_last_layer false",
+        "--output_dir=-x --tuning --dataset digits --knn_every 0",
+        "--init_weights FILE --loss cls --use_fp16 true",
+    ],
+)
+def test_recorded_settings_are_given_back(tmp_path, words, capsys):
+    path, args = tmp_path / "args.json", main_lgssl.parse_arguments(shlex.split(words))
+    path.write_text(json.dumps({**vars(args), "init_hash": "ab"}))
+    assert main_lgssl.parse_arguments([f"@{path}"]) == args
+    assert main_lgssl.parse_arguments([f"@{path}", "--lr", "3"]).lr == 3
+    for text, message in (('{"lrr": 1}', "it holds lrr, which is no option"), ("3", "expected a JSON object")):
+        path.write_text(text)
+        with pytest.raises(SystemExit):
+            main_lgssl.parse_arguments([f"@{path}"])
+        assert message in capsys.readouterr().err
 
 
 def test_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
