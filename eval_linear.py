@@ -133,7 +133,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cache_features", action="store_true", help="do not augment training images: not the paper's protocol")
     add("--num_labels", type=number(int, 1), help="outputs of the classifier; default: number of classes")
     add("--val_freq", type=number(int, 1), default=1, help="validate every N epochs and after the last one")
-    add("--evaluate", nargs="?", const=True, metavar="FILE", help="validate the weights in FILE or --output_dir")
+    text = "do not train, but validate the linear weights in FILE; default: those of an earlier run in --output_dir"
+    add("--evaluate", nargs="?", const=True, metavar="FILE", help=text)
     evaluation.add_data_arguments(parser)
     evaluation.add_computation_arguments(parser, batch_size=128)
     return parser.parse_args(argv)

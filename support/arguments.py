@@ -41,11 +41,21 @@ def number(kind: type[int] | type[float], low: float = -math.inf, high: float | 
             raise argparse.ArgumentTypeError(f"found {text!r}, expected {article} {bounds}")
         return value
 
+    parse.metavar = "N" if kind is int else "X"  # type: ignore[attr-defined]
     return parse
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends the default of every option that has one. Lists are shown as on the command line."""
+    """Appends the default of every option that has one. Lists are shown as on the command line.
+
+    Names of values are short: N and X are numbers.
+    """
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        if action.type in (bool_flag, int):
+            return "N" if action.type is int else "{true,false}"
+        is_path = action.dest.endswith(("_path", "_dir", "_weights", "_root", "classes"))
+        return getattr(action.type, "metavar", "PATH" if is_path else "NAME")
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if isinstance(action.default, list) and action.default:

@@ -81,7 +81,8 @@ def model_spec(args: argparse.Namespace) -> ModelSpec:
 def add_data_arguments(parser: argparse.ArgumentParser) -> Callable:
     """Add the options of a data set. Return the group's `add_argument`."""
     add = parser.add_argument_group("data").add_argument
-    add_source_arguments(add, "folder of images, for evaluations with train/CLASS and val/CLASS, or of torchvision")
+    layout = "folder with train/CLASS and val/CLASS, or with the lists train.txt and val.txt; or torchvision's root"
+    add_source_arguments(add, layout)
     text = "side of the images in pixels; default: the pretraining's, or 224"
     add("--crop_size", type=number(int, 1, MAX_SIDE), help=text)
     return add

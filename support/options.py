@@ -91,7 +91,7 @@ def add_data_arguments(parser: ArgumentParser) -> None:
 
     add = parser.add_argument_group("data and output").add_argument
     free = parser.free(add)
-    add_source_arguments(add, "folder of images, or of CIFAR-10 or Fashion-MNIST", free)
+    add_source_arguments(add, "folder of images, list of images, or torchvision's root", free)
     free("--on_bad_image", choices=("error", "skip"), default="error", help="stop at an unreadable image, or skip it")
     free("--max_bad_images", type=fraction, default=0.01, help="maximum fraction of images that may be skipped")
     free("--output_dir", default=".", help="folder for checkpoints and logs")

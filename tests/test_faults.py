@@ -14,6 +14,8 @@ import torch
 from digits_run import ROOT, RUN, steps, torchrun
 from kill_and_resume import fingerprint
 
+from vision_transformer import vit_micro
+
 pytestmark = pytest.mark.slow
 
 
@@ -244,3 +246,56 @@ def test_readers_that_execute_are_found_out(tmp_path, run_script, name, reader):
     process = run_script(tmp_path / "fuzz.py", check=False)
     assert process.returncode == 1
     assert "Executed" in process.stderr
+
+
+def in_a_container(mount, script, *words):
+    """Run a script where the mounts of a container hold, in a mount namespace, which only root may have."""
+    command = ["unshare", "-m", "bash", "-c", f'{mount} && exec "$0" "$@"', sys.executable, ROOT / script, *words]
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("a mount namespace needs root")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300)
+
+
+NO_SHM = "warning: no shared memory in /dev/shm ("
+
+
+SMALL = "--patch_size 8 --image_size 40 --global_crops_size 32 --local_crops_size 16"
+
+
+@pytest.mark.parametrize(
+    ("mount", "line", "views"),
+    [
+        # The default views and batch have 21 MB.
+        ("mount -t tmpfs -o size=64M tmpfs /dev/shm", "using 2 with 1; give a container more with docker run", ""),
+        (
+            "mount -t tmpfs -o size=64k tmpfs /dev/shm",
+            "loading without workers, which is slow; give a container",
+            SMALL,
+        ),
+        ("mount -t tmpfs -o ro tmpfs /dev/shm", NO_SHM, SMALL),
+        ("mount --bind /proc/sys /dev/shm", NO_SHM, SMALL),  # no file system for shared memory
+    ],
+    ids=["docker", "tiny", "read-only", "none"],
+)
+def test_a_small_shared_memory_slows_a_run_down_but_does_not_stop_it(tmp_path, photo_folder, mount, line, views):
+    (tmp_path / "photos").mkdir()
+    for i in range(40):
+        (tmp_path / f"photos/{i}.jpg").symlink_to(photo_folder / f"train/china/{i % 6}.jpg")
+    words = f"--data_path {tmp_path}/photos --arch vit_micro --out_dim 64 --head_hidden_dim 64 --epochs 1 {views}"
+    process = in_a_container(mount, "main_lgssl.py", *words.split(), "--num_workers", 2, "--output_dir", tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert line in process.stderr
+    words = f"--data_path {photo_folder} --pretrained_weights {tmp_path}/checkpoint.pth --nb_knn 2"
+    process = in_a_container(mount, "eval_knn.py", *words.split())
+    assert process.returncode == 0, process.stderr
+    assert "--shm-size" in process.stderr
+
+
+def test_weights_in_a_read_only_folder_are_evaluated(tmp_path, photo_folder):
+    torch.save({"teacher": vit_micro(8, img_size=32).state_dict()}, tmp_path / "weights.pth")
+    words = f"--data_path {photo_folder} --pretrained_weights {tmp_path}/weights.pth --nb_knn 2 --num_workers 0"
+    process = in_a_container(f"mount --bind -o ro {tmp_path} {tmp_path}", "eval_knn.py", *words.split())
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("k-NN (K=2)")
+    assert process.stderr.startswith("warning: cannot write to ")
