@@ -25,26 +25,17 @@ from torch.utils.data import DataLoader
 
 from augment import MultiCrop
 from losses import LocalGlobalLoss, teacher_temperature
-from support import checkpoints
+from support import checkpoints, loader
 from support.checkpoints import RunSize, hash_of_names, restore
 from support.images import LabeledImages, ResizedArray
-from support.loader import (
-    NO_WORKERS,
-    BatchSampler,
-    ViewBatches,
-    Workers,
-    batches_on_device,
-    check_batch,
-    fit_workers,
-    open_loader,
-)
+from support.loader import NO_WORKERS, ViewBatches, Workers, batches_on_device
 from support.meters import Meters, measure
-from support.observe import OnlineKNN, environment, is_due, training_pictures
+from support.observe import OnlineKNN, environment, fit_all_workers, is_due, training_pictures
 from support.optimizers import build_optimizer, clip_each_gradient
-from support.options import AUTOCAST, argument_parser, long_warmups, may_change, parse_arguments, set_precision
+from support.options import AUTOCAST, argument_parser, may_change, parse_arguments, remarks, set_precision
 from support.preemption import EXIT_CODE, PATIENCE, NoData, StopRequest
 from support.report import WATCH_FROM, Report, hide_tensorboard_errors
-from support.resources import set_threads, usable_cores
+from support.resources import set_threads
 from support.sources import build_dataset, data_spec
 from support.weights import load_start, recorded_arguments, start_from
 from utils import (
@@ -239,7 +230,8 @@ def save(args: argparse.Namespace, run: Run, step: int, ends_epoch: bool) -> Non
 def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     """Check all input, then build everything. If --output_dir holds a checkpoint, resume from it."""
     images, output_dir = open_images(args), Path(args.output_dir)
-    workers = fit_all_workers(args, images.online_knn)  # before another process fills the shared memory
+    view_pixels = 2 * args.global_crops_size**2 + args.local_crops_number * args.local_crops_size**2
+    workers = fit_all_workers(args.num_workers, 3 * args.batch_size_per_gpu * view_pixels, images.online_knn)
     init_hash = checkpoints.hash_of_file(args.init_weights) if args.init_weights else None
     every = 10 if args.knn_every is None and images.online_knn else args.knn_every or 0
     settings = {**vars(args), "knn_every": every, "init_hash": init_hash}
@@ -258,7 +250,7 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     settings["precision"] = set_precision(args.precision or made_with.get("precision"), device)
     lock = checkpoints.lock(output_dir) if rank == 0 else None
     stop.join(timeout)
-    check_batch(len(images.train), args.batch_size_per_gpu, args.accum_steps, world_size)
+    loader.check_batch(len(images.train), args.batch_size_per_gpu, args.accum_steps, world_size)
     if args.use_bn_in_head and world_size > 1 and device.type == "cpu":
         raise UserError("--use_bn_in_head true with several processes needs GPUs: batch norm is not synced on CPUs")
 
@@ -285,22 +277,18 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     checkpoints.refuse_different_starts(start_step, device)
     report = None
     if rank == 0:
-        sides = [side for side in (args.global_crops_size, args.local_crops_size) if side % args.patch_size]
-        if sides:
-            rest = " and ".join(f"{side % args.patch_size} of {side}" for side in sides)
-            warn(f"patches of side {args.patch_size} leave out the last {rest} pixels of views at the right and bottom")
         checkpoints.tidy(output_dir, earlier.path)
         watch_from = min(args.warmup_epochs * size.steps_per_epoch, WATCH_FROM)
         report = Report(output_dir, start_step, args.epochs, size.steps_per_epoch, watch_from)
         millions = sum(p.numel() for p in student.backbone.parameters()) / 1e6
         network = f"{args.arch}/{args.patch_size} ({millions:.1f} M parameters), loss {args.loss}"
-        processors = f"{world_size} x {device.type} (threads: {torch.get_num_threads()}, CPU cores: {usable_cores()})"
-        batch = f"batch {batch_size} on {processors} in {settings['precision']}"
+        threads = f"(threads: {torch.get_num_threads()})"
+        batch = f"batch {batch_size} on {world_size} x {device.type} {threads} in {settings['precision']}"
         resumed = f"; resuming after step {start_step} of {size.total_steps}" if start_step else ""
         resumed = "; the run is finished" if start_step == size.total_steps else resumed
         headline = f"{network}, {len(images.train)} images, {batch}, {size.steps_per_epoch} steps per epoch{resumed}"
         headline += "" if images.online_knn else f"\nno online k-NN: {images.no_knn}"
-        headline = "\n".join([headline, *([started] if started else []), *long_warmups(args)])
+        headline = "\n".join(filter(None, [headline, started, *remarks(args)]))
         report.start(settings, {"step": start_step, "processes": world_size, **environment()}, headline)
     return Run(
         student=student,
@@ -389,18 +377,6 @@ def wrap_networks(
     return DistributedDataParallel(student, device_ids=device_ids, gradient_as_bucket_view=True)  # no copy of gradients
 
 
-def fit_all_workers(args: argparse.Namespace, online_knn: OnlineKNN | None) -> Workers:
-    """Return the training's data-loading workers. The online k-NN keeps its own if all fit into the shared memory."""
-    global_pixels, local_pixels = 2 * args.global_crops_size**2, args.local_crops_number * args.local_crops_size**2
-    batch_bytes = 3 * args.batch_size_per_gpu * (global_pixels + local_pixels)
-    if online_knn:
-        both = batch_bytes + 12 * args.batch_size_per_gpu * args.global_crops_size**2
-        if fit_workers(args.num_workers, both, quiet=True) == Workers(args.num_workers):
-            return Workers(args.num_workers)
-        online_knn.num_workers = 0
-    return fit_workers(args.num_workers, batch_bytes)
-
-
 def build_loader(
     args: argparse.Namespace, dataset: LabeledImages, steps: range, process: Process, workers: Workers = NO_WORKERS
 ) -> DataLoader:
@@ -418,9 +394,10 @@ def build_loader(
     )
     rule = None if args.loss == "cls" else args.matching
     skip_bad, (rank, world_size, device) = args.on_bad_image == "skip", process
-    sampler = BatchSampler(len(dataset), args.batch_size_per_gpu, steps, args.accum_steps, rank, world_size, args.seed)
+    steps_of_rank = args.batch_size_per_gpu, steps, args.accum_steps, rank, world_size, args.seed
+    sampler = loader.BatchSampler(len(dataset), *steps_of_rank)
     batches = ViewBatches(dataset, multi_crop, args.patch_size, rule, rank, skip_bad)
-    return open_loader(batches, workers, device, sampler=sampler, batch_size=None)  # a key is a whole batch
+    return loader.open_loader(batches, workers, device, sampler=sampler, batch_size=None)  # a key is a whole batch
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from support import features
 from support.evaluation import check_splits, classification_metrics, knn_votes
 from support.features import eval_transform, extract_features, normalized_cls
 from support.images import ImageList, LabeledImages
-from support.loader import ViewBatches
+from support.loader import ViewBatches, Workers, fit_workers
 from support.resources import usable_cores
 from support.sources import DataSpec, build_dataset
 from utils import VERSION, UserError, warn
@@ -97,6 +97,20 @@ class OnlineKNN:
         references, queries, k = references.to(device), queries.to(device), min(NEIGHBOURS, len(references))
         votes = knn_votes(references, self.labels["train"].to(device), queries, self.num_classes, k)
         return classification_metrics(votes, self.labels["val"].to(device))["top1"]
+
+
+def fit_all_workers(num_workers: int, batch_bytes: int, online_knn: OnlineKNN | None) -> Workers:
+    """Return the training's data-loading workers, see `fit_workers`. To be called before a loader is open.
+
+    The online k-NN, whose loaders are open at the same time, keeps its own if the batches of all fit into the shared
+    memory. Otherwise it loads images without workers.
+    """
+    if online_knn:
+        both = batch_bytes + online_knn.batch_size * 12 * online_knn.crop_size**2
+        if fit_workers(num_workers, both, quiet=True) == Workers(num_workers):
+            return Workers(num_workers)
+        online_knn.num_workers = 0
+    return fit_workers(num_workers, batch_bytes)
 
 
 class BlackForBad(Dataset):

@@ -156,8 +156,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def long_warmups(args: argparse.Namespace) -> list[str]:
-    """Return a line for each warm-up that lasts to the end of the run."""
+def remarks(args: argparse.Namespace) -> list[str]:
+    """Return a line for each setting that may surprise: warm-ups that last to the end, and pixels without a patch."""
     lines = []
     if args.warmup_epochs >= args.epochs:
         lines.append(f"--warmup_epochs {args.warmup_epochs} is not less than --epochs {args.epochs}: the learning rate "
@@ -165,6 +165,10 @@ def long_warmups(args: argparse.Namespace) -> list[str]:
     if args.warmup_teacher_temp_epochs > args.epochs and args.warmup_teacher_temp != args.teacher_temp:
         lines.append(f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} is more than --epochs "
             f"{args.epochs}: the run ends before --teacher_temp {args.teacher_temp}")  # fmt: skip
+    sides = [side for side in (args.global_crops_size, args.local_crops_size) if side % args.patch_size]
+    if sides:
+        rest = " and ".join(f"{side % args.patch_size} of {side}" for side in sides)
+        lines.append(f"patches of side {args.patch_size} leave out the last {rest} pixels of views, right and bottom")
     return lines
 
 
