@@ -14,7 +14,9 @@ from support import evaluation
 from support.arguments import number
 from support.evaluation import classification_metrics, describe, features_of_all, knn_votes, top_hits
 from support.features import normalized_cls
-from utils import UserError, init_distributed, run_main
+from utils import UserError, init_distributed, is_first_process, run_main, warn
+
+DEFAULT_K = [10, 20]
 
 
 def knn_accuracy(
@@ -42,7 +44,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = evaluation.model_parser(__doc__, evaluation.PIXELS)
     add = parser.add_argument_group("protocol").add_argument
-    add("--nb_knn", type=number(int, 1), nargs="+", default=[10, 20], help="numbers of neighbours K")
+    add("--nb_knn", type=number(int, 1), nargs="+", default=DEFAULT_K, help="numbers of neighbours K")
     add("--temperature", type=number(float, 1e-6), default=0.07, help="temperature of the votes")
     evaluation.add_use_cuda(add)
     evaluation.add_data_arguments(parser)
@@ -54,8 +56,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Extract the features on all processes, then classify on rank 0."""
     args = parse_arguments(argv)
     backbone, made_with, crop_size, datasets = evaluation.open_classification(args)
-    if max(args.nb_knn) > len(datasets["train"]):
-        raise UserError(f"--nb_knn {max(args.nb_knn)} is more than the {len(datasets['train'])} training images")
+    neighbours, total = args.nb_knn, len(datasets["train"])
+    if max(neighbours) > total:
+        if neighbours is not DEFAULT_K:  # but given
+            raise UserError(f"--nb_knn {max(neighbours)} is more than the {total} training images")
+        neighbours = [k for k in DEFAULT_K if k <= total] or [total]
+        if is_first_process():
+            few = " and ".join(str(k) for k in DEFAULT_K if k > total)
+            warn(f"{total} training images are too few for K = {few}: using K = {neighbours[0]}, see --nb_knn")
     images = {split: len(dataset) for split, dataset in datasets.items()}
     facts = {"images": images, "crop_size": crop_size}
     result = evaluation.Result(f"knn_{args.dataset}", args, backbone, made_with, datasets, **facts)
@@ -70,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels = {split: torch.tensor(dataset.labels, device=search_device) for split, dataset in datasets.items()}
     train, val = (features.pop(split).to(search_device) for split in ("train", "val"))
     knn, lines = {}, []
-    for k in args.nb_knn:
+    for k in neighbours:
         votes = knn_votes(train, labels["train"], val, len(datasets["train"].classes), k, args.temperature)
         knn[k] = classification_metrics(votes, labels["val"])
         lines.append(f"k-NN (K={k}): {describe(knn[k])}")

@@ -243,6 +243,19 @@ def test_bad_input_is_named(photo_folder, tmp_path):
     assert "smaller than a patch of 16" in message("--data_path", photo_folder, "--crop_size", 8)
 
 
+@pytest.mark.parametrize(("images", "used", "left_out"), [(11, 10, "20"), (5, 5, "10 and 20")])
+def test_defaults_that_do_not_fit_are_left_out(tmp_path, capsys, images, used, left_out):
+    noise_folder(tmp_path, [("train", 6), ("val", 2)])
+    words = f"--data_path {tmp_path} --train_images {images} --pretrained_weights pixels --num_workers 0"
+    eval_knn.main([*words.split(), "--output_dir", str(tmp_path / "out")])
+    result = json.loads((tmp_path / "out/knn_folder.json").read_text())
+    assert (list(result["knn"]), result["args"]["nb_knn"]) == ([str(used)], [10, 20])
+    warning = f"{images} training images are too few for K = {left_out}: using K = {used}, see --nb_knn\n"
+    assert warning in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"--nb_knn 20 is more than the {images} training images"):
+        eval_knn.main([*words.split(), "--nb_knn", "10", "20"])
+
+
 @pytest.mark.parametrize(("words", "expected"), [([], "meta"), (["--use_cuda", "0"], "cpu")])
 def test_neighbours_are_searched_where_use_cuda_says(monkeypatch, words, expected):
     """The meta device stands in for a GPU."""
