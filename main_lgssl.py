@@ -273,6 +273,8 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
 
     batch_size, image_hash = args.batch_size_per_gpu * args.accum_steps * world_size, hash_of_names(images.train)
     size = RunSize(batch_size, [len(images.train), image_hash], args.epochs)
+    if checkpoint:
+        size = size._replace(earlier_hash=hash_of_names(images.train, as_text=True))
     start_step = restore(checkpoint, earlier.path, state, size, world_size) if checkpoint else 0
     checkpoints.refuse_different_starts(start_step, device)
     report = None

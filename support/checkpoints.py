@@ -41,6 +41,7 @@ class RunSize(NamedTuple):
     batch_size: int  # images per step, of all processes and micro-batches
     images: list[int | str]  # their number, and the hash of their names
     epochs: int
+    earlier_hash: str = ""  # the hash by the rule of version 0.9.0, if its checkpoints may be met
 
     @property
     def steps_per_epoch(self) -> int:
@@ -250,8 +251,9 @@ def restore(checkpoint: Contents, path: Path | None, state: Mapping[str, Any], s
         if checkpoint["batch_size"] != size.batch_size:
             here = f"{size.batch_size} on {world_size} processes: use as many processes as before"
             raise UserError(f"{path} has {checkpoint['batch_size']} images per step, found {here}")
-        if checkpoint["images"] != size.images:
-            here = f"{size.images[0]}, or images with other names: use the same images, or another --output_dir"
+        if checkpoint["images"] not in (size.images, [size.images[0], size.earlier_hash]):
+            here = f"{size.images[0]}, or images with other names; names are compared, contents are not"
+            here += ": use the same images, or another --output_dir"
             raise UserError(f"{path} was trained on {checkpoint['images'][0]} images, found {here}")
         step, moments = checkpoint["step"], checkpoint["optimizer"]["state"]
         if not 0 <= step <= size.total_steps or checkpoint["epoch"] != step // size.steps_per_epoch:
@@ -272,10 +274,21 @@ def restore(checkpoint: Contents, path: Path | None, state: Mapping[str, Any], s
     return step
 
 
-def hash_of_names(dataset: Dataset) -> str:
-    """Return a hash of the image paths of a data set, relative to its folder. Data sets without files have none."""
-    root = str(getattr(dataset, "root", ""))
-    names = [path.removeprefix(root) for path in getattr(dataset, "paths", [])]
+def hash_of_names(dataset: Dataset, as_text: bool = False) -> str:
+    """Return a hash of the image paths of a data set, relative to its folder, however the command names that.
+
+    Paths outside of the folder stay as they are. Data sets without files have the hash of no names.
+
+    Args:
+        as_text: cut the folder off as text, as version 0.9.0 did: the hash of --data_path . is another.
+    """
+    root, paths = str(getattr(dataset, "root", "")), getattr(dataset, "paths", [])
+    if as_text:
+        names = [path.removeprefix(root) for path in paths]
+    else:
+        folders = os.path.join(root, ""), os.path.join(os.path.abspath(root), "")
+        names = [path.removeprefix(folders[0]).removeprefix(folders[1]) for path in paths]
+        names = ["/" + (os.path.normpath(name) if "./" in name else name).removeprefix("/") for name in names]
     return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
 
 

@@ -19,6 +19,7 @@ from augment import MultiCrop, normalize
 from losses import LocalGlobalLoss, plain_loss
 from main_lgssl import parse_arguments, set_precision
 from patch_matching import match_patches
+from support.checkpoints import hash_of_names
 from support.images import ResizedArray
 from support.loader import BatchSampler, ViewBatches
 from support.optimizers import build_optimizer, clip_each_gradient, multiply_each
@@ -605,13 +606,18 @@ def test_few_periodic_checkpoints_are_kept(photo_folder, tmp_path):
     assert {path.name for path in tmp_path.glob("*.pth")} == {*names, "checkpoint0002.pth", "checkpoint0003.pth"}
 
 
-def test_other_images_are_not_resumed(photo_folder, tmp_path):
+def test_other_images_are_not_resumed(photo_folder, tmp_path, monkeypatch):
     data = tmp_path / "data"
     shutil.copytree(photo_folder / "train", data)
     train(data, tmp_path / "run", "--epochs", 1)
     data.rename(tmp_path / "moved")  # the same images elsewhere are the same
     train(tmp_path / "moved", tmp_path / "run", "--epochs", 1)
     (tmp_path / "moved/china/0.jpg").rename(tmp_path / "moved/china/9.jpg")
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
+    monkeypatch.chdir(tmp_path / "moved")
+    checkpoint["images"][1] = hash_of_names(open_dataset("folder", "."), as_text=True)  # by version 0.9.0
+    torch.save(checkpoint, tmp_path / "run/checkpoint.pth")
+    train(".", tmp_path / "run", "--epochs", 1)
     with pytest.raises(UserError, match="was trained on 12 images, found 12, or images with other names"):
         train(tmp_path / "moved", tmp_path / "run", "--epochs", 1)
     (tmp_path / "moved/china/9.jpg").unlink()

@@ -1,5 +1,6 @@
 """Sources of images: their names, torchvision's data sets, and lists."""
 
+import hashlib
 import pickle
 import sys
 from pathlib import Path
@@ -232,6 +233,25 @@ def test_names_of_images_have_the_hashes_of_earlier_versions(tmp_path, monkeypat
         assert hash_of_names(open_dataset("folder", root))[:16] == "acabe401ef545a20"
         assert hash_of_names(open_dataset("folder", f"{root}/list.txt"))[:16] == "2d59af84f9cfb88c"
     assert hash_of_names(open_dataset("digits"))[:16] == "e3b0c44298fc1c14"
+
+
+def test_names_of_images_do_not_depend_on_how_the_folder_is_named(tmp_path, monkeypatch):
+    """But with version 0.9.0 they did."""
+    for name in ("d/b/1.png", "d/a/2.png", "e/3.png"):
+        save(tmp_path / name)
+    lines = ("b/1.png", "./a/2.png", "../e/3.png", f"{tmp_path}/d/b/1.png", f"{tmp_path}/e/3.png")
+    (tmp_path / "d/list.txt").write_text("\n".join(lines))
+    hashes = {"": [], "list.txt": []}
+    for folder, root in ((".", "d"), ("d", "."), ("e", "../d"), ("d", tmp_path / "d"), ("e", f"{tmp_path}/e/../d")):
+        monkeypatch.chdir(tmp_path / folder)
+        for name, found in hashes.items():
+            found.append(hash_of_names(open_dataset("folder", Path(root, name))))
+    names = ["/b/1.png", "/a/2.png", "/../e/3.png", "/b/1.png", f"{tmp_path}/e/3.png"]
+    for name, expected in (("", ["/a/2.png", "/b/1.png"]), ("list.txt", names)):
+        assert set(hashes[name]) == {hashlib.sha256("\n".join(expected).encode()).hexdigest()}
+    monkeypatch.chdir(tmp_path / "d")
+    earlier = hashlib.sha256(b"a/2.png\nb/1.png").hexdigest()
+    assert hash_of_names(open_dataset("folder", "."), as_text=True) == earlier
 
 
 TRAINING = [*TINY, "--epochs", "2", "--warmup_epochs", "0", "--lr", "0.05", "--log_every", "1", "--knn_every", "1"]
