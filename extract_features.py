@@ -2,8 +2,9 @@
 
     python extract_features.py --data_path FOLDER --pretrained_weights OUT/checkpoint.pth --output features.npz
 
-The images are resized and cropped as in eval_knn.py, which also ignores their EXIF orientation. The features are not
-normalized. Runs on GPUs or CPUs, in one process or under torchrun. The suffix of --output chooses the format:
+The images are resized and cropped as in eval_knn.py, and turned upright as in pretraining: by their EXIF orientation,
+which the evaluations ignore, as DINO does. The features are not normalized. Runs on GPUs or CPUs, in one process or
+under torchrun. The suffix of --output chooses the format:
 
 | `.npz`, by `numpy.load` | `.safetensors` | contents |
 |---|---|---|
@@ -95,7 +96,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = build_dataset(data_spec(args, pretraining), args.split, eval_transform(crop_size))
     paths = [f"{args.split}/{i}" for i in range(len(dataset))]
     if isinstance(dataset, ImageList):
-        dataset.upright = False  # as in the evaluations
         root = args.data_path if args.data_path and os.path.isdir(args.data_path) else dataset.root
         paths = [os.path.relpath(file, root) for file in dataset.paths]
     settings = {**vars(args), "crop_size": crop_size, "pretraining": pretraining}

@@ -48,7 +48,7 @@ def read_image(
     Args:
         path, file: see `opened`.
         min_side: decode a JPEG at 1/2, 1/4 or 1/8 of its size, as long as both sides keep `min_side` pixels.
-        upright: rotate the image according to its EXIF orientation.
+        upright: rotate the image according to its EXIF orientation. Pillow rotates TIFFs in any case.
         intensity_range: (low, high), values of grayscale images of more than 8 bits that become 0 and 255. Values
             between them are mapped linearly, others are clipped. None: (0, 65535).
 

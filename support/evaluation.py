@@ -204,8 +204,6 @@ def check_splits(splits: dict[str, LabeledImages], data_path: str | Path) -> Non
         if twin in val.paths and os.path.realpath(first) == os.path.realpath(twin):
             raise UserError(f"{data_path} has no {train.splits}, or they hold the same files: {layout}")
     for split, images in splits.items():
-        if isinstance(images, ImageList):
-            images.upright = False
         if unlabeled := images.labels.count(-1):
             raise UserError(f"{unlabeled} of the {len(images)} {split} images of {data_path} have no labels, {layout}")
     if val is not None and train.classes != val.classes:
@@ -215,6 +213,9 @@ def check_splits(splits: dict[str, LabeledImages], data_path: str | Path) -> Non
     if len(set(train.labels)) < 2:
         one = train.classes[train.labels[0]]
         raise UserError(f"the train images of {data_path} have only one class, {one}: expected at least two; {layout}")
+    for images in splits.values():
+        if isinstance(images, ImageList):
+            images.ignore_orientation()
 
 
 def features_of_all(

@@ -4,20 +4,21 @@ Each item of a data set is (image, label): an RGB PIL image, or the output of `t
 has no label.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 
 from augment import resize
 from support.decoding import UnknownRange, gray_levels, opened, read_image, refuse_unknown_range
 from utils import UserError, is_first_process, printable, warn
 
-PROBED = 16  # number of images whose intensities are checked when a folder is opened
+PROBED = 16  # number of images whose intensities and orientation are checked when a folder is opened
 MIN_LEVELS = 32  # gray levels; an image of more than 8 bits that keeps fewer causes a warning
 
 
@@ -99,12 +100,14 @@ class ImageList(LabeledImages):
     Attributes:
         paths: path of each image.
         root: the folder, or another part that the paths have in common. A run that resumes may find it elsewhere.
+        turned: path of an examined image that `upright` would turn, "" if there is none.
 
     See `decoding.read_image` for `min_side`, `upright` and `intensity_range`. A UserError of `transform` gets the path
     of the image.
     """
 
     root: str | Path = ""
+    turned = ""
     min_side: int | None = None
     intensity_range: Sequence[float] | None = None
 
@@ -129,7 +132,8 @@ class ImageList(LabeledImages):
     def use_intensity_range(self, intensity_range: Sequence[float] | None) -> None:
         """Set the intensity range, and check on a few images that their intensities survive the conversion to 8 bits.
 
-        Warns, once per data set, if an image of more than 8 bits keeps fewer than MIN_LEVELS gray levels.
+        Warns, once per data set, if an image of more than 8 bits keeps fewer than MIN_LEVELS gray levels. Also sets
+        `turned`.
 
         Raises:
             UserError: the range is empty, or an image needs a range and there is none. Bad images are skipped.
@@ -141,6 +145,10 @@ class ImageList(LabeledImages):
             try:
                 with opened(self.paths[i], self.file(i)) as image:
                     refuse_unknown_range(image, intensity_range)
+                    with contextlib.suppress(Exception):  # a broken EXIF block
+                        exif = Image.Image.getexif(image)  # the method of PNGs would decode them
+                        if image.format != "TIFF" and exif.get(ExifTags.Base.Orientation) in range(2, 9):
+                            self.turned = self.turned or self.paths[i]
                     if image.mode[0] not in "IF":
                         continue
                     values = np.asarray(image)
@@ -154,6 +162,15 @@ class ImageList(LabeledImages):
                 hint = f"see --intensity_range; its values are {values.min()} to {values.max()}"
                 warn(f"{printable(self.paths[i])} keeps {kept} of its {count} gray levels in 8 bits: {hint}")
                 warned = True
+        if not self.upright:
+            self.ignore_orientation()
+
+    def ignore_orientation(self) -> None:
+        """Do not turn photographs upright, as DINO's protocols. Warns if one of the examined images would be turned."""
+        self.upright = False
+        if self.turned and is_first_process():
+            here = "evaluations ignore it, as DINO does; pretraining and extract_features.py turn images upright"
+            warn(f"{printable(self.turned)} has an EXIF orientation: {here}")
 
     def keep(self, indices: Sequence[int]) -> None:
         super().keep(indices)

@@ -152,8 +152,7 @@ def build_dataset(
         images.keep(drawn(len(images), spec, split))
     if isinstance(images, ImageList):
         images.min_side = min_side
-        if "intensity_range" in kind.options:
-            images.use_intensity_range(spec.intensity_range)
+        images.use_intensity_range(spec.intensity_range)
     return images
 
 

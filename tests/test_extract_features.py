@@ -66,15 +66,15 @@ def test_contents_are_those_of_a_direct_forward(photo_folder, weights, tmp_path,
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
 def test_half_precision_and_a_flat_folder(photographs, weights, tmp_path, suffix):
-    """One photograph has an EXIF orientation, which the evaluations ignore."""
+    """One photograph is turned by its EXIF orientation."""
     (tmp_path / "flat").mkdir()
     turned = Image.Exif()
-    turned[0x0112] = 6
-    for i, exif in enumerate((Image.Exif(), turned)):
-        photographs[0].save(tmp_path / f"flat/ü{i}.jpg", exif=exif)
+    turned[0x0112] = 6  # to be turned by 90° clockwise
+    photographs[0].transpose(Image.Transpose.ROTATE_270).save(tmp_path / "flat/ü0.png")
+    photographs[0].save(tmp_path / "flat/ü1.png", exif=turned)
     options = ["--data_path", tmp_path / "flat", "--pretrained_weights", weights[0]]
     found = extract(tmp_path / f"half.{suffix}", *options, "--half")
-    assert (found["paths"], found["classes"], found["labels"].tolist()) == (["ü0.jpg", "ü1.jpg"], [], [-1, -1])
+    assert (found["paths"], found["classes"], found["labels"].tolist()) == (["ü0.png", "ü1.png"], [], [-1, -1])
     assert found["features"].dtype == np.float16
     np.testing.assert_array_equal(found["features"][0], found["features"][1])
     single = extract(tmp_path / f"single.{suffix}", *options)

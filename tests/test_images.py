@@ -1,3 +1,4 @@
+import contextlib
 import importlib.util
 import io
 import json
@@ -22,9 +23,9 @@ import eval_knn
 import main_lgssl
 from support import sources
 from support.decoding import image_size, read_image
-from support.evaluation import open_splits
+from support.evaluation import check_splits, open_splits
 from support.features import eval_transform, to_pixels
-from support.images import ResizedArray
+from support.images import ImageList, ResizedArray
 from support.sources import IMAGENET100_CLASSES, DataSpec, data_spec
 from utils import UserError
 
@@ -166,6 +167,29 @@ def test_a_large_jpeg_is_decoded_at_reduced_size(tmp_path, photographs):
     (reduced, _), *_ = open_dataset("folder", tmp_path, transform=resize, min_side=106)
     assert not np.array_equal(reduced, unreduced)
     assert np.abs(reduced.astype(int) - unreduced).mean() < 2
+
+
+def test_a_protocol_says_once_that_it_ignores_the_orientation(tmp_path, gradient, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    for split in ("train", "val"):
+        for name in ("x/0.tif", "x/1.jpg", "y/0.jpg", "y/1.png"):  # Pillow turns TIFFs itself
+            save(tmp_path / split / name, gradient)
+            Image.fromarray(gradient).save(tmp_path / split / name, exif=exif if split == "train" else b"")
+    transforms = {"train": None, "val": None}
+    splits = open_splits(DataSpec("folder", tmp_path), transforms)
+    assert [image.size for image, _ in splits["train"]] == [(16, 24), (24, 16), (24, 16), (24, 16)]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"warning: {tmp_path}/train/x/1.jpg has an EXIF orientation: evaluations ignore it")
+    assert {image.size for image, _ in open_dataset("folder", tmp_path)} == {(16, 24)}
+    ImageList(splits["train"].paths, upright=False).use_intensity_range(None)  # as for copy detection
+    assert capsys.readouterr().err.startswith(f"warning: {tmp_path}/train/x/1.jpg has")
+    for each in ("val", "train/x"):  # nothing to turn; no protocol, since there are no labels
+        images = open_dataset("folder", tmp_path / each)
+        with contextlib.suppress(UserError):
+            check_splits({"train": images}, each)
+    assert not capsys.readouterr().err
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):
