@@ -10,6 +10,7 @@ from support.files import read_text
 from support.images import ImageList, Paths
 from utils import UserError, printable, warn
 
+IGNORED = ("__MACOSX", "@eaDir")  # folders that macOS and network disks add, as those whose names begin with a dot
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp")
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # names of splits in other layouts
 
@@ -51,7 +52,7 @@ class ImageFolder(ImageList):
         self.has_splits = (root / "train").is_dir() and (root / "val").is_dir()
         self.root = root = root / split if self.has_splits else root
         _, subfolders, names = next(walk(root), ("", [], []))
-        folders = [root / name for name in subfolders if not name.startswith(".")]
+        folders = [root / name for name in subfolders]
         refuse_other_splits(root, folders)
         names = sorted(filter(has_image_name, names))
         if classes_file is not None:
@@ -105,10 +106,10 @@ def refuse_other_splits(root: Path, folders: list[Path]) -> None:
 
 
 def walk(folder: Path, others: Collection[str] = ()) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Walk through a folder like `os.walk`, follow links, and read no folder twice.
+    """Walk through a folder like `os.walk`, follow links, read no folder twice, and leave out hidden files and folders.
 
-    Links to parents of the folder are not followed. A folder that cannot be read is skipped with a warning. Files are
-    not examined, which would be slow for a million of them.
+    Hidden are names that begin with a dot, and IGNORED. Links to parents of the folder are not followed. A folder that
+    cannot be read is skipped with a warning. Files are not examined, which would be slow for a million of them.
 
     Args:
         others: real paths of folders that are not read either.
@@ -120,15 +121,21 @@ def walk(folder: Path, others: Collection[str] = ()) -> Iterator[tuple[str, list
     real = Path(os.path.realpath(folder))
     seen = {str(real), *map(str, real.parents)}
     for top, below, names in os.walk(folder, onerror=warn_of, followlinks=True):
-        targets = {os.path.realpath(os.path.join(top, name)): name for name in sorted(below, reverse=True)}
+        shown = sorted((name for name in below if not is_hidden(name)), reverse=True)
+        targets = {os.path.realpath(os.path.join(top, name)): name for name in shown}
         below[:] = sorted(name for path, name in targets.items() if path not in seen and path not in others)
         seen.update(targets)
-        yield top, below, names
+        yield top, below, [name for name in names if not is_hidden(name)]
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether `walk` leaves out a file or folder with this name."""
+    return name.startswith(".") or name in IGNORED
 
 
 def has_image_name(name: str) -> bool:
     """Return whether a file name has a suffix of IMAGE_SUFFIXES and is not hidden."""
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name)
 
 
 def listed_images(source: str | Path) -> list[Path]:

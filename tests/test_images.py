@@ -25,6 +25,7 @@ from support import sources
 from support.decoding import image_size, read_image
 from support.evaluation import check_splits, open_splits
 from support.features import eval_transform, to_pixels
+from support.folders import listed_images
 from support.images import ImageList, ResizedArray
 from support.sources import IMAGENET100_CLASSES, DataSpec, data_spec
 from utils import UserError
@@ -167,6 +168,24 @@ def test_a_large_jpeg_is_decoded_at_reduced_size(tmp_path, photographs):
     (reduced, _), *_ = open_dataset("folder", tmp_path, transform=resize, min_side=106)
     assert not np.array_equal(reduced, unreduced)
     assert np.abs(reduced.astype(int) - unreduced).mean() < 2
+
+
+def test_hidden_folders_are_left_out_at_every_depth(tmp_path, gradient):
+    hidden = (".ipynb_checkpoints", ".thumbnails/deep", "__MACOSX", "@eaDir/x")
+    root = tmp_path / ".cache/x"  # which the user names
+    for name in ("a", "b"):
+        save(root / name / "1.png", gradient)
+        for folder in hidden:
+            for place in (root / folder, root / name / folder, root / name / "deep" / folder):
+                save(place / "2.png", gradient)
+    save(root / "a/._1.png", gradient)
+    expected = [str(root / "a/1.png"), str(root / "b/1.png")]
+    assert list(open_dataset("folder", root).paths) == expected == list(map(str, listed_images(root)))
+    assert list(open_dataset("folder", root / "a/.ipynb_checkpoints").paths) == [f"{root}/a/.ipynb_checkpoints/2.png"]
+    (tmp_path / "classes").write_text("@eaDir\n.thumbnails\n")
+    assert open_dataset("folder", root, classes=tmp_path / "classes").classes == ["@eaDir", ".thumbnails"]
+    (tmp_path / "list").write_text(".cache/x/a/.thumbnails/deep/2.png\n")
+    assert len(open_dataset("folder", tmp_path / "list")) == 1
 
 
 def test_a_protocol_says_once_that_it_ignores_the_orientation(tmp_path, gradient, capsys):
