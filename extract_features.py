@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{path} already exists and is not overwritten: remove it, or give another --output")
     backbone, pretraining, crop_size = evaluation.open_model(evaluation.model_spec(args), args.crop_size)
     dataset = build_dataset(data_spec(args, pretraining), args.split, eval_transform(crop_size))
+    dataset.announce()
     paths = [f"{args.split}/{i}" for i in range(len(dataset))]
     if isinstance(dataset, ImageList):
         root = args.data_path if args.data_path and os.path.isdir(args.data_path) else dataset.root

@@ -289,6 +289,7 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
         resumed = f"; resuming after step {start_step} of {size.total_steps}" if start_step else ""
         resumed = "; the run is finished" if start_step == size.total_steps else resumed
         headline = f"{network}, {len(images.train)} images, {batch}, {size.steps_per_epoch} steps per epoch{resumed}"
+        headline += f"\n{images.train.describe()}"
         headline += "" if images.online_knn else f"\nno online k-NN: {images.no_knn}"
         headline = "\n".join(filter(None, [headline, started, *remarks(args)]))
         report.start(settings, {"step": start_step, "processes": world_size, **environment()}, headline)

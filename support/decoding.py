@@ -1,6 +1,7 @@
 """Safe decoding of image files, which may be damaged or hostile."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,8 +13,22 @@ from PIL import Image, ImageOps
 from support.files import refuse_irregular
 from utils import UserError, first_line, printable
 
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "AVIF", "HEIF")
 MAX_PIXELS = 2**26  # 8192×8192, 200 MB decoded; larger images are bad, see --on_bad_image
+
+
+@functools.cache
+def image_suffixes() -> dict[str, str]:
+    """Return the suffixes of image files that can be read here, with their formats: {".jpg": "JPEG", ...}.
+
+    AVIF comes with Pillow 11.3, HEIF with the package pillow-heif, which is registered here, once per process.
+    """
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener(thumbnails=False)  # which `draft` would decode instead of the image
+    known = Image.registered_extensions()
+    return {suffix: kind for suffix, kind in known.items() if kind in FORMATS and suffix != ".pfm"}  # a map of depths
 
 
 @contextlib.contextmanager
@@ -28,7 +43,7 @@ def opened(path: str | Path, file: BinaryIO | None = None) -> Iterator[Image.Ima
             refuse_irregular(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(file or path, formats=FORMATS) as image:
+            with Image.open(file or path, formats=[*dict.fromkeys(image_suffixes().values())]) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
                 yield image
@@ -48,7 +63,7 @@ def read_image(
     Args:
         path, file: see `opened`.
         min_side: decode a JPEG at 1/2, 1/4 or 1/8 of its size, as long as both sides keep `min_side` pixels.
-        upright: rotate the image according to its EXIF orientation. Pillow rotates TIFFs in any case.
+        upright: rotate the image according to its EXIF orientation. Of TIFF and HEIF, decoders do it in any case.
         intensity_range: (low, high), values of grayscale images of more than 8 bits that become 0 and 255. Values
             between them are mapped linearly, others are clipped. None: (0, 65535).
 
@@ -60,6 +75,7 @@ def read_image(
     | 16-bit grayscale | decoded, scaled to 8 bits |
     | signed 16-bit, 32-bit or float grayscale | decoded with an intensity range, bad without one |
     | float, with a value that is NaN or infinite | bad |
+    | AVIF, HEIF (.heic) | decoded where `image_suffixes` has them |
     | animated or with several pages | the first frame or page is decoded |
     | 1×1, 20,000×10 | decoded |
     | with a broken EXIF block | decoded, not rotated |

@@ -6,7 +6,9 @@ has no label.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +17,7 @@ from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 
 from augment import resize
-from support.decoding import UnknownRange, gray_levels, opened, read_image, refuse_unknown_range
+from support.decoding import UnknownRange, gray_levels, image_suffixes, opened, read_image, refuse_unknown_range
 from utils import UserError, is_first_process, printable, warn
 
 PROBED = 16  # number of images whose intensities and orientation are checked when a folder is opened
@@ -56,6 +58,9 @@ class LabeledImages(Dataset):
         transform: applied to the PIL image; None returns the PIL image.
         has_splits: whether training and validation images differ. If not, either split has all images.
         splits, layout: what splits are called, and what is expected for an evaluation, for messages.
+        found: number of files that were found, by their suffix in lower case; of lists, of images.
+        total: number of images before `keep`.
+        source, classes_from: which part of which data set it is, and where the classes are from, for `describe`.
     """
 
     labels: list[int]
@@ -63,6 +68,8 @@ class LabeledImages(Dataset):
     transform: Callable | None = None
     has_splits = True
     splits, layout = "subfolders train and val", "{0}/train/CLASS/IMAGE and {0}/val/CLASS/IMAGE"
+    found: Mapping[str, int] = {}
+    total, source, classes_from = 0, "", ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,6 +85,28 @@ class LabeledImages(Dataset):
     def keep(self, indices: Sequence[int]) -> None:
         """Keep only the images with these indices."""
         self.labels = [self.labels[i] for i in indices]
+
+    def describe(self) -> str:
+        """Return one line: how many images of which formats and classes were found, where, and what was ignored."""
+        formats, ignored = Counter[str](), Counter[str]()
+        for suffix, count in self.found.items():
+            kind = image_suffixes().get(suffix)
+            (formats if kind else ignored)[kind or suffix] += count
+        line = f"{len(self)} of {self.total} images" if len(self) < self.total else f"{len(self)} images"
+        line += f" ({in_order(formats, '{1} {0}')})" if formats else ""
+        names = "class" if len(self.classes) == 1 else "classes"
+        line += f" in {len(self.classes)} {names}" if self.classes else " without classes"
+        line += f"{self.classes_from}; {self.source}"
+        if ignored:
+            files = f"{ignored.total()} other file{'s' if ignored.total() > 1 else ''}"
+            line += f"; {files} ignored ({in_order(ignored, '{0} {1}')})"
+            line += "; .heic needs pip install pillow-heif" if ".heic" in ignored else ""
+        return line
+
+    def announce(self) -> None:
+        """Print `describe` on stderr, in the first process."""
+        if is_first_process():
+            print(self.describe(), file=sys.stderr, flush=True)
 
 
 class ArrayImages(LabeledImages):
@@ -175,6 +204,13 @@ class ImageList(LabeledImages):
     def keep(self, indices: Sequence[int]) -> None:
         super().keep(indices)
         self.paths = self.paths.keep(indices)
+
+
+def in_order(counts: Mapping[str, int], text: str) -> str:
+    """Return the eight most frequent names with their counts as text, each as `text` formats (name, count)."""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    parts = [text.format(printable(name) or "without suffix", count) for name, count in ranked[:8]]
+    return ", ".join(parts + ["…"] * (len(ranked) > 8))
 
 
 def numbered_classes(values: np.ndarray) -> tuple[list[int], list[str]]:

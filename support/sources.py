@@ -19,7 +19,7 @@ from support.folders import ImageFolder, open_folder
 from support.hf import HuggingFaceImages
 from support.images import ArrayImages, ImageList, LabeledImages
 from support.torchvision_sets import open_torchvision
-from utils import UserError
+from utils import UserError, printable
 
 IMAGENET100_CLASSES = Path(__file__).parent.parent / "recipes" / "imagenet100_cmc.txt"
 # {name: a photograph that a package ships}
@@ -147,7 +147,9 @@ def build_dataset(
     images = kind.open(split=opened, **options)
     if not len(images):
         raise UserError(f"--dataset {spec.dataset} has no {opened} images")
-    images.transform = transform
+    images.transform, images.total = transform, len(images)
+    part = f"{opened} split" if images.has_splits else "all"
+    images.source = f"{part} of {printable(spec.data_path or spec.dataset)}"
     if opened == "train" and (spec.train_images or spec.tuning):
         images.keep(drawn(len(images), spec, split))
     if isinstance(images, ImageList):

@@ -153,7 +153,7 @@ IMAGES = [
     ("NaN", f"{EXTRACT} --intensity_range 0 1", f"{BAD}.*NaN", data(FLAT, x=image("TIFF", pixels=HOLES))),
     ("a name with a line break", EXTRACT, "cannot read image .*a.*b.png", data(FLAT, {"a\nb.png": ""})),
     ("a name that is not UTF-8", TRAIN, "cannot read image .*a.*png", data(FLAT, {"a\udcff.png": ""})),
-    ("no suffix of images", EXTRACT, "no images below .*jpg", data({"a.heic": "", "b.npy": ""})),
+    ("no suffix of images", EXTRACT, "no images below .*found .jp2 1, .npy 1: .*jpg", data({"a.jp2": "", "b.npy": ""})),
     ("files of other programs", EXTRACT, "of 4 images", data(FLAT, {"._0.png": "", "a/.git/x.png": ""}), 0),
     ("links that loop", EXTRACT, "of 8 images", data(CLASSES, LOOPS), 0),
 ]

@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode
 import eval_knn
 import main_lgssl
 from support import sources
-from support.decoding import image_size, read_image
+from support.decoding import image_size, image_suffixes, read_image
 from support.evaluation import check_splits, open_splits
 from support.features import eval_transform, to_pixels
 from support.folders import listed_images
@@ -186,6 +186,48 @@ def test_hidden_folders_are_left_out_at_every_depth(tmp_path, gradient):
     assert open_dataset("folder", root, classes=tmp_path / "classes").classes == ["@eaDir", ".thumbnails"]
     (tmp_path / "list").write_text(".cache/x/a/.thumbnails/deep/2.png\n")
     assert len(open_dataset("folder", tmp_path / "list")) == 1
+
+
+FORMATS = {"A.JPG": "JPEG", "b.jfif": "JPEG", "c.jpe": "JPEG", "d.png": "PNG", "e.pnm": "PPM"}
+
+
+def write_formats(folder, pixels, formats):
+    for name, kind in formats.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / name, kind)
+
+
+def test_what_was_found_is_said(tmp_path, gradient, capsys):
+    formats = {f"{split}/{c}/{name}": FORMATS[name] for split in ("train", "val") for c in "xy" for name in FORMATS}
+    write_formats(tmp_path, gradient, formats)
+    for name in ("y/a.jp2", "y/README", "x/deep/b.JP2", ".git/x", "x/c.npy", "x/.DS_Store"):
+        (tmp_path / "train" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "train" / name).touch()
+    train = open_dataset("folder", tmp_path)
+    for image, _ in train:
+        assert np.abs(np.asarray(image).astype(int) - gradient).mean() < 8
+    found = "10 images (6 JPEG, 2 PNG, 2 PPM) in 2 classes from folder names; train split of"
+    ignored = "4 other files ignored (.jp2 2, without suffix 1, .npy 1)"
+    assert train.describe() == f"{found} {tmp_path}; {ignored}"
+    some = open_dataset("folder", tmp_path / "train/x", train_images=2)
+    formats = "(3 JPEG, 1 PNG, 1 PPM)"
+    assert some.describe().startswith(f"2 of 5 images {formats} without classes; all of {tmp_path}/train/x; 2 other")
+    assert open_dataset("digits", split="val").describe() == "397 images in 10 classes; val split of digits"
+    open_splits(DataSpec("folder", tmp_path), {"train": None, "val": None})
+    assert [line.split(" in ")[0] for line in capsys.readouterr().err.splitlines()] == [found.split(" in ")[0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffixes"), [("AVIF", [".avif"]), ("HEIF", [".heic", ".heif", ".hif"])], ids=["avif", "heif"]
+)
+def test_formats_of_phones(tmp_path, gradient, kind, suffixes):
+    if kind not in image_suffixes().values():
+        pytest.skip("needs Pillow 11.3 for AVIF, pillow-heif for HEIF")
+    write_formats(tmp_path, gradient, {f"{i}{suffix}": kind for i, suffix in enumerate(suffixes)})
+    images = open_dataset("folder", tmp_path)
+    assert images.describe().startswith(f"{len(suffixes)} images ({len(suffixes)} {kind}) without classes")
+    for image, _ in images:
+        assert np.abs(np.asarray(image).astype(int) - gradient).mean() < 8
 
 
 def test_a_protocol_says_once_that_it_ignores_the_orientation(tmp_path, gradient, capsys):

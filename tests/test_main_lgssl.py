@@ -412,6 +412,7 @@ def test_a_run_writes_what_others_read(photo_folder, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "epoch 2/2  step 6/6  loss" in output
     assert "images/s" in output
+    assert f"\n12 images (12 JPEG) in 2 classes from folder names; train split of {photo_folder}\n" in output
 
 
 def test_tensorboard_holds_the_scalars(photo_folder, tmp_path):
