@@ -23,7 +23,7 @@ from support import evaluation
 from support.arguments import number
 from support.evaluation import features_of_all
 from support.features import whole_transform
-from support.folders import ImageFolder, has_image_name, listed_folders, listed_images
+from support.folders import ImageFolder, class_name, has_image_name, listed_folders, listed_images
 from support.images import ImageList
 from support.sources import IMAGENET100_CLASSES, add_intensity_range
 from utils import UserError, init_distributed, run_main, warn
@@ -85,7 +85,7 @@ def copydays_lists(
         UserError: a class is missing, or there are too few images.
     """
     folder = ImageFolder(root)
-    excluded = {path.name for path in listed_folders(Path(folder.root), classes)}
+    excluded = {class_name(path.name) for path in listed_folders(Path(folder.root), classes)}
     labeled = zip(folder.paths, folder.labels, strict=True)
     paths = [path for path, label in labeled if label >= 0 and folder.classes[label] not in excluded]
     count = num_whitening + num_distractors

@@ -211,6 +211,11 @@ def check_splits(splits: dict[str, LabeledImages], data_path: str | Path) -> Non
     if val is not None and train.classes != val.classes:
         only = {"train": sorted({*train.classes} - {*val.classes}), "val": sorted({*val.classes} - {*train.classes})}
         parts = [f"{len(names)} only in {split} ({', '.join(names[:5])})" for split, names in only.items() if names]
+        similar = {"".join(name.split()).casefold(): name for name in only["train"]}
+        for name in only["val"]:
+            if twin := similar.get("".join(name.split()).casefold()):
+                parts.append(f"{name!r} in val differs from {twin!r} in train only in spaces or case")
+                break
         raise UserError(f"the classes of {data_path} differ, {' and '.join(parts)}: {layout}")
     if len(set(train.labels)) < 2:
         one = train.classes[train.labels[0]]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -42,7 +43,8 @@ class ImageFolder(ImageList):
 
     Attributes:
         root: folder that is read, `train` or `val` if the folder has both.
-        classes: names of the class folders, which hold at least one image.
+        classes: names of the class folders, which hold at least one image, see `class_name`. Sorted, or in the order of
+            their file.
         labels: label of each image, -1 if it is not in a class folder.
     """
 
@@ -61,24 +63,31 @@ class ImageFolder(ImageList):
         self.found = seen = Counter[str]()
         names = sorted(image_names(names, seen))
         labels = [-1] * len(names)
-        classes: list[str] = []
+        counts: dict[str, int] = {}  # images per class
         prefix = str(root / "x")[:-1]
         others = set(map(os.path.realpath, [root, *folders]))
         for folder in folders:
             found = walk(folder, others)
             paths = [os.path.join(top, name) for top, _, files in found for name in image_names(files, seen)]
             if paths:
+                if (name := class_name(folder.name)) in counts:
+                    twice = f"the class {printable(name)} in composed and in decomposed Unicode"
+                    raise UserError(f"{root} has {twice}: join the two folders")
                 names += [path.removeprefix(prefix) for path in sorted(paths)]
-                labels += [len(classes)] * len(paths)
-                classes.append(folder.name)
+                counts[name] = len(paths)
             elif classes_file is not None:
                 raise UserError(f"the class folder {folder}, which {classes_file} lists, has no images")
         if not names:
             others_found = in_order(seen, "{0} {1}") or "no files"
             expected = f"expected files that end in {' '.join(image_suffixes())}"
             raise UserError(f"no images below {root}, found {others_found}: {expected}")
-        self.paths, self.labels, self.classes = Paths(names, prefix), labels, classes
-        self.classes_from = " from folder names" if classes else ""
+        # Not sorted by the names on the disk, whose order depends on how they are encoded
+        self.classes = list(counts) if classes_file is not None else sorted(counts)
+        numbers = {name: i for i, name in enumerate(self.classes)}
+        for name, count in counts.items():
+            labels += [numbers[name]] * count
+        self.paths, self.labels = Paths(names, prefix), labels
+        self.classes_from = " from folder names" if counts else ""
 
 
 def listed_folders(root: Path, classes_file: str | Path) -> list[Path]:
@@ -87,7 +96,9 @@ def listed_folders(root: Path, classes_file: str | Path) -> list[Path]:
     Raises:
         UserError: the file cannot be read, is empty, or names a folder that is missing or is listed twice.
     """
-    names = [line.rstrip("/") for line in read_lines(classes_file)]
+    on_disk = {class_name(name): name for name in os.listdir(root)}
+    names = [class_name(line.rstrip("/")) for line in read_lines(classes_file)]
+    names = [on_disk.get(name, name) for name in names]
     missing = [name for name in names if name == ".." or Path(name).name != name or not os.path.isdir(root / name)]
     if missing:
         counts = f"{len(missing)} of the {len(names)} class folders in {classes_file}"
@@ -156,6 +167,11 @@ def suffix_of(path: str) -> str:
     return path[path.rfind(".") :].lower() if "." in path else ""
 
 
+def class_name(name: str) -> str:
+    """Return the name of a class in composed Unicode (NFC): macOS decomposes the letters of names of files."""
+    return unicodedata.normalize("NFC", name)
+
+
 def listed_images(source: str | Path) -> list[Path]:
     """Return the paths of the images in a folder and its subfolders, or of the images that a text file lists.
 
@@ -190,7 +206,7 @@ def read_list(source: str | Path) -> tuple[list[str], list[str]]:
     if missing:
         counts = f"{len(paths)} images, {len(missing)} are missing"
         raise UserError(f"{source} lists {counts}; the first: {printable(missing[0])}")
-    return paths, names if labeled else []
+    return paths, [class_name(name) for name in names] if labeled else []
 
 
 def read_lines(path: str | Path) -> list[str]:

@@ -178,6 +178,12 @@ LAYOUTS = [
     ("ImageNet-100 without its classes", f"{KNN} --dataset imagenet100", "lacks 100 of the 100 class", data(BOTH)),
     ("tars", f"{TRAIN} --dataset tar", "--dataset hf:"),
     ("no Fashion-MNIST", f"{KNN} --dataset torchvision:FashionMNIST", "data.*--download", data(FLAT)),
+    (
+        "a class of two spellings",
+        TRAIN,
+        "class \u00e9 in composed and in decomposed",
+        data({"\u00e9/0.png": PNG, "e\u0301/0.png": PNG, "f/0.png": PNG}),
+    ),
     ("no CIFAR-10", f"{TRAIN} --dataset cifar10", "CIFAR10", data(FLAT)),
     ("no set of torchvision", f"{KNN} --dataset torchvision:os", "torchvision:os"),
 ]

@@ -6,6 +6,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import unicodedata
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -251,6 +252,32 @@ def test_a_protocol_says_once_that_it_ignores_the_orientation(tmp_path, gradient
         with contextlib.suppress(UserError):
             check_splits({"train": images}, each)
     assert not capsys.readouterr().err
+
+
+def test_class_names_are_compared_in_composed_unicode(tmp_path, gradient):
+    """As macOS decomposes them: the order of folders on the disk then differs between the splits, the labels do not."""
+    for split, form in (("train", "NFD"), ("val", "NFC")):
+        for i, name in enumerate(("café", "cafz", "한글")):
+            save(tmp_path / split / unicodedata.normalize(form, name) / "1.png", gradient // (i + 1))
+    splits = open_splits(DataSpec("folder", tmp_path), {"train": None, "val": None})
+    for images in splits.values():
+        assert images.classes == [unicodedata.normalize("NFC", name) for name in ("cafz", "café", "한글")]
+        for image, label in images:
+            assert np.asarray(image).max() == (gradient // ([2, 1, 3][label])).max()
+    for form in ("NFC", "NFD"):
+        (tmp_path / "list").write_text(unicodedata.normalize(form, "한글\ncafé\n"), encoding="utf-8")
+        for split in ("train", "val"):
+            some = open_dataset("folder", tmp_path, split, classes=tmp_path / "list")
+            assert some.classes == [unicodedata.normalize("NFC", name) for name in ("한글", "café")]
+
+
+@pytest.mark.parametrize("name", ["dog ", "Dog", "d og"])
+def test_classes_that_differ_in_spaces_or_case_are_named(tmp_path, gradient, name):
+    for folder in ("train/cat", "train/dog", "val/cat", f"val/{name}"):
+        save(tmp_path / folder / "1.png", gradient)
+    expected = f"and {name!r} in val differs from 'dog' in train only in spaces or case: expected {tmp_path}/train/"
+    with pytest.raises(UserError, match=expected):
+        open_splits(DataSpec("folder", tmp_path), {"train": None, "val": None})
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):
