@@ -200,11 +200,12 @@ def check_splits(splits: dict[str, LabeledImages], data_path: str | Path) -> Non
             splits have different classes.
     """
     train, val = splits["train"], splits.get("val")
-    layout = f"expected {train.layout.format(data_path)}"
+    layout = f"expected {train.layout.replace('{0}', str(data_path))}"
     if isinstance(train, ImageList) and isinstance(val, ImageList):
         first, twin = train.paths[0], str(val.root) + train.paths[0].removeprefix(str(train.root))
         if twin in val.paths and os.path.realpath(first) == os.path.realpath(twin):
-            raise UserError(f"{data_path} has no {train.splits}, or they hold the same files: {layout}")
+            found = f"{data_path} has no {train.splits}, or they hold the same files"
+            raise UserError(f"{found}: {layout}; or give --tuning, which holds a fifth of the training images out")
     for split, images in splits.items():
         if unlabeled := images.labels.count(-1):
             raise UserError(f"{unlabeled} of the {len(images)} {split} images of {data_path} have no labels, {layout}")

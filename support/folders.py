@@ -1,5 +1,7 @@
 """Images in folders and in text files that list them."""
 
+import csv
+import io
 import os
 import re
 import unicodedata
@@ -9,32 +11,33 @@ from pathlib import Path
 
 from support.decoding import image_suffixes
 from support.files import read_text
+from support.hf import choose, refuse
 from support.images import ImageList, Paths, in_order
-from utils import UserError, printable, warn
+from utils import UserError, first_line, printable, warn
 
 IGNORED = ("__MACOSX", "@eaDir")  # folders that macOS and network disks add, as those whose names begin with a dot
+LISTS, BLANKS = (".txt", ".csv", ".tsv"), " \t\r"
+# Columns of images and of classes, in lower case
+IMAGES = "filename file_name file filepath file_path path image image_name image_path image_file img img_path".split()
+LABELS = "label labels class class_name class_label category category_name target".split()
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # names of splits in other layouts
 
 
-def open_folder(split: str, data_path: str | Path, classes: str | Path | None) -> ImageList:
-    """Open a folder or a list of images, see `sources.build_dataset`."""
+def open_folder(split: str, data_path: str | Path, classes: str | Path | None, **columns: str | None) -> ImageList:
+    """Open a folder or a list of images, see `sources.build_dataset` and, for the columns, `read_table`."""
     path = Path(data_path)
-    lists = {name: path / f"{name}.txt" for name in ("train", "val")}
-    has_lists = all(map(os.path.isfile, lists.values())) and not all(os.path.isdir(path / name) for name in lists)
+    lists = {name: [file for end in LISTS if os.path.isfile(file := path / (name + end))] for name in ("train", "val")}
+    has_lists = all(lists.values()) and not all(os.path.isdir(path / name) for name in lists)
+    source = lists[split][0] if has_lists else path
+    for option, value in columns.items():
+        if value and not is_table(source):
+            raise UserError(f"--{option} has no effect with --dataset folder without a .csv or .tsv list: omit it")
     if not (os.path.isfile(path) or has_lists):
         return ImageFolder(path, split, classes)
     if classes:
         raise UserError("--classes has no effect with a list of images: omit it, or give a folder")
-    source = lists[split] if has_lists else path
-    paths, names = read_list(source)
-    images = ImageList(paths)
-    images.root, images.has_splits = source.parent, has_lists
-    images.found = Counter(suffix for suffix in map(suffix_of, paths) if suffix in image_suffixes())
-    if names:
-        images.classes_from = f" from {printable(source.name)}"
-        images.classes = sorted(set(names))
-        numbers = {name: i for i, name in enumerate(images.classes)}
-        images.labels = [numbers[name] for name in names]
+    images = read_list(source, **columns)
+    images.has_splits = has_lists
     return images
 
 
@@ -172,8 +175,13 @@ def class_name(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def is_table(path: str | Path) -> bool:
+    """Return whether a list of images has columns, by its suffix."""
+    return suffix_of(str(path)) in LISTS[1:]
+
+
 def listed_images(source: str | Path) -> list[Path]:
-    """Return the paths of the images in a folder and its subfolders, or of the images that a text file lists.
+    """Return the paths of the images in a folder and its subfolders, or of the images in a list.
 
     For the format of the file, see `read_list`; classes are ignored.
 
@@ -182,31 +190,87 @@ def listed_images(source: str | Path) -> list[Path]:
     """
     if os.path.isdir(source):
         return [Path(path) for path in ImageFolder(source).paths]
-    return list(map(Path, read_list(source)[0]))
+    return list(map(Path, read_list(source).paths))
 
 
-def read_list(source: str | Path) -> tuple[list[str], list[str]]:
-    """Read a list of images: one path per line, relative to the file, or PATH<tab>CLASS in all lines.
+def read_list(source: str | Path, image_column: str | None = None, label_column: str | None = None) -> ImageList:
+    """Open a list of images: one path per line, relative to the file, or PATH<tab>CLASS in all lines; or a table.
 
-    Returns:
-        (paths, names of their classes, [] if the lines have none)
+    Args:
+        image_column, label_column: see `read_table`.
 
     Raises:
         UserError: the file cannot be read or is empty, only some lines have a class, or images are missing.
     """
-    lines = [line.partition("\t") for line in read_lines(source)]
-    names = [name.strip() for _, _, name in lines]
-    labeled = sum(map(bool, names))
-    if 0 < labeled < len(lines):
-        first = printable(lines[names.index("")][0])
-        counts = f"a class after a tab for {labeled} of its {len(lines)} images, but not for {first}"
+    if is_table(source):
+        names, classes, classes_from, layout = read_table(source, image_column, label_column)
+    else:
+        lines = [line.partition("\t") for line in read_lines(source)]
+        names, classes = [name.rstrip() for name, _, _ in lines], [name.strip() for _, _, name in lines]
+        classes_from = f" from {printable(Path(source).name)}" if any(classes) else ""
+        layout = "lists train.txt and val.txt with IMAGE<tab>CLASS in each line"
+    labeled = sum(map(bool, classes))
+    if 0 < labeled < len(names):
+        where, first = "in its column" if is_table(source) else "after a tab", printable(names[classes.index("")])
+        counts = f"a class {where} for {labeled} of its {len(names)} images, but not for {first}"
         raise UserError(f"{source} has {counts}: expected a class in every line, or in none")
-    paths = [os.path.join(os.path.dirname(source), path.rstrip()) for path, _, _ in lines]
+    paths = [os.path.join(os.path.dirname(source), name) for name in names]
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         counts = f"{len(paths)} images, {len(missing)} are missing"
         raise UserError(f"{source} lists {counts}; the first: {printable(missing[0])}")
-    return paths, [class_name(name) for name in names] if labeled else []
+    images = ImageList(paths)
+    images.root, images.classes_from = Path(source).parent, classes_from
+    images.splits, images.layout = layout.partition(" with ")[0], layout
+    images.found = Counter(suffix for suffix in map(suffix_of, paths) if suffix in image_suffixes())
+    if labeled:
+        classes = list(map(class_name, classes))
+        images.classes = sorted(set(classes))
+        numbers = {name: i for i, name in enumerate(images.classes)}
+        images.labels = [numbers[name] for name in classes]
+    return images
+
+
+def read_table(
+    source: str | Path, image_column: str | None, label_column: str | None
+) -> tuple[list[str], list[str], str, str]:
+    """Read the columns of images and classes of a CSV or TSV file, whose first row names the columns.
+
+    A file of one or two columns, images and classes, may lack that row. Columns are separated by tabs in a TSV file, in
+    another one by the most frequent of comma, semicolon and tab in the first row.
+
+    Args:
+        image_column, label_column: columns. None: the only ones with a name in IMAGES and in LABELS. Without such
+            labels, there are no classes.
+
+    Returns:
+        (paths and classes as they are in the file; classes_from and layout, see `LabeledImages`)
+
+    Raises:
+        UserError: the file cannot be read or is no table, or a column is missing or one of several.
+    """
+    text, file = read_text(source), printable(Path(source).name)
+    separator = "\t" if suffix_of(str(source)) == ".tsv" else max(",;\t", key=text.partition("\n")[0].count)
+    try:
+        cells = list(csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True, strict=True))
+    except csv.Error as error:
+        raise UserError(f"cannot read {printable(source)} as a table: {first_line(error)}") from error
+    header, *rows = [[cell.strip(BLANKS) for cell in row] for row in cells if any(row)] or [[""]]
+    if len(header) <= 2 and os.path.isfile(os.path.join(os.path.dirname(source), header[0])):
+        header, rows = ["image", "label"][: len(header)], [header, *rows]
+    if not rows:
+        raise UserError(f"cannot read {printable(source)}: it is empty, or has only the names of its columns")
+    rows = [row + [""] * (len(header) - len(row)) for row in rows]
+    kinds = dict.fromkeys(header, "text")
+    image = choose(kinds, image_column, [name for name in header if name.casefold() in IMAGES], str(source), "image")
+    label = choose(kinds, label_column, [name for name in header if name.casefold() in LABELS], str(source), "label")
+    if image is None:
+        refuse(kinds, str(source), "no column of images", "--image_column")
+    images, classes = ([row[header.index(name)] for row in rows] if name else [] for name in (image, label))
+    taken = f"classes from column {label}" if label else "no column of classes"
+    layout = "lists train.csv and val.csv with columns of images and classes"
+    layout += "" if label else f"; {file} has the columns {printable(', '.join(header))}: give --label_column"
+    return images, classes, printable(f"; {file}: images from column {image}, {taken}"), layout
 
 
 def read_lines(path: str | Path) -> list[str]:
@@ -215,7 +279,7 @@ def read_lines(path: str | Path) -> list[str]:
     Raises:
         UserError: the file cannot be read, see `read_text`, or all its lines are blank.
     """
-    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    lines = [line.strip(BLANKS) for line in read_text(path).split("\n") if line.strip()]
     if not lines:
         raise UserError(f"cannot read {printable(path)}: it is empty")
     return lines

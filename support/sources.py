@@ -49,8 +49,9 @@ def add_source_arguments(add: Callable, layout: str, free: Callable | None = Non
     add("--dataset", type=dataset_name, default="folder", help=f"source of images: {kinds}")
     free("--data_path", help=layout)
     add("--classes", help="file with the class folders to use, one per line; imagenet100 has its own list")
-    add("--image_column", help="column of the images, for hf. Default: the only one")
-    add("--label_column", help="column of the labels, for hf. Default: the only one with class names, or label or cls")
+    add("--image_column", help="column of the images, for hf and CSV lists. Default: the only one")
+    add("--label_column", help="column of the labels, for hf and CSV lists. Default: the only one with class names, or "
+        "by its name, as label")  # fmt: skip
     free("--download", action="store_true", help="let torchvision download its data set if it is missing")
     add("--train_images", type=number(int, 1), help="use only N training images, drawn once. Default: all")
     add("--tuning", action="store_true", help="hold out a fifth of the training images and use them as validation "
@@ -72,7 +73,8 @@ class DataSpec:
     Attributes:
         dataset: a key of KINDS, with a name where the kind has one.
             "folder": all images in `data_path` and its subfolders. The classes are the direct subfolders, if any.
-                Or the images in a list, `data_path` itself, or train.txt and val.txt in it, see `folders.read_list`.
+                Or the images in a list, `data_path` itself, or train.txt and val.txt in it, or .csv or .tsv; see
+                `folders.read_list`.
             "imagenet100": a folder, restricted to the classes in a list.
             "hf:NAME_OR_PATH": images of Hugging Face's `datasets`, see `hf.HuggingFaceImages`.
             "cifar10": CIFAR-10, "torchvision:CIFAR10".
@@ -84,7 +86,7 @@ class DataSpec:
         data_path: folder of the images. If it has subfolders `train` and `val`, only the subfolder of the split is
             read.
         classes: file with one class folder per line. Default: no restriction; for "imagenet100" its own list.
-        image_column, label_column: see `hf.HuggingFaceImages`.
+        image_column, label_column: see `hf.HuggingFaceImages` and `folders.read_table`.
         download: let torchvision download the data set if it is missing.
         train_images: number of training images to use, drawn once. None: all.
         tuning: use only these training images, a fifth of them for validation and the others for training.
@@ -274,7 +276,7 @@ class Kind(NamedTuple):
 
 # {the part of --dataset before a colon: Kind}
 KINDS = {
-    "folder": Kind(open_folder, ("data_path", "classes", "intensity_range")),
+    "folder": Kind(open_folder, ("data_path", "classes", "image_column", "label_column", "intensity_range")),
     "imagenet100": Kind(open_imagenet100, ("data_path", "classes", "intensity_range")),
     "cifar10": Kind(partial(open_torchvision, name="CIFAR10"), ("data_path", "download")),
     "torchvision": Kind(open_torchvision, ("data_path", "download"), "NAME"),

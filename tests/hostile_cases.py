@@ -194,7 +194,13 @@ def listing(contents, *parts):
     return data(*(parts or (BOTH,)), {"../list.txt": contents})
 
 
+def table(contents):
+    """Return a `make` of images and of {here}/data/t.csv."""
+    return data({"a.png": PNG, "b.png": PNG, "t.csv": contents})
+
+
 LISTED = f"{KNN} --classes {{here}}/list.txt"
+TABLE = f"{KNN} --data_path {{here}}/data/t.csv"
 DISTRACTORS = f"{COPIES} --distractors_path {{here}}/list.txt"
 SPLITS = {"a.png": PNG, "b.png": PNG, "train.txt": "a.png\tx\nc.png\ty", "val.txt": "b.png\tx"}
 LISTS = [
@@ -211,6 +217,14 @@ LISTS = [
         data(SPLITS, {"train.txt": "a.png\tx\nb.png"}),
     ),
     ("list of missing images", KNN, "train.txt lists 2 images, 1 .*missing.*c.png", data(SPLITS)),
+    ("table of missing images", TABLE, "lists 2 images, 1 are missing.*a.jpg", table("image\na.jpg\nb.png")),
+    ("table without images", TABLE, "no column of images: .*id.*label.*--image_column", table("id,label\n0,x\n1,y")),
+    ("two columns of images", TABLE, "2 columns of images: .*--image_column", table("path,file\na.png,a.png")),
+    ("column that is missing", f"{TABLE} --label_column y", "no column y: .*--label_column", table("path,x\na.png,1")),
+    ("table with an open quotation mark", TABLE, "cannot read .*t.csv as a table", table('path\n"a.png')),
+    ("header alone", TABLE, "t.csv: .*empty", table("path,label\n")),
+    ("class in some rows", TABLE, "class .* for 1 of its 2 .*not for b.png", table("path,label\na.png,x\nb.png")),
+    ("columns of a folder", f"{TRAIN} --image_column x", "--image_column has no effect .*csv", data(FLAT)),
     ("pipe as a list of images", DISTRACTORS, "list.txt.*regular file", listing(os.mkfifo, COPYDAYS)),
     ("no originals", COPIES, "no images in .*original", data(renamed(COPYDAYS, "original", None))),
     ("copy without original", COPIES, "299901.jpg has no original", data(COPYDAYS, {"strong/299901.jpg": JPEG})),

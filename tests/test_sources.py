@@ -1,8 +1,11 @@
 """Sources of images: their names, torchvision's data sets, and lists."""
 
+import csv
 import hashlib
 import pickle
+import re
 import sys
+import unicodedata
 from pathlib import Path
 from urllib.error import URLError
 
@@ -198,6 +201,69 @@ def test_lists_for_training_and_validation(tmp_path):
     one = {split: open_dataset("folder", tmp_path / "train.txt", split) for split in ("train", "val")}
     with pytest.raises(UserError, match="or they hold the same files"):
         check_splits(one, tmp_path / "train.txt")
+
+
+NAMES = ["a, b.png", 'say "c".png', "line\u2028d.png", "\x0cform\x0cfeed.png"]
+KINDS = ["cat", "dog, small", "cat", "caf\u00e9"]
+
+
+def write_table(path, header, rows, delimiter=","):
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=delimiter).writerows([header, *rows])
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "delimiter", "options"),
+    [
+        ("t.csv", ("FileName", "Label"), ",", {}),
+        ("t.tsv", ("image_path", "class_name"), "\t", {}),
+        ("t.csv", (" img", "target"), ";", {}),
+        ("T.CSV", ("file", "species"), ",", {"label_column": "species"}),
+        ("t.csv", ("path", "label"), ",", {"image_column": "path"}),
+    ],
+)
+def test_tables_with_a_header(tmp_path, name, header, delimiter, options):
+    for i, file in enumerate(NAMES):
+        save(tmp_path / file, PIXELS[i])
+    rows = [(NAMES[i], i, unicodedata.normalize("NFD", KINDS[i])) for i in range(4)]
+    write_table(tmp_path / name, (header[0], "width", header[1]), rows, delimiter)
+    images = open_dataset("folder", tmp_path / name, **options)
+    assert [np.asarray(image).tolist() for image, _ in images] == PIXELS[:4].tolist()
+    assert [images.classes[label] for label in images.labels] == KINDS
+    taken = f"{name}: images from column {header[0].strip()}, classes from column {header[1]}"
+    assert images.describe() == f"4 images (4 PNG) in 3 classes; {taken}; all of {tmp_path / name}"
+    for i, split in enumerate(("train", "val")):
+        rows = [(NAMES[i], "x"), (NAMES[i + 2], "y")]
+        write_table(tmp_path / f"{split}{Path(name).suffix.lower()}", header, rows, delimiter)
+    splits = {split: open_dataset("folder", tmp_path, split, **options) for split in ("train", "val")}
+    check_splits(splits, tmp_path)
+    assert [list(images.paths)[1] for images in splits.values()] == [f"{tmp_path}/{NAMES[i]}" for i in (2, 3)]
+
+
+def test_lists_are_cut_at_line_breaks_only(tmp_path):
+    for i, file in enumerate(NAMES):
+        save(tmp_path / file, PIXELS[i])
+    lines = [f"{file}\t{kind}" for file, kind in zip(NAMES, KINDS, strict=True)]
+    for file, end in (("list.txt", "\n"), ("list", "\r\n"), ("old.tsv", "\n")):  # the last is a table without a header
+        (tmp_path / file).write_bytes(end.join(lines).encode())
+        images = open_dataset("folder", tmp_path / file)
+        assert [np.asarray(image).tolist() for image, _ in images] == PIXELS[:4].tolist()
+        assert [images.classes[label] for label in images.labels] == KINDS
+
+
+def test_the_layout_of_lists_is_named(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "list.txt").write_text("a.png\tx\n")
+    write_table(tmp_path / "t.csv", ("path", "species"), [("a.png", "x")])
+
+    def message(name, *splits):
+        with pytest.raises(UserError) as error:
+            check_splits({split: open_dataset("folder", tmp_path / name, split) for split in splits}, name)
+        return str(error.value)
+
+    expected = "list.txt has no lists train.txt and val.txt, .* expected .*IMAGE<tab>CLASS.* --tuning"
+    assert re.search(expected, message("list.txt", "train", "val"))
+    assert re.search("no labels, expected .*the columns path, species: give --label_column", message("t.csv", "train"))
 
 
 def test_images_of_a_folder_or_a_list(tmp_path):
