@@ -1,16 +1,19 @@
 """Plot the logs of several runs: loss, online k-NN accuracy, entropy of the teacher and matched patches per epoch.
 
     python plot_runs.py OUT1 OUT2 ... --output runs.pdf
+    python plot_runs.py OUT1 OUT2 --names DINO Ours
     python plot_runs.py studies/solar_curves.csv
 
 Runs that differ only in the seed become one curve: their mean, with a band of one standard deviation on each side. If
 they have different lengths, each point averages the runs that reached it. Losses of different `--loss` or `--out_dim`
-do not show which run is better. Settings are named by the options that differ, or by the row of a study. A table of
-their last values is printed, as mean ± standard deviation over the seeds.
+do not show which run is better; each `--out_dim` has a panel of its own. A panel where nothing changes is left out.
+Settings are named by --names, by the options that differ, or by the row of a study. A table of their last values is
+printed, as mean ± standard deviation over the seeds.
 """
 
 import csv
 import os
+import textwrap
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
@@ -34,7 +37,9 @@ COLUMNS = (  # of the table: (logged value, title, digits)
     ("matched_patches", "matched patches", 1),
 )
 NAMES = [name for name, _, _ in COLUMNS]
-CURVE_COLUMNS = ["row", "seed", "epoch", *NAMES]  # of a CSV file of curves
+CURVE_COLUMNS = ["row", "seed", "epoch", *NAMES, "out_dim"]  # of a CSV file of curves; older ones lack out_dim
+FLAT = 0.01  # a curve changes if its values differ by more than this share of the highest
+MAX_WIDTH = 100  # of the table, in columns
 # Runs on different images are not averaged.
 NO_SETTING = {*argument_parser().may_change, "seed", "output_dir"} - {"data_path"}
 
@@ -50,12 +55,14 @@ class Run:
         name: its --output_dir, or the row of a study.
         seed: of the run, or None if it is unknown.
         arguments: arguments of main_lgssl.py and the number of `processes`. Empty if they are unknown.
+        out_dim: number of prototypes, or "unknown".
         curves: {name: curve} for each of NAMES.
     """
 
     name: str
     seed: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    out_dim: str = "unknown"
     curves: dict[str, Curve] = field(default_factory=lambda: {name: {} for name in NAMES})
 
     def add(self, name: str, epoch: int, value: float | None) -> None:
@@ -82,7 +89,7 @@ def read_run(folder: Path) -> Run:
     if path.exists():
         processes = [start.get("processes", 1) for start in read_log(starts)] if starts.exists() else []
         run.arguments = {**read_json(path), "processes": max(processes, default=1)}
-        run.seed = str(run.arguments.get("seed"))
+        run.seed, run.out_dim = str(run.arguments.get("seed")), str(run.arguments.get("out_dim", "unknown"))
     return run
 
 
@@ -93,9 +100,9 @@ def read_curves(path: Path) -> list[Run]:
         UserError: the file cannot be read, or has no runs.
     """
     runs: dict[tuple[str, str], Run] = {}
-    for line in read_table(path, CURVE_COLUMNS):
+    for line in read_table(path, CURVE_COLUMNS, optional=1):
         row, seed = line["row"], line["seed"]
-        run = runs.setdefault((row, seed), Run(row, seed))
+        run = runs.setdefault((row, seed), Run(row, seed, out_dim=line.get("out_dim", "unknown")))
         for name in NAMES:
             run.add(name, int(line["epoch"]), float(line[name] or "nan"))
     if not runs:
@@ -103,16 +110,20 @@ def read_curves(path: Path) -> list[Run]:
     return list(runs.values())
 
 
-def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+def read_table(path: Path, columns: Sequence[str], optional: int = 0) -> list[dict[str, str]]:
     """Return the lines of a CSV file that several processes may have written, without repetitions of the header.
+
+    Args:
+        optional: number of columns, the last ones, that lines and headers may lack.
 
     Raises:
         UserError: the file cannot be read or has other columns.
     """
     rows = list(csv.reader(read_text(path).splitlines()))
-    if rows[:1] != [list(columns)] or any(len(row) != len(columns) for row in rows):
-        raise UserError(f"cannot read {path}: expected a CSV file with the columns {','.join(columns)}")
-    return [dict(zip(columns, row, strict=True)) for row in rows if row != list(columns)]
+    headers = [list(columns[: len(columns) - missing]) for missing in range(optional + 1)]
+    if rows[:1] not in [[header] for header in headers] or {*map(len, rows)} - {*map(len, headers)}:
+        raise UserError(f"cannot read {path}: expected a CSV file with the columns {','.join(headers[-1])}")
+    return [dict(zip(columns, row, strict=False)) for row in rows if row not in headers]
 
 
 def settings(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -142,6 +153,19 @@ def settings(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return labeled
 
 
+def renamed(labeled: dict[str, list[Run]], names: Sequence[str]) -> dict[str, list[Run]]:
+    """Return `settings` under other labels.
+
+    Raises:
+        UserError: there is not one name for each setting, or two names are the same.
+    """
+    if not len(names) == len(set(names)) == len(labeled):
+        listed = "; ".join(f"{number}: {label}" for number, label in enumerate(labeled, start=1))
+        found = f"found {len(names)}, expected {len(labeled)} different names"
+        raise UserError(f"--names {' '.join(names)}: {found}, one for each of these settings, in this order: {listed}")
+    return dict(zip(names, labeled.values(), strict=True))
+
+
 def mean_curve(curves: Sequence[Curve]) -> np.ndarray:
     """Average the curves of several runs.
 
@@ -153,8 +177,28 @@ def mean_curve(curves: Sequence[Curve]) -> np.ndarray:
     return np.array(rows).reshape(-1, 3).T
 
 
+def curves_of(labeled: dict[str, list[Run]]) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
+    """Return the curves per setting for `figures.draw_curves`, and a line about panels left out if there are any."""
+    sizes = dict.fromkeys(runs[0].out_dim for runs in labeled.values())
+    curves = {}
+    for label, runs in labeled.items():
+        own = {name: mean_curve([run.curves[name] for run in runs]) for name in NAMES}
+        if len(sizes) > 1:  # a uniform output has the loss ln K
+            own[f"loss, K = {runs[0].out_dim}"] = own.pop("loss")
+        curves[f"{label} ({'1 seed' if len(runs) == 1 else f'{len(runs)} seeds'})"] = own
+    filled = [(name, curve) for own in curves.values() for name, curve in own.items() if curve.size]
+    names = dict.fromkeys(name for name, _ in filled)
+    drawn = {name for name, (_, mean, _) in filled if len(mean) == 1 or np.ptp(mean) > FLAT * abs(mean).max()} or names
+    flat = ", ".join(name for name in names if name not in drawn)
+    notes = [f"not drawn, since no curve changes by more than {FLAT:.0%}: {flat}"] if flat else []
+    return {label: {name: own[name] for name in own if name in drawn} for label, own in curves.items()}, notes
+
+
 def last_values(labeled: dict[str, list[Run]]) -> list[str]:
-    """Return the lines of a table with the last values per setting, mean ± standard deviation."""
+    """Return the lines of a table with the last values per setting, mean ± standard deviation.
+
+    If labels make it wider than MAX_WIDTH, they stand below the table, which has their numbers.
+    """
     rows = [("setting", "seeds", "epochs", *(title for _, title, _ in COLUMNS))]
     for label, runs in labeled.items():
         epochs = [max(epoch for curve in run.curves.values() for epoch in curve) for run in runs]
@@ -165,12 +209,21 @@ def last_values(labeled: dict[str, list[Run]]) -> list[str]:
             row.append(f"{values.mean():.{digits}f}{deviation}" if len(values) else "-")
         rows.append(tuple(row))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    numbered = {str(number): runs for number, runs in enumerate(labeled.values(), start=1)}
+    if max(map(len, lines)) > MAX_WIDTH and labeled.keys() != numbered.keys():
+        lines = last_values(numbered)
+        for number, label in zip(numbered, labeled, strict=True):
+            text = f"{number}: {printable(label)}"
+            lines += textwrap.wrap(text, MAX_WIDTH, subsequent_indent="   ", break_on_hyphens=False)
+    return lines
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="OUT", help="--output_dir of a run, or a CSV file of curves")
+    text = "names of the settings, one each, in the order in which the runs first show them"
+    parser.add_argument("--names", nargs="+", metavar="NAME", help=text)
     parser.add_argument("--output", default="runs.png", help="file to write, PNG or PDF")
     return parser.parse_args(argv)
 
@@ -183,12 +236,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = []
     for path in map(Path, args.runs):
         runs += read_curves(path) if path.suffix == ".csv" else [read_run(path)]
-    labeled, curves = settings(runs), {}
-    for label, members in labeled.items():
-        seeds = "1 seed" if len(members) == 1 else f"{len(members)} seeds"
-        curves[f"{label} ({seeds})"] = {name: mean_curve([run.curves[name] for run in members]) for name in NAMES}
+    labeled = settings(runs)
+    if args.names:
+        labeled = renamed(labeled, args.names)
+    curves, notes = curves_of(labeled)
     figures.save([figures.draw_curves(curves)], args.output)
-    print("\n".join([*last_values(labeled), f"drawn in {args.output}"]))
+    print("\n".join([*last_values(labeled), *notes, f"drawn in {args.output}"]))
 
 
 if __name__ == "__main__":

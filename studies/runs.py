@@ -141,9 +141,9 @@ def keep(study: Study, row: str, seed: int, place: Place) -> None:
     """Append the curves and the results of a finished run to the CSV files."""
     folder, words = place.folder(study, row, seed), commands(study, row, seed, place)
     if "main_lgssl.py" in words:
-        curves, label = plot_runs.read_run(folder).curves, " ".join([row, *place.extra])
-        epochs = sorted(set().union(*curves.values()))
-        lines = [[label, seed, epoch, *(curve.get(epoch) for curve in curves.values())] for epoch in epochs]
+        run, label = plot_runs.read_run(folder), " ".join([row, *place.extra])
+        epochs = sorted(set().union(*run.curves.values()))
+        lines = [[label, seed, n, *(curve.get(n) for curve in run.curves.values()), run.out_dim] for n in epochs]
         append(place.runs / f"{study.name}_curves.csv", plot_runs.CURVE_COLUMNS, lines)
     dataset = study.data.split()[1].replace(":", "_")
     linear, knn = (read_json(folder / f"{name}_{dataset}.json") for name in ("linear", "knn"))

@@ -5,6 +5,7 @@ A figure spans one or two columns of a paper and is written as PNG or PDF. Many 
 
 import os
 import textwrap
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from itertools import cycle
@@ -64,13 +65,24 @@ class Panel(NamedTuple):
 
 
 def fit(name: str, characters: int) -> str:
-    """Make a name printable, and replace the middle of a name of more than some `characters` by `…`.
+    """Make a name printable, and replace the middle of a name that is wider than some `characters` by `…`.
 
     A leading `_` is preceded by a space, since matplotlib leaves such names out of legends.
     """
-    name, half = printable(name), characters // 2
-    name = name if len(name) <= characters else f"{name[: half - 1]}…{name[-half:]}"
+    name, characters = printable(name), number_of_characters(name, characters)
+    name = name if len(name) <= characters else f"{name[: characters // 2 - 1]}…{name[-(characters // 2) :]}"
     return " " + name if name.startswith("_") else name
+
+
+def wrap(name: str, characters: int, lines: int) -> str:
+    """Wrap a name in lines of some `characters`, and cut it by `fit` to about that many lines."""
+    width = number_of_characters(name, characters)
+    return textwrap.fill(fit(name, lines * characters), width, break_on_hyphens=False)
+
+
+def number_of_characters(name: str, characters: int) -> int:
+    """Return how many characters of a name take the width of some Latin ones: fewer if it is Chinese, for example."""
+    return characters * 2 // 3 if any(unicodedata.east_asian_width(c) in "WF" for c in name) else characters
 
 
 def check_output(path: str | os.PathLike) -> None:
@@ -416,32 +428,33 @@ def draw_map(points: np.ndarray, labels: ArrayLike, classes: Sequence[str], titl
 
 @plain_style
 def draw_curves(curves: dict[str, dict[str, np.ndarray]]) -> Figure:
-    """Draw the logs of runs over epochs, one panel per entry of PANELS with values, one column (8.5 cm) wide.
+    """Draw the logs of runs over epochs, a panel per name with values, one column (8.5 cm) wide.
 
     Args:
-        curves: {label: {name of a panel: array [3, n]}}. The rows are epochs trained, mean, and standard deviation (NaN
-            if there is only one run).
+        curves: {label: {name: array [3, n]}}. A name is an entry of PANELS, to which text may be added after a comma,
+            "loss, K = 64". The rows are epochs trained, mean, and standard deviation (NaN if there is only one run).
     """
     if len(curves) > MAX_CURVES:
         raise UserError(f"found {len(curves)} settings, a figure tells at most {MAX_CURVES} apart: give fewer runs")
-    names = [name for name in PANELS if any(curve[name].size for curve in curves.values())]
-    labels = [textwrap.fill(fit(label, 200), 40) for label in curves]
-    banded = any(np.isfinite(curve[name][2]).any() for curve in curves.values() for name in names)
+    filled = dict.fromkeys(name for curve in curves.values() for name in curve if curve[name].size)
+    names = [name for panel in PANELS for name in filled if name.partition(",")[0] == panel]
+    drawn = {name: [curve.get(name, np.empty((3, 0))) for curve in curves.values()] for name in names}
+    labels = [wrap(label, 40, 25) for label in curves]
+    banded = any(np.isfinite(deviation).any() for panel in drawn.values() for _, _, deviation in panel)
     lines = sum(1 + label.count("\n") for label in labels) + banded
     # 0.45 inches for the axis label and margins, 1.2 per panel, 0.13 per line of the legend
     figure = Figure(figsize=(3.35, 0.45 + 1.2 * len(names) + 0.13 * lines), dpi=300, layout="constrained")
     axes = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
     for axis, name in zip(axes, names, strict=True):
         # Line styles tell the curves apart in print without colors.
-        for curve, color, line_style in zip(curves.values(), cycle(LINE_COLORS), cycle(LINE_STYLES)):
-            epochs, mean, deviation = curve[name]
-            marker = "o" if len(epochs) < 10 else ""  # a single point draws no line
+        for (epochs, mean, deviation), color, line_style in zip(drawn[name], cycle(LINE_COLORS), cycle(LINE_STYLES)):
+            marker = "o" if 0 < len(epochs) < 10 else ""  # a single point draws no line
             axis.plot(epochs, mean, marker=marker, markersize=2, color=color, linestyle=line_style, linewidth=1.1)
             axis.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0)
-        title, unit = PANELS[name]
-        axis.set_title(title, pad=3)
-        axis.set_ylabel(unit)
-        losses = np.concatenate([curve[name][1] for curve in curves.values()]) if name == "loss" else np.ones(1)
+        panel, comma, rest = name.partition(",")
+        axis.set_title(PANELS[panel][0] + comma + rest, pad=3)
+        axis.set_ylabel(PANELS[panel][1])
+        losses = np.concatenate([mean for _, mean, _ in drawn[name]]) if panel == "loss" else np.ones(1)
         if 0 < 5 * losses.min() < losses.max():  # sum and mean losses in one panel
             axis.set_yscale("log", subs=[2, 5])
             axis.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")

@@ -144,6 +144,63 @@ def test_labels_name_the_arguments_that_differ(write_run):
         labels(*mean, write_run("again"))
 
 
+def test_names_stand_in_the_figure_and_the_table(write_run, drawn, capsys):
+    """In the order of the settings' first runs."""
+    runs = [write_run(f"r{i}", loss=loss, seed=i)[0] for i, loss in enumerate(("cls", "mean", "cls", "sum"))]
+    _, legend = drawn(*runs, "--names", "DINO", "Ours, mean", "$_sum$")
+    assert legend == ["DINO (2 seeds)", "Ours, mean (1 seed)", "$_sum$ (1 seed)"]
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in table[:4]] == ["setting", "DINO", "Ours, mean", "$_sum$"]
+    for names in (["DINO", "Ours"], ["a", "b", "c", "d"], ["a", "b", "a"]):
+        message = f"--names {' '.join(names)}: found {len(names)}, expected 3 different names, one for each of these "
+        with pytest.raises(
+            UserError, match=message + "settings, in this order: 1: loss cls; 2: loss mean; 3: loss sum"
+        ):
+            drawn(*runs, "--names", *names)
+
+
+def test_long_labels_are_whole_and_the_table_is_narrow(write_run, drawn, capsys):
+    options = {"teacher_temp": 0.03, "warmup_teacher_temp": 0.03, "data_path": f"/data/{'folder-with/' * 30}end"}
+    options |= {"global_crops_size": 64, "momentum_teacher": 0.98, "global_crops_scale": [0.25, 1.0], "lr": 0.1}
+    runs = [write_run("plain")[0], write_run("other", **options)[0], write_run("seed", seed=1, **options)[0]]
+    _, legend = drawn(*runs)
+    printed = capsys.readouterr().out.splitlines()[:-1]
+    assert max(map(len, printed)) <= 100
+    assert [line.split()[:2] for line in printed[:3]] == [["setting", "seeds"], ["1", "1"], ["2", "2"]]
+    long = next(iter(list(plot_runs.settings([plot_runs.read_run(run) for run in runs]))[1:]))
+    assert len(long) > 450
+    assert "".join(legend[1].split()) == "".join(f"{long} (2 seeds)".split())
+    assert "".join("".join(printed[3:]).split()).endswith("".join(f"2: {long}".split()))
+
+
+def test_losses_of_different_out_dim_have_panels_of_their_own(write_run, drawn):
+    ours, dino, again = (write_run(f"{dim}{i}", out_dim=dim, seed=i) for i, dim in enumerate((64, 256, 64)))
+    axes, legend = drawn(ours[0], dino[0], again[0])
+    assert list(axes)[:3] == ["Loss, K = 64", "Loss, K = 256", "Entropy of the teacher’s outputs"]
+    assert legend == ["out_dim 64 (2 seeds)", "out_dim 256 (1 seed)"]
+    shown = [[line.get_ydata().tolist() for line in axes[f"Loss, K = {dim}"].lines] for dim in (64, 256)]
+    np.testing.assert_allclose(shown[0][0], (ours[1] + again[1]) / 2)
+    assert [shown[0][1], *shown[1]] == [[], [], dino[1].tolist()]
+
+
+def test_what_does_not_change_is_not_drawn(write_run, drawn, capsys):
+    """Such as matched patches, which differ only by chance. A single epoch is drawn, and so is a run that is flat."""
+    folders = []
+    for name, level in (("a", 0.0), ("b", 50.0)):
+        folders.append(write_run(name, loss=name, epochs=4)[0])
+        entries = [json.loads(line) for line in (folders[-1] / "log.txt").read_text().splitlines()]
+        for epoch, entry in enumerate(entries):
+            entry["train_matched_patches"] = level * (1 + 0.002 * (epoch % 2))
+        (folders[-1] / "log.txt").write_text("\n".join(map(json.dumps, entries)))
+    axes, _ = drawn(*folders)
+    assert list(axes) == ["Loss", "Entropy of the teacher’s outputs"]
+    assert "not drawn, since no curve changes by more than 1%: matched_patches\n" in capsys.readouterr().out
+    once = write_run("once", epochs=1)[0]
+    assert list(drawn(once)[0]) == ["Loss", "Entropy of the teacher’s outputs", "Matched patches"]
+    (once / "log.txt").write_text("".join(f'{{"epoch": {epoch}, "train_loss": 2}}\n' for epoch in range(3)))
+    assert list(drawn(once)[0]) == ["Loss"]
+
+
 def test_curves_of_studies_are_drawn_per_row(tmp_path, drawn):
     lines = ["row,seed,epoch,loss,knn_top1,entropy_share,matched_patches", "dino,0,1,5,,,", "dino,0,2,4,50,,0"]
     path = tmp_path / "curves.csv"
@@ -153,6 +210,9 @@ def test_curves_of_studies_are_drawn_per_row(tmp_path, drawn):
     np.testing.assert_allclose(axes["Loss"].lines[0].get_xydata(), [[1, 5], [2, 3]])
     np.testing.assert_allclose(axes["Online k-NN"].lines[0].get_xydata(), [[2, 55]])
     np.testing.assert_allclose(axes["Matched patches"].lines[1].get_xydata(), [[1, 7]])
+    # Newer lines, here of another process, say the number of prototypes.
+    path.write_text("\n".join([*lines, f"{lines[0]},out_dim", "mean,0,1,3,,,7,64", ""]))
+    assert list(drawn(path)[0])[:2] == ["Loss, K = unknown", "Loss, K = 64"]
 
 
 def test_the_figure_is_written(write_run, tmp_path, capsys):
