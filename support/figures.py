@@ -45,6 +45,8 @@ MAX_CURVES = len(LINE_COLORS) * len(LINE_STYLES)
 SUFFIXES = (".png", ".pdf")
 LABEL_HEIGHT = 18  # of a picture in a tile, in pixels
 WIDTH, PAGE_HEIGHT = 7.0, 10.0  # of a figure over two columns and of a full page, in inches
+GAP = 0.05  # between pictures, in inches
+BRIGHT = 3  # times uniform attention that is bright in a map without a higher one, so that a flat map looks flat
 MAX_NAMED = 100  # classes of a map
 # Draws the same whatever a matplotlibrc says. `$` in a name starts no formula, and the fonts of a PDF can be edited.
 STYLE = {"text.parse_math": False, "pdf.fonttype": 42, "font.size": 8, "figure.titlesize": 9, "axes.titlesize": 8}
@@ -133,6 +135,17 @@ def heat_map(values: np.ndarray, patch_size: int, highest: float | None = None) 
     return enlarge((255 * HEAT(share)[..., :3]).round().astype(np.uint8), patch_size)
 
 
+def attention_map(values: np.ndarray, patch_size: int) -> tuple[str, np.ndarray]:
+    """Return the maximum of attention [rows, columns] in words, as a multiple of uniform attention, and its heat map.
+
+    The colors begin at 0. They end at the maximum, or at BRIGHT times uniform attention if that is more.
+    """
+    uniform = max(values.mean(), 1e-12)
+    times = values.max() / uniform
+    text = f"max {times:.{1 if times < 10 else 0}f} × uniform"
+    return text, heat_map(values, patch_size, max(values.max(), BRIGHT * uniform))
+
+
 def tint_patches(image: np.ndarray, tokens: np.ndarray, columns: int, patch_size: int) -> np.ndarray:
     """Tint patches of an image, each in its own color. Pictures with equally many tokens use the same colors.
 
@@ -155,7 +168,7 @@ def tint_patches(image: np.ndarray, tokens: np.ndarray, columns: int, patch_size
 def tile(rows: Sequence[Sequence[tuple[str, np.ndarray]]], side: int = 160, gap: int = 4) -> np.ndarray:
     """Lay out rows of labeled pictures on white, each picture scaled to the height `side`: uint8 [H, W, 3].
 
-    Small pictures are enlarged with hard edges, large ones are averaged.
+    Small pictures are enlarged with hard edges, large ones are averaged. Long labels are written smaller.
 
     Args:
         rows: lists of (label in ASCII, uint8 [h, w, 3]).
@@ -168,8 +181,10 @@ def tile(rows: Sequence[Sequence[tuple[str, np.ndarray]]], side: int = 160, gap:
             interpolation = cv2.INTER_NEAREST if side >= picture.shape[0] else cv2.INTER_AREA
             picture = cv2.resize(picture, size, interpolation=interpolation)
             picture = np.pad(picture, ((LABEL_HEIGHT, gap), (0, gap), (0, 0)), constant_values=255)
-            place = (2, LABEL_HEIGHT - 5)
-            cv2.putText(picture, label, place, cv2.FONT_HERSHEY_SIMPLEX, 0.38, color=(0, 0, 0), lineType=cv2.LINE_AA)
+            font, place, scale = cv2.FONT_HERSHEY_SIMPLEX, (2, LABEL_HEIGHT - 5), 0.38
+            while cv2.getTextSize(label, font, scale, 1)[0][0] > size[0] - 4 and scale > 0.1:
+                scale *= 0.9
+            cv2.putText(picture, label, place, font, scale, color=(0, 0, 0), lineType=cv2.LINE_AA)
             line.append(picture)
         lines.append(np.concatenate(line, 1))
     width = max(line.shape[1] for line in lines)
@@ -189,19 +204,19 @@ def draw_attention(images: Images, attentions: Arrays, masks: Arrays, patch_size
         threshold: share of the attention that a mask holds, for the title.
 
     Returns:
-        pages with the attention maps, each scaled to its maximum, above the image with the patches outside the mask
-        grayed out
+        pages with the attention maps, see `attention_map`, above the image with the patches outside the mask grayed out
     """
-    columns, panels = min(len(attentions[0]) + 1, 7), []
+    groups = []
     for (name, image), attention, mask in zip(images.items(), attentions, masks, strict=True):
-        panels.append(Panel(name, [image]))
+        panels = [Panel(name, [image])]
         titles = [*(f"head {head}" for head in range(1, len(attention))), "mean of heads"]
         for title, values, kept in zip(titles, attention, mask, strict=True):
             grayed = np.where(enlarge(kept, patch_size)[..., None], image, 160 + image // 5)
-            panels.append(Panel(title, [heat_map(values, patch_size), grayed]))
-        panels += [Panel("", [])] * (-len(panels) % columns)  # each image starts a line
-    title = f"Attention of CLS in the last block, scaled per map, and the patches that hold {threshold:.0%} of it"
-    return _draw_panels(panels, columns, title)
+            text, colors = attention_map(values, patch_size)
+            panels.append(Panel(f"{title}\n{text}", [colors, grayed]))
+        groups.append(panels)
+    title = f"CLS attention in the last block (bright: maximum, at least {BRIGHT} × uniform)"
+    return _draw_panels(groups, 5, f"{title}, and the patches that hold {threshold:.0%} of it")
 
 
 @plain_style
@@ -224,30 +239,48 @@ def draw_features(images: Images, colors: Arrays, patch_size: int, explained: np
     title = "Patch features: first three principal components as red, green, blue"
     if explained.any():
         title += f" ({', '.join(f'{share:.0%}' for share in explained)} of the variance)"
-    return _draw_panels(panels, 4, title)
+    return _draw_panels([panels], 4, title)
 
 
-def _draw_panels(panels: Sequence[Panel], columns: int, title: str) -> Pages:
-    """Draw panels in lines of at most `columns` equal cells, on as many pages as needed."""
-    columns, depth = min(columns, max(len(panels), 2)), max(len(panel.pictures) for panel in panels)
-    shapes = [picture.shape for panel in panels for picture in panel.pictures]
-    cell_height = WIDTH / columns * np.clip(max(height / width for height, width, _ in shapes), 0.25, 1.5)
-    line_height = 0.25 + 0.13 * any("\n" in panel.title for panel in panels) + depth * cell_height
-    per_page = max(int((PAGE_HEIGHT - 0.3) / line_height), 1) * columns
-    figures = []
-    for start in range(0, len(panels), per_page):
-        page = panels[start : start + per_page]
-        lines = -(-len(page) // columns)
-        figure = _figure(0.3 + lines * line_height, title)
-        grid = figure.add_gridspec(lines * depth, columns)
-        for number, panel in enumerate(page):
-            for i, picture in enumerate(panel.pictures):
-                axis = figure.add_subplot(grid[number // columns * depth + i, number % columns], anchor="N")
-                axis.axis("off")
-                axis.imshow(picture)
-                if i == 0:
-                    axis.set_title("\n".join(fit(part, 90 // columns) for part in panel.title.split("\n")), pad=3)
-        figures.append(figure)
+def _draw_panels(groups: Sequence[Sequence[Panel]], columns: int, title: str) -> Pages:
+    """Draw panels in lines of at most `columns`, on as many pages as needed. Each group begins a line.
+
+    The pictures of a line are equally high and fill its width, unless they would be too high.
+    """
+    header, axes = textwrap.wrap(title, 105), []
+    figures: Pages = []
+    start = y = 0.1 + 0.15 * len(header)  # all lengths are in inches, from the top left
+    highest = min(1.5 * WIDTH / min(columns, max(2, *map(len, groups))), WIDTH / 2)
+    for group in groups:
+        count = -(-len(group) // -(-len(group) // columns))  # in a line
+        for line in (group[first : first + count] for first in range(0, len(group), count)):
+            shapes = np.array([panel.pictures[0].shape for panel in line])
+            ratios = (shapes[:, 1] / shapes[:, 0]).clip(0.6, 3)  # so that titles have room
+            height = min((WIDTH - GAP * (count + 1)) / (ratios.mean() * count), highest)
+            # A character is about 0.078 inches wide.
+            titles = [
+                "\n".join(wrap(text, max(int(width / 0.078), 6), lines=2) for text in panel.title.split("\n"))
+                for panel, width in zip(line, height * ratios, strict=True)
+            ]
+            above = 0.06 + 0.13 * (1 + max(text.count("\n") for text in titles))
+            below = max(len(panel.pictures) for panel in line) * (height + GAP)
+            if not figures or y + above + below > PAGE_HEIGHT:
+                figures.append(Figure(dpi=200))
+                y = start
+            x = GAP
+            for panel, text, width in zip(line, titles, height * ratios, strict=True):
+                for i, picture in enumerate(panel.pictures):
+                    axis = figures[-1].add_axes((0, 0, 1, 1), anchor="N", title="" if i else text)
+                    axis.axis("off")
+                    axis.imshow(picture)
+                    axes.append((figures[-1], axis, x, y + above + i * (height + GAP), width, height))
+                x += width + GAP
+            y += above + below
+            figures[-1].set_size_inches(WIDTH, y)
+            figures[-1].suptitle("\n".join(header), x=0.01, y=1 - 0.05 / y, ha="left", va="top")
+    for figure, axis, x, y, width, height in axes:
+        total = figure.get_figheight()
+        axis.set_position((x / WIDTH, 1 - (y + height) / total, width / WIDTH, height / total))
     return figures
 
 
@@ -367,17 +400,18 @@ def draw_image_neighbours(images: Arrays, similarities: Sequence[float], names: 
     """
     titles = ["query", *(f"{printable(name)}\n{s:.3f}" for name, s in zip(names, similarities, strict=True))]
     panels = [Panel(title, [image]) for title, image in zip(titles, images, strict=True)]
-    return _draw_panels(panels, 6, "Query and its nearest images, by cosine of the CLS features")
+    return _draw_panels([panels], 6, "Query and its nearest images, by cosine of the CLS features")
 
 
 @plain_style
-def draw_patch_neighbours(images: Images, similarities: Arrays, places: Places, patch_size: int) -> Pages:
+def draw_patch_neighbours(images: Images, similarities: Arrays, places: Places, patch_size: int, of: str = "") -> Pages:
     """Draw one patch and the patches most similar to it, up to four images in a row.
 
     Args:
         images: {name: uint8 [H, W, 3]}, the first contains the query patch.
         similarities: [rows, columns] per image, cosine between each patch and the query.
         places: the query and the patches that are nearest to it.
+        of: where the nearest patches were searched, for the title.
 
     Returns:
         pages with the images, the query and its neighbours in frames, above the cosines of all patches
@@ -387,8 +421,8 @@ def draw_patch_neighbours(images: Images, similarities: Arrays, places: Places, 
         Panel(name, [image, heat_map(similarity - low, patch_size, highest=1 - low)])
         for (name, image), similarity in zip(images.items(), similarities, strict=True)
     ]
-    title = f"A patch (orange), its {len(places) - 1} nearest (blue), and cosines from {low:.2f} (dark) to 1 (bright)"
-    pages = _draw_panels(panels, 4, title)
+    title = f"A patch (orange), its {len(places) - 1} nearest{of} (blue), cosines from {low:.2f} (dark) to 1 (bright)"
+    pages = _draw_panels([panels], 4, title)
     axes = [axis for page in pages for axis in page.axes]
     for number, (i, row, column) in reversed(list(enumerate(places))):  # the query last, above the others
         corner = (column * patch_size - 0.5, row * patch_size - 0.5)

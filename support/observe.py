@@ -144,7 +144,7 @@ def training_pictures(
     Returns:
         views: the teacher's first global view above each other view of the student, with matched patches in the same
             color.
-        attention: attention of CLS in the last block, per head, and the mean over heads.
+        attention: attention of CLS in the last block, per head, and the mean over heads, see `figures.attention_map`.
         features: the first three principal components of the patch features as colors, if they differ.
 
         Each part of a picture is labeled.
@@ -172,7 +172,8 @@ def training_pictures(
     resized = resize(image[None], (size, size), "bicubic")[0]
     heads = features.cls_attention(backbone, resized)
     titles = [*(f"head {head}" for head in range(1, len(heads) + 1)), "mean of heads"]
-    maps = [(t, figures.heat_map(head, patch_size)) for t, head in zip(titles, (*heads, heads.mean(0)), strict=True)]
+    maps = [figures.attention_map(head, patch_size) for head in (*heads, heads.mean(0))]
+    maps = [(f"{title}: {text.replace('×', 'x')}", colors) for title, (text, colors) in zip(titles, maps, strict=True)]
     (colors,), explained = features.principal_colors([features.patch_features(backbone, resized)], [resized])
     title = "patch features" if explained.any() else "no structure"
     return {

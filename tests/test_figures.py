@@ -208,17 +208,53 @@ def test_texts_of_panels_do_not_overlap(count, shape):
     for page in (pages[0], *pages[-3:]):
         check_texts(page)
     assert all(max(page.get_size_inches() * page.dpi) < 2**16 for page in pages)
-    assert [axis.get_title() for page in pages for axis in page.axes].count("head 3") == count
+    titles = [axis.get_title() for page in pages for axis in page.axes]
+    assert sum(title.startswith("head 3\nmax") for title in titles) == count
 
 
-def test_cells_are_equal():
-    images = {"wide": noise(16, 64), "tall": noise(64, 16), "square": noise(32, 32)}
-    (figure,) = figures.draw_features(images, [noise(2, 8), noise(8, 2), noise(4, 4)], 8, np.ones(3) / 3)
+def pictures_of(figure):
+    """Return the place of each picture of a figure in inches."""
     figure.draw_without_rendering()
-    cells = [axis.get_position(original=True) for axis in figure.axes]
-    np.testing.assert_allclose([cell.size for cell in cells], [cells[0].size] * 6, rtol=1e-3)
-    shown = [axis.get_position() for axis in figure.axes]  # pictures stand at the top of their cells
-    np.testing.assert_allclose([picture.y1 for picture in shown[::2]], [cells[0].y1] * 3, rtol=1e-3)
+    return [axis.get_window_extent().transformed(figure.dpi_scale_trans.inverted()) for axis in figure.axes]
+
+
+@pytest.mark.parametrize("heads", [1, 3, 12])
+def test_images_of_any_shape_fill_the_pages(heads):
+    """In particular portraits between landscapes. At most the cell below an image, and a last page, are empty."""
+    shapes = [(32, 48), (48, 32), (32, 32), (32, 64), (48, 32), (32, 48), (40, 56), (48, 40)]
+    images = {f"{i}": noise(*shape) for i, shape in enumerate(shapes)}
+    maps = [np.random.default_rng(0).random((heads + 1, shape[0] // 8, shape[1] // 8)) for shape in shapes]
+    neighbours = figures.draw_image_neighbours(list(images.values()), [0.5] * 7, list(images)[1:])
+    for pages, filled in (
+        (figures.draw_attention(images, maps, [m > 0.5 for m in maps], 8, 0.6), 0.6),
+        (figures.draw_features(images, [m[0, ..., None].repeat(3, -1) for m in maps], 8, np.zeros(3)), 0.8),
+        (neighbours, 0.7),
+    ):
+        assert sum(len(page.axes) for page in pages) in (8, 16, 8 * (2 * heads + 3))
+        for page in pages:
+            places, (width, height) = pictures_of(page), page.get_size_inches()
+            assert (width, height <= figures.PAGE_HEIGHT) == (figures.WIDTH, True)
+            assert sum(place.width * place.height for place in places) > filled * width * height
+            check_texts(page)
+            for axis, place in zip(page.axes, places, strict=True):
+                rows, columns, _ = axis.images[0].get_array().shape
+                assert place.width / place.height == pytest.approx(columns / rows, rel=0.01)
+
+
+def test_a_flat_map_of_attention_looks_flat():
+    """Attention of 0.8 to 1.2 times the uniform one, and of 12.8 times."""
+    flat, peaked = np.ones((4, 4)), np.full((4, 4), 0.1)
+    flat[0, 0], flat[0, 1], peaked[0, 0] = 1.2, 0.8, 6.0  # the last one of a sum of 7.5: 12.8 times the mean
+    maps = [np.stack([flat, peaked]) / 16]
+    (figure,) = figures.draw_attention({"a": noise(32, 32)}, maps, [maps[0] > 0], 8, 0.6)
+    assert [a.get_title() for a in figure.axes[1::2]] == [
+        "head 1\nmax 1.2 × uniform",
+        "mean of heads\nmax 13 × uniform",
+    ]
+    shown = [np.asarray(axis.images[0].get_array())[::8, ::8] for axis in figure.axes[1::2]]
+    for picture, values, bright in ((shown[0], flat, 3), (shown[1], peaked, 6)):
+        np.testing.assert_allclose(picture, 255 * figures.HEAT(values / bright)[..., :3], atol=1)
+    assert "at least 3 × uniform" in figure.texts[0].get_text()
 
 
 def test_no_structure_is_said_above_the_colors():
@@ -310,12 +346,13 @@ def test_pages_are_numbered_and_other_files_are_kept(tmp_path):
 
 
 def test_pictures_in_a_tile_are_labeled():
-    plain, labeled = (figures.tile([[(label, noise(16, 16))] * 2]) for label in ("", "teacher: global view 1"))
-    assert plain.shape == labeled.shape == (figures.LABEL_HEIGHT + 164, 2 * 164, 3)
-    changed = (plain != labeled).any(-1)
-    assert changed[: figures.LABEL_HEIGHT].any()
-    assert not changed[figures.LABEL_HEIGHT :].any()
-    assert not changed[:, 158:166].any()  # a label is inside of its picture's width
+    for text in ("teacher: global view 1", "mean of heads: max 8000 x uniform"):
+        plain, labeled = (figures.tile([[(label, noise(16, 16))] * 2]) for label in ("", text))
+        assert plain.shape == labeled.shape == (figures.LABEL_HEIGHT + 164, 2 * 164, 3)
+        changed = (plain != labeled).any(-1)
+        assert changed[: figures.LABEL_HEIGHT].any()
+        assert not changed[figures.LABEL_HEIGHT :].any()
+        assert not changed[:, 162:166].any()  # a label is inside of its picture's width
 
 
 def test_no_setting_changes_a_figure(tmp_path):

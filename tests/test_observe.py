@@ -16,7 +16,7 @@ import main_lgssl
 from augment import MultiCrop, resize
 from patch_matching import match_patches, match_views
 from support import observe
-from support.figures import LABEL_HEIGHT
+from support.figures import BRIGHT, HEAT, LABEL_HEIGHT
 from support.images import ResizedArray
 from support.loader import ViewBatches
 from support.meters import Meters
@@ -167,6 +167,9 @@ def test_pictures_show_the_matched_patches(photo_folder, loss):
     assert pictures["views"].shape == (2 * height, 3 * side, 3)
     assert pictures["attention"].shape == (height, 5 * side, 3)
     assert pictures["features"].shape == (height, 2 * side, 3)
+    # An untrained network attends to all patches alike: no map is bright, or dark, anywhere.
+    maps = pictures["attention"][LABEL_HEIGHT : LABEL_HEIGHT + 160, side:].reshape(160, 4, side, 3)[:, :, :160]
+    assert np.abs(maps / 255 - HEAT(1 / BRIGHT)[:3]).max() < 0.2
     # Patches that are tinted are those of the table; the others are the view's own pixels.
     for j in (1, 2, 3):
         box_a, box_b = views[0].boxes[0], views[j].boxes[0]

@@ -67,17 +67,18 @@ def test_images_become_whole_patches(size, side, expected):
 def test_attention_draws_each_head_and_what_it_holds_on_to(drawn, capsys):
     run("attention", *MICRO, "--image_size", 64, "--threshold", 0.5)
     (figure,) = drawn
-    titles = [axis.get_title() for axis in figure.axes]
-    assert titles.count("head 3") == titles.count("mean of heads") == 2
     backbone = visualize.evaluation.open_model(visualize.evaluation.ModelSpec("none", "vit_micro", 8)).backbone
     for i, path in enumerate(map(photograph, ("china", "flower"))):
         image = visualize.whole_patches(opened(path), 64, 8)
         attention = visualize.features.cls_attention(backbone, image)
         axes = figure.axes[9 * i : 9 + 9 * i]
         above, below = [axes[0], *axes[1::2]], axes[2::2]
-        assert [axis.get_title() for axis in above] == [path.stem, "head 1", "head 2", "head 3", "mean of heads"]
+        maps_of_all = (*attention, attention.mean(0))
+        times = [f"\nmax {maps.max() * maps.size / maps.sum():.1f} × uniform" for maps in maps_of_all]
+        titles = ["head 1", "head 2", "head 3", "mean of heads"]
+        assert [axis.get_title() for axis in above] == [path.stem, *map("".join, zip(titles, times, strict=True))]
         assert (above[0].images[0].get_array() == image).all()
-        for maps, up, down in zip((*attention, attention.mean(0)), above[1:], below, strict=True):
+        for maps, up, down in zip(maps_of_all, above[1:], below, strict=True):
             brightness = np.asarray(up.images[0].get_array())[4::8, 4::8].astype(int).sum(-1)
             assert np.corrcoef(brightness.ravel(), maps.ravel())[0, 1] > 0.95
             bright = (np.asarray(down.images[0].get_array()) == image).all(-1)[4::8, 4::8]
