@@ -3,11 +3,13 @@
 A figure spans one or two columns of a paper and is written as PNG or PDF. Many images are drawn on several pages.
 """
 
+import contextlib
 import os
 import textwrap
 import unicodedata
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
@@ -16,17 +18,18 @@ import cv2
 import matplotlib.style
 import numpy as np
 import torch
-from matplotlib import colormaps
+from matplotlib import colormaps, font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import ConnectionPatch, Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from numpy.typing import ArrayLike
 
 from support.files import atomic_write, make_folder
-from utils import UserError, printable
+from utils import UserError, printable, warn
 
 # Color-blind safe palette of Okabe and Ito. Frames of views have other colors than matches.
 TEACHER, STUDENT = "#E69F00", "#0072B2"
@@ -110,6 +113,12 @@ def save(pages: Sequence[Figure], path: str | os.PathLike) -> list[Path]:
     """Write figures as PNG or PDF, depending on the suffix, and return the paths: NAME.png, NAME-2.png, ..."""
     path = Path(path)
     paths = [path, *(path.with_stem(f"{path.stem}-{number}") for number in range(2, len(pages) + 1))]
+    texts = [text for page in pages for text in page.findobj(Text)]
+    own = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    characters = {ord(character) for text in texts for character in text.get_text() if character.isprintable()}
+    if missing := frozenset(characters - own.keys()):
+        for text in texts:
+            text.set_fontfamily(["DejaVu Sans", *fallback_fonts(missing)])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # characters that the font lacks become boxes
         for figure, file in zip(pages, paths, strict=True):
@@ -117,6 +126,26 @@ def save(pages: Sequence[Figure], path: str | os.PathLike) -> list[Path]:
             with atomic_write(file) as temporary:
                 figure.savefig(temporary, format=path.suffix[1:].lower())
     return paths
+
+
+@cache
+def fallback_fonts(missing: frozenset[int]) -> list[str]:
+    """Return families of installed fonts that have characters, given by number. Warn of characters that no font has."""
+    found, families = {}, []
+    for path in sorted(font_manager.findSystemFonts()):
+        with contextlib.suppress(RuntimeError, OSError):  # a damaged font
+            font = font_manager.get_font(path)
+            if font.scalable and "LastResort" not in path:  # its characters are boxes
+                found[path] = missing & font.get_charmap().keys()
+    for path in sorted(found, key=lambda path: (-len(found[path]), "Regular" not in path)):
+        if found[path] & missing:
+            font_manager.fontManager.addfont(path)  # it may be newer than matplotlib's list
+            families.append(font_manager.get_font(path).family_name)
+            missing -= found[path]
+    if missing:
+        named = "".join(map(chr, sorted(missing)[:10])) + "…" * (len(missing) > 10)
+        warn(f"no installed font has {named}: drawn as boxes; install one, such as Debian's package fonts-noto-cjk")
+    return families
 
 
 def to_picture(pixels: torch.Tensor) -> np.ndarray:

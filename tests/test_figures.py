@@ -1,7 +1,9 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
-from matplotlib import rc_context
+from matplotlib import font_manager, rc_context
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patches import ConnectionPatch
 from matplotlib.transforms import Bbox
@@ -343,6 +345,32 @@ def test_pages_are_numbered_and_other_files_are_kept(tmp_path):
     with pytest.raises(UserError, match="photo.png: found a file that is not a figure"):
         figures.check_output(photo)
     assert photo.read_bytes() == before
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_characters_that_the_font_lacks_are_drawn_with_another(tmp_path, monkeypatch, capsys, installed):
+    """An installed font that has them, or boxes and one warning for all files."""
+    figures.fallback_fonts.cache_clear()
+    mono = font_manager.findfont("DejaVu Sans Mono")
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [mono, __file__] if installed else [])
+    pages = figures.draw_features({f"{i} \u2312 été": noise(8, 8) for i in range(9)}, [noise(1, 1)] * 9, 8, np.zeros(3))
+    for name in ("a.png", "a.pdf"):
+        figures.save(pages, tmp_path / name)
+    errors = capsys.readouterr().err.splitlines()
+    if installed:
+        with warnings.catch_warnings(action="error"):
+            pages[0].draw_without_rendering()
+        assert errors == []
+    else:
+        (error,) = errors
+        assert error.startswith("warning: no installed font has \u2312: drawn as boxes; install one, such as ")
+
+
+def test_wide_characters_take_more_room():
+    names = ["北京的故宫博物院和很长很长的名字一二三四五六七八九十", "東京タワー", "x" * 200]
+    assert figures.fit(names[0], 12) == "北京的…七八九十"
+    assert figures.wrap(names[1], 6, 2) == "東京タワ\nー"
+    assert figures.fit(names[2], 12) == "xxxxx…xxxxxx"
 
 
 def test_pictures_in_a_tile_are_labeled():
