@@ -167,11 +167,13 @@ def show_neighbours(args: Namespace, model: OpenedModel) -> list[Any]:
     from support import figures  # imports matplotlib, whose backend main has set
 
     query = find_image(args.query)
-    if args.patch:
-        return show_patch_neighbours(args, query, model)
     paths = [path for path in find_images(args.images) if path.resolve() != query.resolve()]
-    if not paths:
+    if args.exclude_self and not args.patch:
+        raise UserError("--exclude_self needs --patch: the query is never among its nearest images")
+    if not paths and (args.exclude_self or not args.patch):
         raise UserError(f"found no image to compare {query} with: give a folder or more images")
+    if args.patch:
+        return show_patch_neighbours(args, query, paths, model)
     images = ImageList([query, *paths], features.eval_transform(model.img_size))
     cls = cls_features(model.backbone, images, args.num_workers)
     highest = (cls[1:] @ cls[0]).topk(min(args.k, len(paths)))
@@ -183,11 +185,11 @@ def show_neighbours(args: Namespace, model: OpenedModel) -> list[Any]:
     return figures.draw_image_neighbours(pictures, similarity, names)
 
 
-def show_patch_neighbours(args: Namespace, query: Path, model: OpenedModel) -> list[Any]:
-    """Draw the patches nearest to the patch at a point of the query, in the query and in the other images."""
+def show_patch_neighbours(args: Namespace, query: Path, paths: Sequence[Path], model: OpenedModel) -> list[Any]:
+    """Draw the patches nearest to the patch at a point of the query, in other images and the query's image."""
     from support import figures  # imports matplotlib, whose backend main has set
 
-    images = open_images([query, *args.images], args, model)
+    images = open_images([query, *paths], args, model)
     width, height = read_image(query).size
     x, y = args.patch
     if not (x < width and y < height):
@@ -198,12 +200,13 @@ def show_patch_neighbours(args: Namespace, query: Path, model: OpenedModel) -> l
     similarities = [(t @ tokens[0][patch]).numpy() for t in tokens]
 
     others = [(i, row, column) for i, s in enumerate(similarities) for row, column in np.ndindex(s.shape)]
-    others.remove((0, *patch))
+    others = [place for place in others if place != (0, *patch) and not (args.exclude_self and place[0] == 0)]
     others.sort(key=lambda place: -similarities[place[0]][place[1:]])
     nearest, names = others[: args.k], list(images)
     for i, row, column in nearest:
         print(f"{similarities[i][row, column]:.3f}  row {row}, column {column} of {names[i]}")
-    return figures.draw_patch_neighbours(images, similarities, [(0, *patch), *nearest], patch_side(model.backbone))
+    places, of = [(0, *patch), *nearest], " in other images" if args.exclude_self else ""
+    return figures.draw_patch_neighbours(images, similarities, places, patch_side(model.backbone), of)
 
 
 def show_map(args: Namespace, model: OpenedModel) -> list[Any]:
@@ -216,13 +219,15 @@ def show_map(args: Namespace, model: OpenedModel) -> list[Any]:
         dataset.keep(sorted(chosen.tolist()))
     labels = np.array(dataset.labels)
     if labels.min() < 0 or len(set(labels.tolist())) < 2:
-        raise UserError(f"{args.data_path} has no labels or only one: expected at least two class subfolders")
+        where = args.data_path or args.dataset
+        raise UserError(f"{where} has no labels or only one: expected at least two class subfolders")
     cls = cls_features(model.backbone, dataset, args.num_workers)
     if cls.std(0).max() < 1e-6:
         raise UserError(f"the CLS features of all {len(labels)} images are the same: expected images that differ")
     perplexity = min(args.perplexity, (len(labels) - 1) / 3)
     points = TSNE(perplexity=perplexity, random_state=args.seed, init="pca").fit_transform(cls.numpy())
     title = f"t-SNE of the CLS features of {len(labels)} images of {len(set(labels.tolist()))} classes"
+    title += f", {args.split} split" if dataset.has_splits or args.tuning else " of a data set without splits"
     print(title)
     return [figures.draw_map(points, labels, dataset.classes, title)]
 
@@ -321,6 +326,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     add("--k", type=number(int, 1, MAX_DRAWN), default=5, help="number of neighbours")
     text = "point of the query in pixels: draw the nearest patches"
     add("--patch", type=number(int, 0), nargs=2, metavar=("X", "Y"), help=text)
+    add("--exclude_self", action="store_true", help="with --patch: leave out all patches of the query's image")
     add("--num_workers", type=workers, default=2, help="data-loading processes")
 
     sub = add_command(commands, "map", show_map, "a map of labeled images, by t-SNE of their CLS features")

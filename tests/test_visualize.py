@@ -231,6 +231,20 @@ def test_nearest_patches_are_ranked(drawn, photo_folder, capsys):
     assert frames[-1] == (40, 16)  # the query
     assert sorted(frames[:-1]) == sorted((8.0 * (i % 10), 8.0 * (i // 10)) for i in best if i < 80)
 
+    folder = photo_folder / "val"  # has the query, which is not counted twice
+    run("neighbours", paths[0], folder, *MICRO, "--patch", 150, 60, "--k", 300, "--image_size", 64, "--exclude_self")
+    printed = capsys.readouterr().out.splitlines()[:-1]
+    count = len(list(folder.rglob("*.jpg")))
+    assert len(printed) == min(80 * (count - 1), 300)
+    assert not any(line.endswith("of 0") for line in printed)
+    assert "its 300 nearest in other images (blue)" in drawn[1].texts[0].get_text()
+    assert len(drawn[1].axes) == 2 * count
+    assert len(drawn[1].axes[0].patches) == 1  # the query
+    best = [float(cosines[i]) for i in cosines.argsort(descending=True) if i >= 80]
+    of_flower = [float(line.split()[0]) for line in printed if line.endswith("of 0 (4)")]
+    assert len(of_flower) > 9
+    assert of_flower == pytest.approx(best[: len(of_flower)], abs=1e-3)
+
 
 def test_map_has_a_point_for_each_image(drawn, photo_folder, capsys):
     words = ["--data_path", photo_folder, "--split", "train", "--crop_size", 32, "--num_workers", 0]
@@ -238,7 +252,8 @@ def test_map_has_a_point_for_each_image(drawn, photo_folder, capsys):
     (axis,) = drawn[0].axes
     assert [len(points.get_offsets()) for points in axis.collections] == [6, 6]
     assert [points.get_label() for points in axis.collections] == ["1: china", "2: flower"]
-    assert drawn[0].texts[0].get_text() == "t-SNE of the CLS features of 12 images of 2 classes"
+    title = "t-SNE of the CLS features of 12 images of 2 classes, train split"
+    assert drawn[0].texts[0].get_text() == title == capsys.readouterr().out.splitlines()[0]
     colors = {tuple(points.get_facecolor()[0]) for points in axis.collections}
     assert len(colors) == 2
     # Even an untrained network separates crops of two such different photographs.
@@ -253,6 +268,8 @@ def test_map_of_a_part_of_the_images(drawn, photo_folder):
     run("map", *MICRO, *words, "--split", "train", "--tuning")
     for _ in range(2):
         run("map", *MICRO, *words, "--split", "train", "--max_images", 6)
+    run("map", *MICRO, *words[:-2], "--data_path", photo_folder / "train", "--split", "val")
+    assert drawn.pop().texts[0].get_text().endswith("12 images of 2 classes of a data set without splits")
     points = [np.concatenate([c.get_offsets() for c in figure.axes[0].collections]) for figure in drawn]
     assert list(map(len, points)) == [10, 8, 6, 6]
     np.testing.assert_array_equal(points[2], points[3])
@@ -316,6 +333,8 @@ def test_only_matches_does_without_weights(capsys):
         ("matches --local_crops_size 1600", "--local_crops_size 1600 has 10000 patches, more than 8000"),
         ("matches {flat}", "cannot read image .*flat: not a regular file"),
         ("neighbours {photo}", "found no image to compare .* with"),
+        ("neighbours {photo} {photo} --patch 1 1 --exclude_self", "found no image to compare .* with"),
+        ("neighbours {photo} {flat} --exclude_self", "--exclude_self needs --patch: the query is never among"),
         ("neighbours {photo} --patch 300 10", "--patch 300 10 lies outside .*which has 300x240 pixels"),
         ("map --data_path {flat}", "flat has no labels or only one: expected at least two class subfolders"),
         ("map", "--dataset folder needs --data_path"),
