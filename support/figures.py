@@ -51,6 +51,7 @@ WIDTH, PAGE_HEIGHT = 7.0, 10.0  # of a figure over two columns and of a full pag
 GAP = 0.05  # between pictures, in inches
 BRIGHT = 3  # times uniform attention that is bright in a map without a higher one, so that a flat map looks flat
 MAX_NAMED = 100  # classes of a map
+MAX_NUMBERED = 9  # pairs of patches, so that a number is a digit
 # Draws the same whatever a matplotlibrc says. `$` in a name starts no formula, and the fonts of a PDF can be edited.
 STYLE = {"text.parse_math": False, "pdf.fonttype": 42, "font.size": 8, "figure.titlesize": 9, "axes.titlesize": 8}
 STYLE |= dict.fromkeys(("axes.labelsize", "xtick.labelsize", "ytick.labelsize"), 7)
@@ -313,10 +314,10 @@ def _draw_panels(groups: Sequence[Sequence[Panel]], columns: int, title: str) ->
     return figures
 
 
-def _figure(height: float, title: str = "") -> Figure:
-    """Return an empty figure over two columns, `height` inches high."""
+def _figure(height: float, title: str = "", width: float = WIDTH) -> Figure:
+    """Return an empty figure over two columns, `height` inches high, or of another width with as many pixels."""
     layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
-    figure = Figure(figsize=(WIDTH, height), dpi=200, layout=layout)
+    figure = Figure(figsize=(width, height), dpi=200 * WIDTH / width, layout=layout)
     figure.suptitle(title, x=0.01, ha="left", wrap=True)
     return figure
 
@@ -345,16 +346,18 @@ def draw_matches(
 
     Returns:
         the image with both boxes, the pairs by geometry, and the pairs by features, each with the teacher's crop above
-        the student's. A line joins the two patches of a pair, which have the same number; of several pairs of a patch
-        the first one numbers it. The color of a pair by features shows its distance from geometry. Frames have other
-        colors than pairs.
+        the student's. Patches of all pairs are tinted. At most MAX_NUMBERED pairs, spread over the others, have a
+        number on both patches and a line between them; of several pairs of a patch the first one numbers it. The color
+        of a pair by features shows its distance from geometry. Frames have other colors than pairs. The numbers can be
+        read in one column (8.5 cm), too.
     """
     idx_a, idx_b = np.asarray(idx_a), np.asarray(idx_b)
-    pairs = [("By geometry", idx_a, colormaps["summer"](np.linspace(0, 1, len(idx_a))))]
-    figure = _figure(5.4 if nearest_a is None else 4.4)
+    some = f", {MAX_NUMBERED} numbered" if len(idx_a) > MAX_NUMBERED else ""
+    pairs = [(f"By geometry\n{len(idx_a)} pairs{some}", idx_a, colormaps["summer"](np.linspace(0, 1, len(idx_a))))]
+    figure = _figure(4.0 if nearest_a is None else 3.3, width=5.0)
     if nearest_a is not None:
         distance = patch_distance(nearest_a, idx_a, crops[0].shape[1] // patch_size)
-        title = "By features" + (f": {(distance == 0).mean():.0%} the same" if len(distance) else "")
+        title = "By features\n" + (f"{(distance == 0).mean():.0%} the same" if len(distance) else "")
         colors = (SAME, ADJACENT, OTHER)
         pairs.append((title, np.asarray(nearest_a), to_rgba_array([colors[min(d, 2)] for d in distance])))
         handles = [Rectangle((0, 0), 1, 1, color=color) for color in colors]
@@ -375,8 +378,10 @@ def draw_matches(
 
 
 def _draw_pairs(axes: Sequence[Axes], crops: Arrays, patch_size: int, tokens: Arrays, colors: np.ndarray) -> None:
-    """Draw the teacher's and the student's crop, and per pair its two patches, equally numbered, and a line."""
+    """Draw the teacher's and the student's crop, the patches of all pairs, and numbers and lines of some."""
     figure, centers = axes[0].figure, []
+    count = len(colors)
+    numbered = np.linspace(0, count - 1, min(count, MAX_NUMBERED)).round().astype(int)
     for axis, crop, frame, own_tokens in zip(axes, crops, (TEACHER, STUDENT), tokens, strict=True):
         axis.imshow(crop)
         axis.spines[:].set(color=frame, linewidth=2)
@@ -385,15 +390,14 @@ def _draw_pairs(axes: Sequence[Axes], crops: Arrays, patch_size: int, tokens: Ar
         for corner, color in zip(corners, colors, strict=True):
             axis.add_patch(Rectangle(corner, patch_size, patch_size, facecolor=color, alpha=0.3, edgecolor="none"))
         centers.append(corners + patch_size / 2)
-        for first in np.unique(own_tokens, return_index=True)[1]:
+        for first in np.unique(own_tokens[numbered], return_index=True)[1]:
             # A text of the figure, not of the axis, so that it lies above the figure's lines.
-            x, y = centers[-1][first]
+            x, y = centers[-1][numbered[first]]
             text = figure.text(x, y, str(first + 1), transform=axis.transData, color="white", ha="center", va="center")
-            outline = withStroke(linewidth=1, foreground="black")
-            text.set(fontsize=min(6.0, 100 / columns), path_effects=[outline], zorder=3)
-    for center_a, center_b, color in zip(*centers, colors, strict=True):
-        line = ConnectionPatch(center_a, center_b, "data", "data", axesA=axes[0], axesB=axes[1])
-        line.set(color=color, linewidth=0.8, alpha=0.7)
+            text.set(path_effects=[withStroke(linewidth=1.2, foreground="black")], zorder=3)
+    for i in numbered:
+        line = ConnectionPatch(centers[0][i], centers[1][i], "data", "data", axesA=axes[0], axesB=axes[1])
+        line.set(color=colors[i], linewidth=0.6, alpha=0.7)
         figure.add_artist(line)
 
 

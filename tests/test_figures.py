@@ -39,41 +39,49 @@ def texts_on(figure, axis):
     return {t.get_text(): t.get_position() for t in figure.texts if t.get_transform() == axis.transData}
 
 
-def test_matched_patches_have_the_same_number_and_color_and_a_line(photographs):
-    figure, (idx_a, idx_b) = draw(photographs)
-    assert len(idx_a) > 0
-    lines = [artist for artist in figure.artists if isinstance(artist, ConnectionPatch)]
-    colors = [line.get_edgecolor()[:3] for line in lines]
-    assert len(set(colors)) == len(idx_a)
-    for i, (axis, idx, columns) in enumerate(zip(figure.axes[1:], (idx_a, idx_b), (14, 6), strict=True)):
-        numbers = texts_on(figure, axis)
-        assert tokens_at([numbers[str(n + 1)] for n in range(len(idx))], columns) == idx.tolist()
-        assert tokens_at([(line.xy1, line.xy2)[i] for line in lines], columns) == idx.tolist()
-        assert [line.axesA if i == 0 else line.axesB for line in lines] == [axis] * len(idx)
-        assert tokens_at([(patch.get_x() + 1, patch.get_y() + 1) for patch in axis.patches], columns) == idx.tolist()
-        assert [patch.get_facecolor()[:3] for patch in axis.patches] == colors
+def test_matched_patches_have_the_same_color_and_some_a_number_and_a_line(photographs):
+    """Few enough that the views can be seen, in numbers of at least 5 points where the figure is 8.5 cm wide."""
+    for boxes, share in ((BOXES, 1), (((10, 20, 300, 300), (260, 100, 96, 96)), 0.5)):
+        figure, (idx_a, idx_b) = draw(photographs, boxes)
+        assert (len(idx_a) > 9) == (share == 1)
+        numbered = [round(i * (len(idx_a) - 1) / 8) for i in range(9)] if share == 1 else range(len(idx_a))
+        assert figure.axes[1].get_title() == f"By geometry\n{len(idx_a)} pairs{', 9 numbered' * (share == 1)}"
+        lines = [artist for artist in figure.artists if isinstance(artist, ConnectionPatch)]
+        colors = [patch.get_facecolor()[:3] for patch in figure.axes[1].patches]
+        assert len(set(colors)) == len(idx_a) > 0
+        assert [line.get_edgecolor()[:3] for line in lines] == [colors[n] for n in numbered]
+        for i, (axis, idx, columns) in enumerate(zip(figure.axes[1:], (idx_a, idx_b), (14, 6), strict=True)):
+            numbers, expected = texts_on(figure, axis), idx[list(numbered)].tolist()
+            assert tokens_at([numbers[str(n + 1)] for n in range(len(numbers))], columns) == expected
+            assert tokens_at([(line.xy1, line.xy2)[i] for line in lines], columns) == expected
+            assert [line.axesA if i == 0 else line.axesB for line in lines] == [axis] * len(expected)
+            corners = [(patch.get_x() + 1, patch.get_y() + 1) for patch in axis.patches]
+            assert tokens_at(corners, columns) == idx.tolist()
+            assert [patch.get_facecolor()[:3] for patch in axis.patches] == colors
+        sizes = [text.get_fontsize() for text in figure.texts if text.get_text().isdigit()]
+        assert min(sizes) * 8.5 / 2.54 / figure.get_figwidth() >= 5
 
 
 def test_pairs_by_features_are_colored_by_their_distance(photographs):
     figure, (idx_a, _) = draw(photographs, nearest_a=lambda idx: idx - torch.arange(len(idx)) % 3)  # 0 to 2 to the left
     assert ((idx_a - 1) % 14 >= 2).all()  # so that all shifted patches stay in their row
-    lines = figure.artists[len(idx_a) :]
-    colors = [to_hex(line.get_edgecolor()).upper() for line in lines]
+    patches = figure.axes[3].patches
+    colors = [to_hex(patch.get_facecolor()).upper() for patch in patches]
     assert colors == [(figures.SAME, figures.ADJACENT, figures.OTHER)[i % 3] for i in range(len(idx_a))]
-    nearest = tokens_at([line.xy1 for line in lines], 14)
+    nearest = tokens_at([(patch.get_x() + 1, patch.get_y() + 1) for patch in patches], 14)
     assert nearest == [token - i % 3 for i, token in enumerate(idx_a.tolist())]
-    assert figure.axes[3].get_title() == f"By features: {(len(idx_a) + 2) // 3 / len(idx_a):.0%} the same"
+    assert figure.axes[3].get_title() == f"By features\n{(len(idx_a) + 2) // 3 / len(idx_a):.0%} the same"
     # Frames have other colors than pairs.
     frames = [to_rgb(figures.TEACHER), to_rgb(figures.STUDENT)]
-    pairs = {tuple(line.get_edgecolor()[:3]) for line in figure.artists}
+    pairs = {tuple(patch.get_facecolor()[:3]) for axis in figure.axes[1:] for patch in axis.patches}
     assert len(pairs) == len(idx_a) + 3
     assert min(np.abs(np.subtract(frame, pair)).max() for frame in frames for pair in pairs) > 0.2
 
 
 def test_patches_of_several_pairs_have_one_number(photographs):
-    figure, (idx_a, _) = draw(photographs, nearest_a=lambda idx: idx[:1].expand(len(idx)))
+    figure, _ = draw(photographs, nearest_a=lambda idx: idx[:1].expand(len(idx)))
     assert list(texts_on(figure, figure.axes[3])) == ["1"]
-    assert sorted(texts_on(figure, figure.axes[4]), key=int) == [str(n + 1) for n in range(len(idx_a))]
+    assert sorted(texts_on(figure, figure.axes[4])) == [str(n + 1) for n in range(9)]
 
 
 def test_boxes_stand_on_the_image(photographs):

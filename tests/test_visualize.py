@@ -106,6 +106,11 @@ def ends_of(lines, columns_a, columns_b, patch_size):
     return [(1 + columns_a * ya + xa, 1 + columns_b * yb + xb) for xa, ya, xb, yb in ends]
 
 
+def some(pairs):
+    """Return the pairs that are drawn with a line: nine, spread over all."""
+    return pairs if len(pairs) <= 9 else [pairs[round(i * (len(pairs) - 1) / 8)] for i in range(9)]
+
+
 def test_matches_draws_and_counts_the_agreement(drawn, capsys):
     run("matches", *MICRO, "--global_crops_size", 64, "--local_crops_size", 32, "--pairs", 3, "--seed", 2)
     (figure,) = drawn
@@ -132,13 +137,13 @@ def test_matches_draws_and_counts_the_agreement(drawn, capsys):
     lines = [artist for artist in figure.artists if isinstance(artist, ConnectionPatch)]
     tokens = ends_of(lines, 8, 4, 8)
     idx_a, idx_b, found = first
-    assert tokens == list(zip(idx_a, idx_b, strict=True)) + list(zip(found, idx_b, strict=True))
-    colors = [line.get_edgecolor()[:3] for line in lines[len(idx_a) :]]
+    assert tokens == some(list(zip(idx_a, idx_b, strict=True))) + some(list(zip(found, idx_b, strict=True)))
+    colors = [patch.get_facecolor()[:3] for patch in figure.axes[3].patches]
     found_rows, rows = (np.array([[(i - 1) // 8, (i - 1) % 8] for i in tokens]) for tokens in (found, idx_a))
     far = np.abs(found_rows - rows).max(1).clip(max=2).tolist()
     assert colors == [to_rgb((figures.SAME, figures.ADJACENT, figures.OTHER)[i]) for i in far]
     assert len(set(far)) > 1
-    assert f"By features: {share:.0%} the same" in [axis.get_title() for axis in figure.axes]
+    assert f"By features\n{share:.0%} the same" in [axis.get_title() for axis in figure.axes]
 
 
 def test_matches_without_weights_draws_what_geometry_says(drawn, monkeypatch, capsys):
@@ -153,7 +158,7 @@ def test_matches_without_weights_draws_what_geometry_says(drawn, monkeypatch, ca
         geometry = (teacher.boxes[0], teacher.flips[0], (14, 14), student.boxes[0], student.flips[0], (6, 6))
         idx_a, idx_b = match_patches(*geometry)
         matched.append(list(zip(idx_a[1:].tolist(), idx_b[1:].tolist(), strict=True)))
-    assert ends_of(figure.artists, 14, 6, 16) == matched[0]
+    assert ends_of(figure.artists, 14, 6, 16) == some(matched[0])
     assert f"{sum(map(len, matched))} matched patches in 2 pairs of views\n" in capsys.readouterr().out
 
 
