@@ -246,7 +246,7 @@ def draw_attention(images: Images, attentions: Arrays, masks: Arrays, patch_size
             panels.append(Panel(f"{title}\n{text}", [colors, grayed]))
         groups.append(panels)
     title = f"CLS attention in the last block (bright: maximum, at least {BRIGHT} × uniform)"
-    return _draw_panels(groups, 5, f"{title}, and the patches that hold {threshold:.0%} of it")
+    return _draw_panels(groups, 5, f"{title} and the patches with {threshold:.0%} of it")
 
 
 @plain_style
@@ -287,9 +287,9 @@ def _draw_panels(groups: Sequence[Sequence[Panel]], columns: int, title: str) ->
             shapes = np.array([panel.pictures[0].shape for panel in line])
             ratios = (shapes[:, 1] / shapes[:, 0]).clip(0.6, 3)  # so that titles have room
             height = min((WIDTH - GAP * (count + 1)) / (ratios.mean() * count), highest)
-            # A character is about 0.078 inches wide.
+            # A character is about 0.075 inches wide.
             titles = [
-                "\n".join(wrap(text, max(int(width / 0.078), 6), lines=2) for text in panel.title.split("\n"))
+                "\n".join(wrap(text, max(int(width / 0.075), 6), lines=2) for text in panel.title.split("\n"))
                 for panel, width in zip(line, height * ratios, strict=True)
             ]
             above = 0.06 + 0.13 * (1 + max(text.count("\n") for text in titles))
