@@ -31,3 +31,8 @@ def test_weights_that_are_not_finite_are_not_saved(value):
         modules["teacher"].bias[1] = value
     with pytest.raises(UserError, match="bias is not finite after step 3"):
         checkpoints.refuse_diverged(modules, 3)
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"the folder {tmp_path}/gone is gone, create it again or give another one"):
+        checkpoints.save({}, tmp_path / "gone/checkpoint.pth")

@@ -23,6 +23,7 @@ from support.checkpoints import hash_of_names
 from support.images import ResizedArray
 from support.loader import BatchSampler, ViewBatches
 from support.optimizers import build_optimizer, clip_each_gradient, multiply_each
+from support.options import remarks
 from support.weights import load_backbone
 from utils import Process, UserError, seed_networks
 from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead, Teacher, VisionTransformer, vit_micro
@@ -846,6 +847,19 @@ def test_defaults_are_the_papers():
         "distortion": 1.0, "train_images": None, "tuning": False,
     }  # fmt: skip
     assert {name: args[name] for name in expected} == expected
+
+
+def test_warm_ups_that_last_to_the_end_and_a_finished_run_are_named(photo_folder, tmp_path, capsys):
+    words = ("--epochs", 2, "--warmup_epochs", 2)
+    train(photo_folder, tmp_path, *words)
+    assert "--warmup_epochs 2 is not less than --epochs 2: the learning rate rises" in capsys.readouterr().out
+    train(photo_folder, tmp_path, *words)
+    output = capsys.readouterr().out
+    assert "steps per epoch; the run is finished\n" in output
+    assert "--warmup_teacher_temp_epochs 30 is more than --epochs 2: the run ends before --teacher_temp 0.07" in output
+    assert remarks(parse_arguments(["--epochs", "200"])) == []
+    constant = "--epochs 2 --warmup_epochs 1 --teacher_temp 0.04".split()
+    assert remarks(parse_arguments(constant)) == []
 
 
 def test_pixels_beyond_the_last_whole_patch_are_left_out(photo_folder, tmp_path, capsys, monkeypatch):
