@@ -29,6 +29,7 @@ PIXELS = "; pixels: no network, but the pixels minus the mean training image"  #
 # Arguments that do not change a result, or that `fingerprint` covers
 NO_SETTINGS = "pretrained_weights checkpoint_key arch patch_size download output_dir batch_size_per_gpu".split()
 NO_SETTINGS += "num_workers use_cuda val_freq evaluate dist_url local_rank".split()
+NETWORK = ("checkpoint_key", "pretrained_weights")  # arguments that name it
 METRICS = {"top1": "top-1", "top5": "top-5", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
 
 
@@ -421,37 +422,42 @@ def fingerprint(network: nn.Module, splits: Mapping[str, LabeledImages]) -> str:
 
 def earlier_result(path: Path) -> dict[str, Any]:
     """Return the contents of a result's file, or of a linear classifier that is still being trained; {} for no file."""
+    contents: dict[str, Any] = {}
     if path.exists():
-        return read_json(path)
-    return load_file(path.with_suffix(".pth")) if path.with_suffix(".pth").exists() else {}
+        contents = read_json(path)
+    elif path.with_suffix(".pth").exists():
+        contents = load_file(path.with_suffix(".pth"))
+    parts = [contents.get(name, {}) for name in ("args", "pretraining", "protocol", "images")]
+    return contents if all(isinstance(part, dict) for part in parts) else {"network": "unknown"}
 
 
 def differences(earlier: dict[str, Any], contents: dict[str, Any]) -> list[str]:
     """Return how an evaluation differs from an earlier one, as words for the name of its file.
 
     Args:
-        earlier: contents of the earlier file, {} without one. Contents that it lacks, as those of an older version do,
-            do not differ.
+        earlier: contents of the earlier file, {} without one. What it lacks, from an older version, does not differ.
         contents: contents of the file to write.
     """
     if not earlier:
         return []
+
+    def differs(name: str) -> bool:
+        return earlier.get(name, contents[name]) != contents[name]
+
     words, there, here = [], comparable(earlier), comparable(contents)
-    if earlier.get("network", contents["network"]) != contents["network"]:
-        stems = [Path(str(x.get("args", {}).get("pretrained_weights"))).stem for x in (earlier, contents)]
-        epochs = [x.get("pretraining", {}).get("epoch") for x in (earlier, contents)]
-        keys = [x.get("args", {}).get("checkpoint_key") for x in (earlier, contents)]
-        named = [(keys, "{}"), (epochs, "epoch{}"), (stems, "{}")]
-        words = [form.format(new) for (old, new), form in named if old != new][:1] or [contents["network"][:8]]
+    keys, stems = ([x.get("args", {}).get(name) for x in (earlier, contents)] for name in NETWORK)
+    epochs = [x.get("pretraining", {}).get("epoch") for x in (earlier, contents)]
+    named = [(keys, "{}"), (epochs, "epoch{}"), ([Path(str(stem)).stem for stem in stems], "{}")]
+    other = [form.format(new) for (old, new), form in named if old != new]
+    if differs("network") or (other and not {"network", "fingerprint"} & set(earlier)):
+        words = other[:1] or [contents["network"][:8]]
     for name, value in here.items():
         if name in there and there[name] != value:
             text = {"True": name, "False": f"no_{name}"}.get(value, f"{name}-{os.path.basename(value).strip('[]')}")
             words.append(re.sub(r"[^\w.-]+", "-", text))
-    if words or (contents["fingerprint"], contents["images"]) == tuple(
-        earlier.get(name, contents[name]) for name in ("fingerprint", "images")
-    ):
-        return words
-    return [f"{sum(contents['images'].values())}_images_{contents['fingerprint'][:8]}"]
+    if not words and (differs("fingerprint") or differs("images")):
+        words = [f"{sum(contents['images'].values())}_images_{contents['fingerprint'][:8]}"]
+    return words
 
 
 def comparable(contents: dict[str, Any]) -> dict[str, str]:

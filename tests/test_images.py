@@ -602,7 +602,10 @@ def test_the_intensity_range_of_the_pretraining_is_taken_over(tmp_path, capsys):
 
     def top1(*more):
         eval_knn.main(["--data_path", f"{tmp_path}/data", *weights, *more])
-        return json.loads((tmp_path / "run/knn_folder.json").read_text())["knn"]["4"]["top1"]
+        result = tmp_path / "run/knn_folder.json"
+        top1 = json.loads(result.read_text())["knn"]["4"]["top1"]
+        result.unlink()
+        return top1
 
     assert top1() == 100
     assert top1("--intensity_range", "0", "1") == 50
