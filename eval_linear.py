@@ -133,7 +133,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cache_features", action="store_true", help="do not augment training images: not the paper's protocol")
     add("--num_labels", type=number(int, 1), help="outputs of the classifier; default: number of classes")
     add("--val_freq", type=number(int, 1), default=1, help="validate every N epochs and after the last one")
-    text = "do not train, but validate the linear weights in FILE; default: those of an earlier run in --output_dir"
+    text = "do not train: validate the linear weights in FILE, by default those beside the result of an earlier run"
     add("--evaluate", nargs="?", const=True, metavar="FILE", help=text)
     evaluation.add_data_arguments(parser)
     evaluation.add_computation_arguments(parser, batch_size=128)
@@ -175,8 +175,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts["training_images"] = "not augmented, features cached" if args.cache_features else "augmented"
     result = evaluation.Result(f"linear_{args.dataset}", args, backbone, made_with, splits, **facts)
     file = result.path and result.path.with_suffix(".pth")
-    if args.evaluate and not (file and file.exists()):
-        file = result.first and result.first.with_suffix(".pth")
+    if args.evaluate and result.first and not (file and file.exists()):  # of the same network, trained otherwise
+        earlier = evaluation.earlier_result(result.first)
+        same = earlier.get("fingerprint") == result.contents["fingerprint"]
+        file = result.first.with_suffix(".pth") if same else file
     if isinstance(args.evaluate, str):
         file = Path(args.evaluate)
     dim = backbone.embed_dim * (protocol.n_last_blocks + protocol.avgpool_patchtokens)
@@ -223,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches = ((train[indices], labels[indices]) for _, _, indices in sampler)
     else:
         augmented = AugmentedBatches(splits["train"], crop_size, protocol.flip_prob, args.seed)
-        workers = fit_workers(args.num_workers, args.batch_size_per_gpu * 12 * crop_size**2, quiet=True)
+        workers = fit_workers(args.num_workers, args.batch_size_per_gpu * 12 * crop_size**2)
         loader = open_loader(augmented, workers, device, sampler=sampler, batch_size=None)
         batches = ((network(x.to(device, non_blocking=True)), y.to(device, non_blocking=True)) for x, y in loader)
     for epoch in range(start + 1, args.epochs + 1):

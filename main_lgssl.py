@@ -57,12 +57,16 @@ def main(argv: list[str] | None = None) -> signal.Signals | None:
     cv2.setNumThreads(0)  # views may be made in this process; with several, each has its share of the cores
     set_threads(args.num_workers)
     with StopRequest() as stop, hide_tensorboard_errors():
-        run = build_run(args, stop)
+        run = None
         try:
+            with stop.waiting_for_data():
+                run = build_run(args, stop)
             stopped_by = train(args, run, stop)
         except NoData:
-            warn(f"no batch has arrived within {PATIENCE} s: the run stops without saving this step")
+            warn(f"still waiting for data {PATIENCE} s after the signal: the run stops without saving this step")
             stopped_by = stop.signal
+        if run is None:
+            return stopped_by
         if run.report:
             run.report.end(run.settings, stopped_by)
         if run.lock is not None:
@@ -103,7 +107,7 @@ def train(args: argparse.Namespace, run: Run, stop: StopRequest) -> signal.Signa
     student_parameters: list[torch.Tensor] = list(student.parameters())
     teacher_parameters: list[torch.Tensor] = list(teacher.parameters())
     batches = batches_on_device(run.loader, device)
-    interval_start, interval_steps = time.perf_counter(), 0
+    interval_start, interval_steps, stop.waited = time.perf_counter(), 0, 0.0
     for step in range(run.start_step, run.size.total_steps):
         epoch, step_of_epoch = divmod(step, run.size.steps_per_epoch)
         ends_epoch = step_of_epoch + 1 == run.size.steps_per_epoch
@@ -168,11 +172,11 @@ def train(args: argparse.Namespace, run: Run, stop: StopRequest) -> signal.Signa
         if is_saved:
             checkpoints.refuse_diverged({"student": student, "teacher": teacher, "loss": criterion}, step)
         if ends_epoch:
-            end_epoch(args, run, epoch, step)
+            end_epoch(args, run, stop, epoch, step)
         if is_saved:
             save(args, run, step, ends_epoch)
         if ends_epoch:
-            interval_start = time.perf_counter()
+            interval_start, stop.waited = time.perf_counter(), 0.0
         if stop.agreed and step + 1 < run.size.total_steps:
             return stop.agreed
     return None
@@ -198,12 +202,13 @@ def drop_gradients(module: torch.nn.Module) -> None:
         parameter.grad = None
 
 
-def end_epoch(args: argparse.Namespace, run: Run, epoch: int, step: int) -> None:
+def end_epoch(args: argparse.Namespace, run: Run, stop: StopRequest, epoch: int, step: int) -> None:
     """Evaluate the online k-NN and report the epoch that ends with `step`."""
     means, matched_counts = run.meters.end_epoch()
     top1 = None
     if run.online_knn and is_due(epoch, run.settings["knn_every"], args.epochs):
-        top1 = run.online_knn(run.teacher.backbone.forward, run.process.device)  # not compiled: batches have any size
+        with stop.waiting_for_data():
+            top1 = run.online_knn(run.teacher.backbone.forward, run.process.device)  # not compiled: any batch size
     if run.report:
         steps = range(step + 1 - run.size.steps_per_epoch, step + 1)
         for name in ("lr", "wd"):
@@ -231,7 +236,8 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     """Check all input, then build everything. If --output_dir holds a checkpoint, resume from it."""
     images, output_dir = open_images(args), Path(args.output_dir)
     view_pixels = 2 * args.global_crops_size**2 + args.local_crops_number * args.local_crops_size**2
-    workers = fit_all_workers(args.num_workers, 3 * args.batch_size_per_gpu * view_pixels, images.online_knn)
+    batch_bytes = 3.75 * args.batch_size_per_gpu * view_pixels  # a quarter for the matches: patches of 8 pixels need it
+    workers = fit_all_workers(args.num_workers, batch_bytes, images.online_knn)
     init_hash = checkpoints.hash_of_file(args.init_weights) if args.init_weights else None
     every = 10 if args.knn_every is None and images.online_knn else args.knn_every or 0
     settings = {**vars(args), "knn_every": every, "init_hash": init_hash}

@@ -228,6 +228,7 @@ def read_result(step: Step) -> dict[str, Any]:
     """
     files = [step.result, *sorted(step.result.parent.glob(f"{step.result.stem}_*.json"))]
     results = [read_json(file) for file in files if file.is_file()]
+    results = [r for r in results if isinstance(r.get("pretraining"), dict) and isinstance(r.get("args"), dict)]
     finished = [r for r in results if r["pretraining"].get("epoch") == r["pretraining"].get("epochs")]
     expected = [r for r in finished if not differences(step.settings(), r["args"])]
     return next(iter(expected + finished), {})

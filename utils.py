@@ -27,6 +27,7 @@ RANKS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # set by torchrun; 
 NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 NO_MEMORY = re.compile("MemoryError|out of memory|not enough memory|[Cc](an't|annot) allocate memory|ALLOC_FAILED")
 TIMEOUT = datetime.timedelta(minutes=30)  # default of how long a process waits for another
+SHM_ADVICE = "give a container more with docker run --shm-size=8g or --ipc=host"
 DEAD_WORKER = "a data-loading worker died, probably because memory ran out: use fewer --num_workers"
 
 
@@ -39,14 +40,9 @@ def one_line_errors() -> Iterator[None]:
     """Print a UserError as one line on stderr and exit with code 2. Ctrl-C exits with code 130.
 
     The line also explains a full disk, a refused path, a lack of memory, and the death of a data-loading worker or of
-    another rank. Characters that the terminal cannot show are replaced. Output without a reader is dropped.
+    another rank. Standard output and error are an `Output`.
     """
     os.environ["MPLBACKEND"] = "agg"  # needs no display; matplotlib cannot be imported with an unknown one
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        with contextlib.suppress(AttributeError):  # a notebook's stream
-            getattr(sys, name).reconfigure(errors="replace")
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Output, streams)  # type: ignore[assignment]
     try:
@@ -97,6 +93,8 @@ def _explain(error: Exception) -> str | None:
     text = first_line(error)
     if isinstance(error, torch.OutOfMemoryError):
         return "GPU out of memory: use a smaller --batch_size_per_gpu and more --accum_steps, or --grad_checkpointing"
+    if "unable to allocate shared memory" in str(error):  # in a worker, whose traceback is the text
+        return f"/dev/shm is full: {SHM_ADVICE}; or use fewer --num_workers"
     if isinstance(error, MemoryError | RuntimeError | OSError) and NO_MEMORY.search(f"{type(error).__name__}: {text}"):
         return f"out of memory: use smaller images, batches or networks, or fewer --num_workers ({text})"
     # PyTorch raises the death of a worker in a signal handler; the interrupted code may raise another error after it.

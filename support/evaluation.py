@@ -20,6 +20,7 @@ from support.arguments import ArgumentParser, bool_flag, number
 from support.features import Network, RawPixels, eval_transform, extract_features, whole_transform
 from support.files import make_folder, read_json, write_text
 from support.images import ImageList, LabeledImages
+from support.resources import set_threads
 from support.sources import DataSpec, add_source_arguments, build_dataset, data_spec
 from support.weights import load_backbone, load_file
 from utils import UserError, is_first_process, printable, warn
@@ -82,7 +83,7 @@ def model_spec(args: argparse.Namespace) -> ModelSpec:
 def add_data_arguments(parser: argparse.ArgumentParser) -> Callable:
     """Add the options of a data set. Return the group's `add_argument`."""
     add = parser.add_argument_group("data").add_argument
-    layout = "folder with train/CLASS and val/CLASS, or with the lists train.txt and val.txt; or torchvision's root"
+    layout = "folder with train/CLASS and val/CLASS or with lists, train.txt and val.txt; or torchvision's root"
     add_source_arguments(add, layout)
     text = "side of the images in pixels; default: the pretraining's, or 224"
     add("--crop_size", type=number(int, 1, MAX_SIDE), help=text)
@@ -230,7 +231,7 @@ def check_splits(splits: dict[str, LabeledImages], data_path: str | Path) -> Non
 def features_of_all(
     network: Network, datasets: Mapping[str, Dataset], device: torch.device, batch_size: int, num_workers: int
 ) -> dict[str, Tensor]:
-    """Extract the features of several data sets with all processes, see `extract_features`.
+    """Extract the features of several data sets with all processes, see `extract_features` and `set_threads`.
 
     Args:
         datasets: {name: data set of (normalized image, label)}.
@@ -238,6 +239,7 @@ def features_of_all(
     Returns:
         {name: features [n, D] on the CPU}; on other ranks than 0 {}
     """
+    set_threads(num_workers)
     features = {
         name: extract_features(network, images, device, batch_size, num_workers, f"{name} features")
         for name, images in datasets.items()
@@ -389,11 +391,17 @@ class Result:
             if is_first_process():
                 warn(f"cannot write to {printable(folder)}: the result is only printed; --output_dir keeps it")
             return
-        self.path = self.first = folder / f"{re.sub('[:/]', '_', name)}.json"
-        suffix, number = "_".join(["", *differences(earlier_result(self.first), self.contents)])[:100], 1
-        while differences(earlier_result(self.path), self.contents):
-            self.path = self.first.with_stem(self.first.stem + suffix + (f"_{number}" if number > 1 else ""))
+        self.first = folder / f"{re.sub('[:/]', '_', name)}.json"
+        self.path = self.choose_path(self.first)
+
+    def choose_path(self, first: Path) -> Path:
+        """Return the first file that holds no other result: NAME.json, NAME_SUFFIX.json, NAME_SUFFIX_2.json, ..."""
+        path, number = first, 1
+        suffix = "".join(f"_{word}" for word in differences(earlier_result(first), self.contents))[:100]
+        while differences(earlier_result(path), self.contents):
+            path = first.with_stem(first.stem + suffix + (f"_{number}" if number > 1 else ""))
             number += 1
+        return path
 
     def publish(self, lines: Sequence[str], **numbers: Any) -> None:
         """Write the file, then print lines.
@@ -402,7 +410,8 @@ class Result:
             UserError: the file cannot be written. The lines are printed before.
         """
         try:
-            if self.path is not None:
+            if self.first is not None:
+                self.path = self.choose_path(self.first)  # another evaluation may have ended since
                 write_text(json.dumps({**numbers, **self.contents}, indent=2, default=str) + "\n", self.path)
                 lines = [*lines, f"written to {printable(self.path)}"]
         finally:
@@ -424,7 +433,12 @@ def earlier_result(path: Path) -> dict[str, Any]:
     """Return the contents of a result's file, or of a linear classifier that is still being trained; {} for no file."""
     contents: dict[str, Any] = {}
     if path.exists():
-        contents = read_json(path)
+        try:
+            contents = read_json(path)
+        except UserError:  # a damaged file, which is not overwritten
+            if not path.is_file():
+                raise
+            contents = {"network": "unknown"}
     elif path.with_suffix(".pth").exists():
         contents = load_file(path.with_suffix(".pth"))
     parts = [contents.get(name, {}) for name in ("args", "pretraining", "protocol", "images")]

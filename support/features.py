@@ -105,7 +105,7 @@ def extract_features(
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total = len(dataset)  # type: ignore[arg-type] # all of ours have a length
     own = range(rank, total, world_size)
-    batch_bytes = batch_size * dataset[own[0]][0].nbytes if num_workers and own else 0
+    batch_bytes = batch_size * dataset[own[0]][0].nbytes if num_workers and own else 0  # as if all had one size
     workers = fit_workers(num_workers, batch_bytes)
     loader = open_loader(Subset(dataset, own), workers, device, batch_size=batch_size)
     bar = tqdm(loader, title, unit="batch", disable=rank > 0 or title is None or not sys.stderr.isatty())

@@ -22,10 +22,9 @@ from patch_matching import Matches, match_views
 from support.images import LabeledImages
 from support.preemption import ignore_signals
 from support.resources import free_shared_memory
-from utils import DEAD_WORKER, UserError, first_line, is_first_process, kill_workers, warn
+from utils import DEAD_WORKER, SHM_ADVICE, UserError, first_line, is_first_process, kill_workers, warn
 
 MAX_BAD_IN_A_ROW = 100
-SHM_ADVICE = "give a container more with docker run --shm-size=8g or --ipc=host"
 PREFETCHED = 2  # batches per worker, PyTorch's default
 Key = tuple[int, int, list[int]]  # of a batch: epoch, step, sample indices
 BadImages = dict[int, str]  # {sample index: error message}
@@ -163,12 +162,10 @@ class Workers(NamedTuple):
 
 
 NO_WORKERS = Workers(0)
-
-
 warn_once = functools.cache(warn)
 
 
-def fit_workers(num_workers: int, batch_bytes: int, quiet: bool = False) -> Workers:
+def fit_workers(num_workers: int, batch_bytes: float, quiet: bool = False) -> Workers:
     """Return the workers whose batches fit into this process's share of the shared memory, /dev/shm.
 
     Workers send batches through shared memory: those that they prefetch, and one that is in use. Where the memory is
@@ -188,10 +185,10 @@ def fit_workers(num_workers: int, batch_bytes: int, quiet: bool = False) -> Work
         found = f"/dev/shm has {free / 1e6:.0f} MB free for this process"
     except (OSError, ImportError) as error:
         free, found = 0, f"no shared memory in /dev/shm ({first_line(error)})"
-    fitting = int(free / max(batch_bytes, 1)) - 1
+    fitting = free // max(batch_bytes, 1) - 1
     workers = Workers(num_workers)
     if fitting < PREFETCHED * num_workers:
-        workers = Workers(min(num_workers, fitting), 1) if fitting > 0 else NO_WORKERS
+        workers = Workers(min(num_workers, int(fitting)), 1) if fitting > 0 else NO_WORKERS
     if workers != Workers(num_workers) and is_first_process() and not quiet:
         needed = f"{num_workers} workers with {PREFETCHED} batches of {batch_bytes / 1e6:.0f} MB each do not fit"
         instead = f"using {workers.number} with 1" if workers.number else "loading without workers, which is slow"

@@ -99,7 +99,7 @@ class OnlineKNN:
         return classification_metrics(votes, self.labels["val"].to(device))["top1"]
 
 
-def fit_all_workers(num_workers: int, batch_bytes: int, online_knn: OnlineKNN | None) -> Workers:
+def fit_all_workers(num_workers: int, batch_bytes: float, online_knn: OnlineKNN | None) -> Workers:
     """Return the training's data-loading workers, see `fit_workers`. To be called before a loader is open.
 
     The online k-NN, whose loaders are open at the same time, keeps its own if the batches of all fit into the shared

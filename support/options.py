@@ -8,7 +8,7 @@ import torch
 from losses import LOSS_WEIGHTS
 from patch_matching import RULES
 from support.arguments import ArgumentParser, bool_flag, number
-from support.resources import local_processes, usable_cores
+from support.resources import cores_of_process
 from support.sources import add_source_arguments
 from utils import UserError
 from vision_transformer import ARCHITECTURES, MAX_SIDE, architecture
@@ -91,7 +91,7 @@ def add_data_arguments(parser: ArgumentParser) -> None:
 
     add = parser.add_argument_group("data and output").add_argument
     free = parser.free(add)
-    add_source_arguments(add, "folder of images, list of images, or torchvision's root", free)
+    add_source_arguments(add, "folder of images, list of images (.txt, .csv, .tsv), or torchvision's root", free)
     free("--on_bad_image", choices=("error", "skip"), default="error", help="stop at an unreadable image, or skip it")
     free("--max_bad_images", type=fraction, default=0.01, help="maximum fraction of images that may be skipped")
     free("--output_dir", default=".", help="folder for checkpoints and logs")
@@ -103,7 +103,7 @@ def add_data_arguments(parser: ArgumentParser) -> None:
         "labels. Training never uses labels")
     free("--image_every", type=count, default=10, help="write pictures to TensorBoard every N epochs (0: never)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of all random numbers")
-    workers = min(10, max(usable_cores() // local_processes(), 1))
+    workers = min(10, cores_of_process())
     free("--num_workers", type=number(int, 0, 1000), default=workers, help="data-loading workers per process")
     free("--dist_url", default="env://", help="URL to set up distributed training")
     free("--dist_timeout", type=number(int, 1, 10**7), default=600, help="seconds to wait for another process")
@@ -160,15 +160,15 @@ def remarks(args: argparse.Namespace) -> list[str]:
     """Return a line for each setting that may surprise: warm-ups that last to the end, and pixels without a patch."""
     lines = []
     if args.warmup_epochs >= args.epochs:
-        lines.append(f"--warmup_epochs {args.warmup_epochs} is not less than --epochs {args.epochs}: the learning rate "
-            "rises to the end of the run")  # fmt: skip
+        lines.append(f"note: --warmup_epochs {args.warmup_epochs} lasts to the end of the run, --epochs {args.epochs}: "
+            "the learning rate only rises")  # fmt: skip
     if args.warmup_teacher_temp_epochs > args.epochs and args.warmup_teacher_temp != args.teacher_temp:
-        lines.append(f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} is more than --epochs "
+        lines.append(f"note: --warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} is more than --epochs "
             f"{args.epochs}: the run ends before --teacher_temp {args.teacher_temp}")  # fmt: skip
     sides = [side for side in (args.global_crops_size, args.local_crops_size) if side % args.patch_size]
     if sides:
         rest = " and ".join(f"{side % args.patch_size} of {side}" for side in sides)
-        lines.append(f"patches of side {args.patch_size} leave out the last {rest} pixels of views, right and bottom")
+        lines.append(f"note: patches of side {args.patch_size} leave out the last {rest} pixels, right and bottom")
     return lines
 
 

@@ -148,7 +148,9 @@ def _weights(contents: dict[str, Any], checkpoint_key: str, path: str | Path) ->
 
     The names lose the prefixes of WRAPPERS. Beside names with the prefix `backbone.`, only DINO's head is kept.
     """
-    if not all(map(torch.is_tensor, contents.values())):
+    if any(str(name).endswith(PROJECTION) for name in contents):  # one backbone, perhaps beside plain values
+        contents = {name: value for name, value in contents.items() if torch.is_tensor(value)}
+    elif not all(map(torch.is_tensor, contents.values())):
         parts = [
             key
             for key, value in contents.items()

@@ -106,3 +106,21 @@ def test_what_cannot_be_written_is_printed(run_of, tmp_path, capsys, monkeypatch
 
 def full_disk(*_):
     raise UserError("the disk is full")
+
+
+def test_two_evaluations_at_once_keep_both_results(tmp_path, monkeypatch, photo_folder, run_of):
+    """The first ends while the second computes."""
+    save(tmp_path / "one.pth", 1, epoch=1)
+    save(tmp_path / "two.pth", 2, epoch=2)
+    extract, waiting = eval_knn.features_of_all, [True]
+
+    def features_of_all(*args):
+        if waiting:
+            waiting.clear()
+            run_of(tmp_path / "one.pth")
+        return extract(*args)
+
+    monkeypatch.setattr(eval_knn, "features_of_all", features_of_all)
+    results = run_of(tmp_path / "two.pth")
+    epochs = {name: result["pretraining"]["epoch"] for name, result in results.items()}
+    assert epochs == {"knn_folder.json": 1, "knn_folder_epoch2.json": 2}

@@ -1,4 +1,5 @@
 import errno
+import math
 import multiprocessing
 import os
 
@@ -122,3 +123,9 @@ def test_a_dead_data_loading_process_is_named():
 
     with pytest.raises(UserError, match=r"a data-loading worker died, .* fewer --num_workers \(ConnectionResetError\)"):
         next(batches_on_device(batches(), torch.device("cpu")))
+
+
+def test_shared_memory_without_a_limit_takes_all_workers(monkeypatch):
+    """As on systems other than Linux."""
+    monkeypatch.setattr(loader, "free_shared_memory", lambda: math.inf)
+    assert loader.fit_workers(10, 10) == loader.fit_workers(10, 2.5) == (10, 2)

@@ -852,7 +852,10 @@ def test_defaults_are_the_papers():
 def test_warm_ups_that_last_to_the_end_and_a_finished_run_are_named(photo_folder, tmp_path, capsys):
     words = ("--epochs", 2, "--warmup_epochs", 2)
     train(photo_folder, tmp_path, *words)
-    assert "--warmup_epochs 2 is not less than --epochs 2: the learning rate rises" in capsys.readouterr().out
+    assert (
+        "note: --warmup_epochs 2 lasts to the end of the run, --epochs 2: the learning rate only rises"
+        in capsys.readouterr().out
+    )
     train(photo_folder, tmp_path, *words)
     output = capsys.readouterr().out
     assert "steps per epoch; the run is finished\n" in output
@@ -866,7 +869,7 @@ def test_pixels_beyond_the_last_whole_patch_are_left_out(photo_folder, tmp_path,
     """As by DINO's convolution: a run whose views are cut to whole patches ends with the same weights."""
     options = ("--loss", "cls", "--patch_size", 14, "--epochs", 1, "--warmup_epochs", 0, "--lr", 0.05)
     whole = train(photo_folder, tmp_path / "whole", *options)
-    expected = "patches of side 14 leave out the last 4 of 32 and 2 of 16 pixels of views, right and bottom"
+    expected = "patches of side 14 leave out the last 4 of 32 and 2 of 16 pixels, right and bottom"
     assert expected in capsys.readouterr().out
     make_views = ViewBatches.make_views
 

@@ -26,7 +26,7 @@ def test_output_is_dropped_when_its_reader_is_gone():
 def test_a_full_disk_is_an_error_of_the_output():
     with open("/dev/full", "w") as stream:
         output = Output(stream)
-        with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        with pytest.raises(OSError, match="No space left on device: 'the output'"):
             print("x", file=output, flush=True)
 
 

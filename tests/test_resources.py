@@ -28,7 +28,16 @@ def test_processes_of_the_machine_share_it(monkeypatch, environment, processes):
 
 @pytest.mark.parametrize(
     ("cores", "ranks", "workers", "threads"),
-    [(16, 1, 0, 16), (16, 1, 10, 8), (16, 1, 2, 14), (16, 2, 10, 4), (2, 1, 1, 1), (1, 1, 10, 1), (4, 8, 2, 1)],
+    [
+        (16, 1, 0, 16),
+        (16, 1, 10, 12),
+        (16, 1, 2, 14),
+        (16, 2, 10, 6),
+        (2, 1, 1, 1),
+        (2, 1, 0, 2),
+        (1, 1, 9, 1),
+        (4, 8, 2, 1),
+    ],
 )
 def test_threads_leave_cores_to_the_workers(monkeypatch, cores, ranks, workers, threads):
     found = []
@@ -49,3 +58,16 @@ def test_affinity_and_quota_limit_the_cores(monkeypatch, tmp_path):
         (tmp_path / "cpu.max").write_text(text)
         monkeypatch.setattr(resources, "Path", lambda _: tmp_path / "cpu.max")
         assert resources.usable_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("environment", "cores"),
+    [({}, 2), ({"SLURM_CPUS_PER_TASK": "8"}, 8), ({"SLURM_CPUS_PER_TASK": "8", "TORCHELASTIC_RUN_ID": "1"}, 2)],
+)
+def test_a_task_of_slurm_has_cores_of_its_own(monkeypatch, environment, cores):
+    """Unless torchrun has started several processes in it."""
+    monkeypatch.setattr(resources, "usable_cores", lambda: 8)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert resources.cores_of_process() == cores
