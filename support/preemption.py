@@ -30,8 +30,8 @@ class NoData(BaseException):
 class StopRequest:
     """Turns SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 into a request to stop after the current step.
 
-    A context manager that restores the signal handlers on exit. Signals that the process ignores from its start, as
-    SIGHUP under nohup, stay ignored. A second SIGINT kills the process. Under torchrun, a SIGINT within one second of
+    A context manager that restores the signal handlers on exit. A SIGHUP that the process ignores from its start, as
+    under nohup, stays ignored. A second SIGINT kills the process. Under torchrun, a SIGINT within one second of
     the first is ignored: torchrun forwards the SIGINT that the terminal has sent to all processes. A step that waits
     for data, which a broken disk or worker may never send, is not waited for longer than PATIENCE.
 
@@ -53,8 +53,10 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         is_main = threading.current_thread() is threading.main_thread()  # Python allows handlers only there
-        numbers = [number for number in SIGNALS if is_main and signal.getsignal(number) != signal.SIG_IGN]
-        self._earlier = {number: signal.signal(number, self._note) for number in numbers}
+        numbers = [
+            number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN
+        ]
+        self._earlier = {number: signal.signal(number, self._note) for number in numbers if is_main}
         if is_main and hasattr(signal, "SIGALRM"):
             self._earlier[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._end_waiting)
         return self

@@ -1,5 +1,7 @@
 import fcntl
+import gc
 import json
+import multiprocessing
 import os
 import pickle
 import runpy
@@ -30,6 +32,14 @@ GOLDEN = Path(__file__).parent / "golden"
 def open_dataset(dataset, data_path=None, split="train", transform=None, min_side=None, **options):
     """Open a data set by the names of its options, see DataSpec and build_dataset."""
     return build_dataset(DataSpec(dataset, data_path, **options), split, transform, min_side)
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_workers():
+    """Free the iterators of data loaders in tracebacks: if their workers died later, later tests would fail."""
+    yield
+    if multiprocessing.active_children():
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -25,17 +25,18 @@ def test_a_process_that_waits_for_data_ends_after_a_signal(monkeypatch):
     time.sleep(1.2)  # no alarm is left
 
 
-def test_signals_that_the_process_ignores_stay_ignored():
-    """As SIGHUP under nohup."""
-    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def test_nohup_works():
+    """But a SIGINT that a shell ignores for processes in the background stops them."""
+    earlier = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)}
     try:
         with StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert signal.getsignal(signal.SIGTERM) == stop._note
+            assert signal.getsignal(signal.SIGINT) == stop._note
         assert stop.signal is None
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def test_a_run_whose_data_never_come_ends_after_a_signal(monkeypatch, tmp_path, capsys):
