@@ -28,7 +28,7 @@ from losses import LocalGlobalLoss, teacher_temperature
 from support import checkpoints, loader
 from support.checkpoints import RunSize, hash_of_names, restore
 from support.images import LabeledImages, ResizedArray
-from support.loader import NO_WORKERS, ViewBatches, Workers, batches_on_device
+from support.loader import ViewBatches, Workers, batches_on_device
 from support.meters import Meters, measure
 from support.observe import OnlineKNN, environment, fit_all_workers, is_due, training_pictures
 from support.optimizers import build_optimizer, clip_each_gradient
@@ -295,9 +295,8 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
         resumed = f"; resuming after step {start_step} of {size.total_steps}" if start_step else ""
         resumed = "; the run is finished" if start_step == size.total_steps else resumed
         headline = f"{network}, {len(images.train)} images, {batch}, {size.steps_per_epoch} steps per epoch{resumed}"
-        headline += f"\n{images.train.describe()}"
-        headline += "" if images.online_knn else f"\nno online k-NN: {images.no_knn}"
-        headline = "\n".join(filter(None, [headline, started, *remarks(args)]))
+        no_knn = "" if images.online_knn else f"no online k-NN: {images.no_knn}"
+        headline = "\n".join(filter(None, [headline, images.found, no_knn, started, *remarks(args)]))
         report.start(settings, {"step": start_step, "processes": world_size, **environment()}, headline)
     return Run(
         student=student,
@@ -325,6 +324,7 @@ class Images(NamedTuple):
     train: LabeledImages
     online_knn: OnlineKNN | None
     no_knn: str  # why there is no online k-NN
+    found: str = ""  # what the training images are
 
 
 def open_images(args: argparse.Namespace) -> Images:
@@ -340,7 +340,7 @@ def open_images(args: argparse.Namespace) -> Images:
             if args.knn_every:
                 raise UserError(f"--knn_every {args.knn_every}: {error}") from error
             no_knn = str(error)
-    return Images(train, knn, no_knn)
+    return Images(train, knn, no_knn, train.describe())
 
 
 def build_networks(args: argparse.Namespace) -> tuple[BackboneWithHead, Teacher, LocalGlobalLoss]:
@@ -387,9 +387,9 @@ def wrap_networks(
 
 
 def build_loader(
-    args: argparse.Namespace, dataset: LabeledImages, steps: range, process: Process, workers: Workers = NO_WORKERS
+    args: argparse.Namespace, dataset: LabeledImages, steps: range, process: Process, workers: Workers | None = None
 ) -> DataLoader:
-    """Return the loader of this rank's batches for a range of steps."""
+    """Return the loader of this rank's batches for a range of steps, by default with --num_workers workers."""
     multi_crop = MultiCrop(
         global_size=args.global_crops_size,
         local_size=args.local_crops_size,
@@ -406,6 +406,7 @@ def build_loader(
     steps_of_rank = args.batch_size_per_gpu, steps, args.accum_steps, rank, world_size, args.seed
     sampler = loader.BatchSampler(len(dataset), *steps_of_rank)
     batches = ViewBatches(dataset, multi_crop, args.patch_size, rule, rank, skip_bad)
+    workers = workers or Workers(args.num_workers)
     return loader.open_loader(batches, workers, device, sampler=sampler, batch_size=None)  # a key is a whole batch
 
 
