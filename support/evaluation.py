@@ -27,9 +27,9 @@ from utils import UserError, is_first_process, printable, warn
 from vision_transformer import ARCHITECTURES, MAX_SIDE, VisionTransformer, architecture
 
 PIXELS = "; pixels: no network, but the pixels minus the mean training image"  # see `open_classification`
-# Arguments that do not change a result, or that `fingerprint` covers
+# Arguments that do not change a result, or that `fingerprint` covers; and crop_size, whose resolved value is compared
 NO_SETTINGS = "pretrained_weights checkpoint_key arch patch_size download output_dir batch_size_per_gpu".split()
-NO_SETTINGS += "num_workers use_cuda val_freq evaluate dist_url local_rank".split()
+NO_SETTINGS += "num_workers use_cuda val_freq evaluate dist_url local_rank crop_size".split()
 NETWORK = ("checkpoint_key", "pretrained_weights")  # arguments that name it
 METRICS = {"top1": "top-1", "top5": "top-5", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
 
@@ -476,10 +476,10 @@ def differences(earlier: dict[str, Any], contents: dict[str, Any]) -> list[str]:
 
 def comparable(contents: dict[str, Any]) -> dict[str, str]:
     """Return the settings of a result as texts. Paths are absolute."""
-    facts: dict[str, Any] = {name: contents[name] for name in ("crop_size", "batch_size") if name in contents}
-    settings = {**contents.get("args", {}), **contents.get("protocol", {}), **facts}
+    settings = {**contents.get("args", {}), **contents.get("protocol", {})}
+    settings = {name: value for name, value in settings.items() if name not in NO_SETTINGS}
+    settings |= {name: contents[name] for name in ("crop_size", "batch_size") if name in contents}
     return {
         name: os.path.realpath(value) if value and (name.endswith("_path") or name == "classes") else str(value)
         for name, value in settings.items()
-        if name not in NO_SETTINGS
     }

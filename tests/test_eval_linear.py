@@ -134,6 +134,19 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(photo_folder, weights, monkeypat
     assert parts == whole
 
 
+def test_a_file_of_an_earlier_version_resumes(photo_folder, weights, tmp_path):
+    """Version 0.9.0 recorded the protocol among the arguments, and less besides."""
+    whole = run(weights, photo_folder, "--cache_features")
+    state = torch.load(tmp_path / "linear_folder.pth", weights_only=True)
+    state["args"] |= {**state.pop("protocol"), "lr": 5.0}
+    for name in ("network", "images", "crop_size", "pretraining", "training_images"):
+        del state[name]
+    torch.save(state, tmp_path / "linear_folder.pth")
+    (tmp_path / "linear_folder.json").unlink()
+    assert run(weights, photo_folder, "--cache_features")["history"] == whole["history"]
+    assert len(list(tmp_path.glob("linear_*"))) == 2
+
+
 def test_another_setting_neither_resumes_nor_overwrites(photo_folder, weights, tmp_path):
     """Also while the first run has weights, but no result yet."""
     first = run(weights, photo_folder, "--cache_features")
