@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts = {"images": images, "crop_size": crop_size}
     result = evaluation.Result(f"knn_{args.dataset}", args, backbone, made_with, datasets, **facts)
 
+    for dataset in datasets.values():
+        dataset.announce()
     rank, _, device = init_distributed(args.dist_url)
     network = normalized_cls(backbone.to(device))
     features = features_of_all(network, datasets, device, args.batch_size_per_gpu, args.num_workers)

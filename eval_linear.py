@@ -189,6 +189,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         where = f" at {file}" if file else ""
         raise UserError(f"--evaluate found no linear weights{where}: train them first, or give their file")
 
+    for images in splits.values():
+        images.announce()
     # The backbone is frozen: the features of images without augmentation are computed once.
     network = partial(linear_features, backbone.to(device), protocol.n_last_blocks, protocol.avgpool_patchtokens)
     fixed = ("val", "train") if args.cache_features and not args.evaluate else ("val",)

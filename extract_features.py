@@ -94,7 +94,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{path} already exists and is not overwritten: remove it, or give another --output")
     backbone, pretraining, crop_size = evaluation.open_model(evaluation.model_spec(args), args.crop_size)
     dataset = build_dataset(data_spec(args, pretraining), args.split, eval_transform(crop_size))
-    dataset.announce()
     paths = [f"{args.split}/{i}" for i in range(len(dataset))]
     if isinstance(dataset, ImageList):
         root = args.data_path if args.data_path and os.path.isdir(args.data_path) else dataset.root
@@ -103,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings |= {"arch": WIDTHS.get(backbone.embed_dim), "patch_size": backbone.patch_embed.patch_size[0]}
     made_with = json.dumps(settings, default=str)
     make_folder(path.parent, "the folder of --output")
+    dataset.announce()
 
     _, _, device = init_distributed(args.dist_url)
     backbone.to(device)

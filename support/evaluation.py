@@ -184,8 +184,6 @@ def open_splits(spec: DataSpec, transforms: dict[str, Callable | None]) -> dict[
         UserError: see `build_dataset` and `check_splits`.
     """
     splits = {split: build_dataset(spec, split, transform) for split, transform in transforms.items()}
-    for images in splits.values():
-        images.announce()
     check_splits(splits, spec.data_path or spec.dataset)
     return splits
 

@@ -267,7 +267,7 @@ SMALL = "--patch_size 8 --image_size 40 --global_crops_size 32 --local_crops_siz
     ("mount", "line", "views"),
     [
         # The default views and batch have 21 MB.
-        ("mount -t tmpfs -o size=64M tmpfs /dev/shm", "using 2 with 1; give a container more with docker run", ""),
+        ("mount -t tmpfs -o size=64M tmpfs /dev/shm", "using 1 with 1; give a container more with docker run", ""),
         (
             "mount -t tmpfs -o size=64k tmpfs /dev/shm",
             "loading without workers, which is slow; give a container",
