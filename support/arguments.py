@@ -135,7 +135,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return expanded
 
     def _words_of(self, settings: dict[str, Any]) -> list[str]:
-        """Return the command line of recorded settings, `args.json`, in which None stands for an option not given."""
+        """Turn the settings in the `args.json` of a run into a command line. A setting that is None is left out."""
         if not isinstance(settings, dict):
             raise ValueError("expected a JSON object")
         if unknown := [n for n in settings if n not in {a.dest for a in self._actions} and n != "init_hash"]:

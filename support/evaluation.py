@@ -27,7 +27,7 @@ from utils import UserError, is_first_process, printable, warn
 from vision_transformer import ARCHITECTURES, MAX_SIDE, VisionTransformer, architecture
 
 PIXELS = "; pixels: no network, but the pixels minus the mean training image"  # see `open_classification`
-# Arguments that do not change a result, or that `fingerprint` covers; and crop_size, whose resolved value is compared
+# Arguments that do not change a result, or that `hashes_of` covers; and crop_size, whose resolved value is compared
 NO_SETTINGS = "pretrained_weights checkpoint_key arch patch_size download output_dir batch_size_per_gpu".split()
 NO_SETTINGS += "num_workers use_cuda val_freq evaluate dist_url local_rank crop_size".split()
 NETWORK = ("checkpoint_key", "pretrained_weights")  # arguments that name it
@@ -376,8 +376,7 @@ class Result:
         splits: Mapping[str, LabeledImages] | None = None,
         **facts: Any,
     ) -> None:
-        hashes = {"network": fingerprint(network, {}), "fingerprint": fingerprint(network, splits or {})}
-        self.contents = {**facts, **hashes, "pretraining": made_with, "args": vars(args)}
+        self.contents = {**facts, **hashes_of(network, splits or {}), "pretraining": made_with, "args": vars(args)}
         self.path = self.first = None
         folder = Path(args.pretrained_weights).parent
         if args.output_dir is not None:
@@ -416,15 +415,23 @@ class Result:
             print("\n".join(lines), flush=True)
 
 
-def fingerprint(network: nn.Module, splits: Mapping[str, LabeledImages]) -> str:
-    """Return a SHA-256 hash of a network's weights and of the classes and labels of {split: data set}."""
+def hashes_of(network: nn.Module, splits: Mapping[str, LabeledImages]) -> dict[str, str]:
+    """Return SHA-256 hashes of a network and of an evaluation.
+
+    Args:
+        splits: {split: labeled images}.
+
+    Returns:
+        "network": hash of the weights; "fingerprint": hash of the weights and of the classes and labels
+    """
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.cpu().contiguous().numpy().tobytes())
+    of_network = digest.hexdigest()
     for split, images in splits.items():
         digest.update(repr((split, images.classes, images.labels)).encode())
-    return digest.hexdigest()
+    return {"network": of_network, "fingerprint": digest.hexdigest()}
 
 
 def earlier_result(path: Path) -> dict[str, Any]:
