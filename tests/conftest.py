@@ -42,6 +42,16 @@ def no_leaked_workers():
         gc.collect()
 
 
+def pretend_a_gpu(monkeypatch, evaluation):
+    """Give random features to an evaluation, and the meta device, which computes nothing, in place of a GPU."""
+
+    def features_of_all(network, datasets, *_, **__):
+        return {name: torch.rand(len(dataset), 8) for name, dataset in datasets.items()}
+
+    monkeypatch.setattr(evaluation, "features_of_all", features_of_all)
+    monkeypatch.setattr(evaluation, "init_distributed", lambda _: (0, 1, torch.device("meta")))
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Load a golden file by name: arrays of an .npz with its meta parsed, or a .json."""

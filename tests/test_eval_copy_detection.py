@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import pretend_a_gpu
 from PIL import Image
 
 import eval_copy_detection
@@ -98,13 +99,7 @@ def test_whole_protocol_against_a_naive_one(copydays_folder, tmp_path, capsys):
 
 
 def test_features_are_compared_where_use_cuda_says(copydays_folder, tmp_path, monkeypatch):
-    """The meta device, which computes nothing, stands in for a GPU."""
-
-    def features_of_all(network, datasets, *_):
-        return {name: torch.rand(len(dataset), 8) for name, dataset in datasets.items()}
-
-    monkeypatch.setattr(eval_copy_detection, "features_of_all", features_of_all)
-    monkeypatch.setattr(eval_copy_detection, "init_distributed", lambda _: (0, 1, torch.device("meta")))
+    pretend_a_gpu(monkeypatch, eval_copy_detection)
     with pytest.raises(NotImplementedError, match="meta tensor"):
         evaluate(copydays_folder, tmp_path)
     assert evaluate(copydays_folder, tmp_path, "--use_cuda", "false")["args"]["use_cuda"] is False
