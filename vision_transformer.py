@@ -6,13 +6,30 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models import checkpoint_seq
+from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from utils import UserError
 
 MAX_SIDE = 8192  # largest side of a view or patch in pixels
+
+
+class Block(TimmBlock):
+    """timm's block, with stochastic depth as an input: all blocks are alike, and none draws random numbers."""
+
+    def forward(self, x: torch.Tensor, drop_path: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the tokens after attention and MLP: x [B, 1+P, D] -> [B, 1+P, D].
+
+        Args:
+            drop_path: [2, B], factors of attention and MLP for each image, see VisionTransformer.draw_drop_paths. None
+                stands for 1.
+        """
+        attention = self.ls1(self.attn(self.norm1(x)))
+        x = x + (attention if drop_path is None else attention * drop_path[0, :, None, None])
+        mlp = self.ls2(self.mlp(self.norm2(x)))
+        return x + (mlp if drop_path is None else mlp * drop_path[1, :, None, None])
 
 
 class VisionTransformer(TimmVisionTransformer):
@@ -25,19 +42,46 @@ class VisionTransformer(TimmVisionTransformer):
     Args:
         img_size: side in pixels of the square images that the position embedding is made for.
         patch_size: side of a patch in pixels.
-        kwargs: arguments of timm's VisionTransformer. `drop_path_rate` is the stochastic depth rate of the last block;
-            it increases linearly from 0 at the first block.
+        drop_path_rate: stochastic depth rate of the last block; it increases linearly from 0 at the first block. It
+            acts in `forward`, in training mode.
+        kwargs: arguments of timm's VisionTransformer.
     """
 
-    def __init__(self, img_size: int = 224, patch_size: int = 16, **kwargs: Any) -> None:
-        super().__init__(img_size=img_size, patch_size=patch_size, num_classes=0, dynamic_img_size=True, **kwargs)
+    def __init__(self, img_size: int = 224, patch_size: int = 16, drop_path_rate: float = 0.0, **kwargs: Any) -> None:
+        kwargs |= {"num_classes": 0, "dynamic_img_size": True, "block_fn": Block}
+        super().__init__(img_size=img_size, patch_size=patch_size, **kwargs)
+        self.drop_path_rate = drop_path_rate
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)  # timm: 1e-6
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the tokens after the final norm, CLS first: images [B, 3, H, W] -> [B, 1+P, D]."""
+    def forward(self, images: torch.Tensor, drop_paths: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the tokens after the final norm, CLS first: images [B, 3, H, W] -> [B, 1+P, D].
+
+        Args:
+            drop_paths: result of `draw_drop_paths`; None draws it.
+        """
         x = self._embed(images)
-        return self.norm(checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x))
+        drop_paths = self.draw_drop_paths(len(images)) if drop_paths is None else drop_paths
+        of_blocks = [None] * len(self.blocks) if drop_paths is None else drop_paths
+        for block, drop_path in zip(self.blocks, of_blocks, strict=True):
+            x = checkpoint(block, x, drop_path, use_reentrant=False) if self.grad_checkpointing else block(x, drop_path)
+        return self.norm(x)
+
+    def draw_drop_paths(self, images: int) -> torch.Tensor | None:
+        """Draw the stochastic depth of a forward pass, for all blocks at once.
+
+        Returns:
+            [blocks, 2, images], factors of attention and MLP for each image, in the precision of their outputs: 0 with
+            the block's rate, else 1 / (1 - rate). None in evaluation mode and with rate 0.
+        """
+        if not self.training or not self.drop_path_rate:
+            return None
+        device, dtype = self.cls_token.device, self.cls_token.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        keep = torch.linspace(1, 1 - self.drop_path_rate, len(self.blocks), device=device)
+        keep = keep[:, None, None].expand(-1, 2, images)
+        return torch.bernoulli(keep).div_(keep).to(dtype)
 
     def get_intermediate_layers(self, images: torch.Tensor, n: int = 1) -> list[torch.Tensor]:
         """Return the tokens after each of the last n blocks and the final norm, as n tensors [B, 1+P, D]."""

@@ -34,6 +34,16 @@ def open_dataset(dataset, data_path=None, split="train", transform=None, min_sid
     return build_dataset(DataSpec(dataset, data_path, **options), split, transform, min_side)
 
 
+def timms_drop_paths(network, images):
+    """Draw the stochastic depth of a network as timm's blocks do, one after the other, without the first one."""
+    rates = torch.linspace(0, network.drop_path_rate, len(network.blocks)).tolist()
+    factors = torch.ones(len(rates), 2, images)
+    for of_block, rate in zip(factors[1:], rates[1:], strict=True):
+        for of_branch in of_block:
+            of_branch.bernoulli_(1 - rate).div_(1 - rate)
+    return factors
+
+
 @pytest.fixture(autouse=True)
 def no_leaked_workers():
     """Free the iterators of data loaders in tracebacks: if their workers died later, later tests would fail."""

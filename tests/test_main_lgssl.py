@@ -8,9 +8,8 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, open_dataset
+from conftest import GOLDEN, open_dataset, timms_drop_paths
 from PIL import Image
-from timm.models.vision_transformer import Block
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval_knn
@@ -26,7 +25,7 @@ from support.optimizers import build_optimizer, clip_each_gradient, multiply_eac
 from support.options import remarks
 from support.weights import load_backbone
 from utils import Process, UserError, seed_networks
-from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead, Teacher, VisionTransformer, vit_micro
+from vision_transformer import ARCHITECTURES, BackboneWithHead, Block, DINOHead, Teacher, VisionTransformer, vit_micro
 
 TINY = (
     "--arch vit_micro --patch_size 8 --image_size 40 --global_crops_size 32 --local_crops_size 16 "
@@ -363,9 +362,9 @@ def test_stochastic_depth_differs_between_steps_ranks_and_micro_steps():
 def test_gradient_checkpointing_changes_nothing(photo_folder, tmp_path, monkeypatch):
     original, calls = Block.forward, []
 
-    def forward(self, x):
+    def forward(self, *inputs):
         calls.append(1)
-        return original(self, x)
+        return original(self, *inputs)
 
     monkeypatch.setattr(Block, "forward", forward)
     plain = train(photo_folder, tmp_path / "plain", "--epochs", 1)
@@ -519,8 +518,13 @@ def old_checkpoint(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_run_of_an_older_version_goes_on_as_there(old_checkpoint, golden):
-    """Compare with the same run continued by version 0.9.0, in fp32."""
+def test_a_run_of_an_older_version_goes_on_as_there(old_checkpoint, golden, monkeypatch):
+    """Compare with the same run continued by version 0.9.0, in fp32. There, timm's blocks drew stochastic depth."""
+
+    def draw_drop_paths(network, images):
+        return timms_drop_paths(network, images) if network.drop_path_rate else None
+
+    monkeypatch.setattr(VisionTransformer, "draw_drop_paths", draw_drop_paths)
     expected = golden("checkpoint_0.9.0.json")
     main_lgssl.main([*OLD_RUN, "--output_dir", str(old_checkpoint)])
     steps = read(old_checkpoint / "steps.jsonl")

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from conftest import timms_drop_paths
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
 from utils import UserError
 from vision_transformer import (
@@ -9,6 +11,7 @@ from vision_transformer import (
     BackboneWithHead,
     DINOHead,
     Teacher,
+    VisionTransformer,
     architecture,
     vit_base,
     vit_micro,
@@ -122,13 +125,30 @@ def test_initialization_is_dinos():
 
 
 def test_stochastic_depth_rises_to_the_last_block():
-    network = vit_tiny(16, drop_path_rate=0.1)
-    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in network.blocks]
-    np.testing.assert_allclose(rates, np.linspace(0, 0.1, 12))
+    """A branch is dropped with timm's rates, and else divided by the probability that it is kept."""
+    network, images = vit_micro(16, drop_path_rate=0.3), 20000
     torch.manual_seed(0)
-    image = torch.randn(2, 3, 32, 32)
-    assert not torch.equal(network.train()(image), network(image))
-    assert torch.equal(network.eval()(image), network(image))
+    factors = network.draw_drop_paths(images)
+    rates = np.repeat(np.linspace(0, 0.3, 4)[:, None], 2, axis=1)  # block, attention and MLP
+    np.testing.assert_allclose((factors == 0).double().mean(2), rates, atol=5 * (0.3 * 0.7 / images) ** 0.5)
+    np.testing.assert_allclose(factors.amax(2), 1 / (1 - rates), rtol=1e-6)
+    assert np.abs(np.corrcoef(factors[2:].flatten(0, 1) == 0) - np.eye(4)).max() < 5 / images**0.5  # independent
+    assert network.eval().draw_drop_paths(images) is None
+
+
+def test_stochastic_depth_is_timms():
+    """Compare with timm's network, when both draw the same numbers."""
+    own = VisionTransformer(32, 16, embed_dim=24, depth=3, num_heads=3, drop_path_rate=0.5)
+    theirs = TimmVisionTransformer(32, 16, embed_dim=24, depth=3, num_heads=3, drop_path_rate=0.5, num_classes=0)
+    theirs.global_pool = ""
+    theirs.load_state_dict(own.state_dict())
+    images = torch.randn(6, 3, 32, 32)
+    torch.manual_seed(0)
+    expected = theirs.train()(images)
+    torch.manual_seed(0)
+    found = own(images, timms_drop_paths(own, len(images)))
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(own(images), expected)  # other draws
 
 
 def test_head_is_dinos():
