@@ -27,6 +27,7 @@ from augment import MultiCrop
 from losses import LocalGlobalLoss, teacher_temperature
 from support import checkpoints, loader
 from support.checkpoints import RunSize, hash_of_names, restore
+from support.cuda_graphs import accelerate
 from support.images import LabeledImages, ResizedArray
 from support.loader import ViewBatches, Workers, batches_on_device
 from support.meters import Meters, measure
@@ -42,7 +43,6 @@ from utils import (
     Process,
     UserError,
     cosine_schedule,
-    first_line,
     init_distributed,
     run_main,
     seed_networks,
@@ -172,7 +172,8 @@ def train(args: argparse.Namespace, run: Run, stop: StopRequest) -> signal.Signa
         if is_saved:
             checkpoints.refuse_diverged({"student": student, "teacher": teacher, "loss": criterion}, step)
         if ends_epoch:
-            end_epoch(args, run, stop, epoch, step)
+            with torch.compiler.set_stance("force_eager"):  # blocks are compiled for the training's views
+                end_epoch(args, run, stop, epoch, step)
         if is_saved:
             save(args, run, step, ends_epoch)
         if ends_epoch:
@@ -208,7 +209,7 @@ def end_epoch(args: argparse.Namespace, run: Run, stop: StopRequest, epoch: int,
     top1 = None
     if run.online_knn and is_due(epoch, run.settings["knn_every"], args.epochs):
         with stop.waiting_for_data():
-            top1 = run.online_knn(run.teacher.backbone.forward, run.process.device)  # not compiled: any batch size
+            top1 = run.online_knn(run.teacher.backbone, run.process.device)
     if run.report:
         steps = range(step + 1 - run.size.steps_per_epoch, step + 1)
         for name in ("lr", "wd"):
@@ -235,8 +236,9 @@ def save(args: argparse.Namespace, run: Run, step: int, ends_epoch: bool) -> Non
 def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     """Check all input, then build everything. If --output_dir holds a checkpoint, resume from it."""
     images, output_dir = open_images(args), Path(args.output_dir)
-    view_pixels = 2 * args.global_crops_size**2 + args.local_crops_number * args.local_crops_size**2
-    batch_bytes = 3.75 * args.batch_size_per_gpu * view_pixels  # a quarter for the matches: patches of 8 pixels need it
+    sizes = [(2, args.global_crops_size), (args.local_crops_number, args.local_crops_size)]
+    shapes = [(number * args.batch_size_per_gpu, 3, side, side) for number, side in sizes if number]  # of the views
+    batch_bytes = 1.25 * sum(map(math.prod, shapes))  # a quarter for the matches: patches of 8 pixels need it
     workers = fit_all_workers(args.num_workers, batch_bytes, images.online_knn)
     init_hash = checkpoints.hash_of_file(args.init_weights) if args.init_weights else None
     every = 10 if args.knn_every is None and images.online_knn else args.knn_every or 0
@@ -283,6 +285,10 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
         size = size._replace(earlier_hash=hash_of_names(images.train, as_text=True))
     start_step = restore(checkpoint, earlier.path, state, size, world_size) if checkpoint else 0
     checkpoints.refuse_different_starts(start_step, device)
+    student.backbone.set_grad_checkpointing(args.grad_checkpointing)
+    # Compiled blocks and CUDA graphs: support/cuda_graphs.py
+    todo = {"compiles": args.compile, "graphs": args.cuda_graphs, "accumulates": args.accum_steps > 1}
+    fast = accelerate(teacher, student, shapes, AUTOCAST[settings["precision"]], **todo)
     report = None
     if rank == 0:
         checkpoints.tidy(output_dir, earlier.path)
@@ -294,7 +300,8 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
         batch = f"batch {batch_size} on {world_size} x {device.type} {threads} in {settings['precision']}"
         resumed = f"; resuming after step {start_step} of {size.total_steps}" if start_step else ""
         resumed = "; the run is finished" if start_step == size.total_steps else resumed
-        headline = f"{network}, {len(images.train)} images, {batch}, {size.steps_per_epoch} steps per epoch{resumed}"
+        steps = f"{size.steps_per_epoch} steps per epoch{resumed}"
+        headline = ", ".join(filter(None, [network, f"{len(images.train)} images", batch, fast, steps]))
         no_knn = "" if images.online_knn else f"no online k-NN: {images.no_knn}"
         headline = "\n".join(filter(None, [headline, images.found, no_knn, started, *remarks(args)]))
         report.start(settings, {"step": start_step, "processes": world_size, **environment()}, headline)
@@ -368,15 +375,7 @@ def build_networks(args: argparse.Namespace) -> tuple[BackboneWithHead, Teacher,
 def wrap_networks(
     args: argparse.Namespace, student: BackboneWithHead, teacher: Teacher, process: Process
 ) -> BackboneWithHead | DistributedDataParallel:
-    """Apply --grad_checkpointing and --compile. Return the student, wrapped in DDP if there are several processes."""
-    student.backbone.set_grad_checkpointing(args.grad_checkpointing)
-    if args.compile:
-        try:
-            torch.compile(lambda x: x + 1)(torch.zeros(8, device=process.device))
-        except Exception as error:  # many kinds: the compiler is missing or fails
-            raise UserError(f"--compile needs a working C++ compiler, found: {first_line(error)}") from error
-        for network in (student, teacher):
-            network.backbone.compile(dynamic=False)  # one program per view size
+    """Return the student, wrapped in DDP if there are several processes."""
     if process.world_size == 1:
         return student
     if args.use_bn_in_head:

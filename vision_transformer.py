@@ -266,13 +266,17 @@ class BackboneWithHead(nn.Module):
             views: normalized pixels, one tensor [n, 3, S, S] per view size.
             rows: LongTensor [N], indices of tokens in the concatenated outputs of all views; None selects all.
         """
-        outputs = [self.backbone(view) for view in views]  # [n, 1+P, D] each
+        outputs = self.encode(views)
         cls_features = outputs[0][:, 0].detach().clone()  # a copy, so that the memory of the other tokens can be freed
         tokens = torch.cat([output.flatten(0, 1) for output in outputs])
         if rows is not None:
             tokens = tokens[rows]
         prototypes, scale = self.head.prototypes()
         return TokenOutput(self.head(tokens), prototypes, scale, cls_features)
+
+    def encode(self, views: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return the tokens [n, 1+P, D] of each tensor of views. support/cuda_graphs.py replaces this method."""
+        return [self.backbone(view) for view in views]
 
 
 class Teacher(BackboneWithHead):

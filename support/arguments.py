@@ -145,10 +145,10 @@ class ArgumentParser(argparse.ArgumentParser):
             value = settings.get(action.dest)
             if action.nargs == 0 and value:
                 words.append(action.option_strings[0])
+            elif action.nargs in (None, "?") and value is not None:
+                words.append(f"{action.option_strings[0]}={value}")
             elif action.nargs and value is not None:
                 words += [action.option_strings[0], *map(str, value)]
-            elif action.nargs is None and value is not None:
-                words.append(f"{action.option_strings[0]}={value}")
         return words
 
     def check_crops(self, args: argparse.Namespace) -> None:

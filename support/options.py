@@ -71,7 +71,10 @@ def add_optimization_arguments(parser: ArgumentParser) -> None:
         "without or with TF32. Default: that of the resumed run, or bf16 (fp16 on GPUs without it), fp32 on a CPU")
     add("--use_fp16", type=bool_flag, help="DINO's option for --precision fp16 (true) or fp32 (false)")
     free("--grad_checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
-    free("--compile", action="store_true", help="compile the backbones with torch.compile")
+    free("--compile", type=bool_flag, nargs="?", const=True, help="compile the blocks of the ViT with torch.compile. "
+        "Default: true on a GPU, false on a CPU")
+    free("--cuda_graphs", type=bool_flag, default=True, help="on a GPU, start the kernels of a backbone at once, as a "
+        "CUDA graph; not with --grad_checkpointing")
 
 
 def add_data_arguments(parser: ArgumentParser) -> None:

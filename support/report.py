@@ -125,7 +125,7 @@ class Report:
         loss, rate = f"{values['loss']:.3f}", f"{values['images_per_s']:.0f}"
         usage = {"waiting for data": f"{data_share:.0%}"}
         if torch.cuda.is_initialized():
-            usage["GPU memory"] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+            usage["GPU memory"] = f"{torch.cuda.max_memory_reserved() / 1e9:.1f} GB"
         if self.bar.disable:
             left = datetime.timedelta(seconds=round((self.total_steps - step - 1) * seconds_per_step))
             place = f"epoch {epoch + 1}/{self.epochs}  step {step + 1}/{self.total_steps}"

@@ -27,7 +27,7 @@ def test_argument_files_include_others_beside_them(tmp_path):
     "words",
     [
         "--data_path=a\\ b --loss lambda --lambda_cls 0.2 --intensity_range -5 10 --compile --norm_last_layer false",
-        "--output_dir=-x --tuning --dataset digits --knn_every 0",
+        "--output_dir=-x --compile false --tuning --dataset digits --knn_every 0",
         "--init_weights FILE --loss cls --use_fp16 true",
     ],
 )

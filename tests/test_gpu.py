@@ -22,19 +22,21 @@ from augment import MultiCrop
 from benchmarks.bench_gpu import DTYPES, pairs_by_image, plain_batch_loss
 from losses import LocalGlobalLoss
 from support.loader import ViewBatches
-from vision_transformer import TokenOutput
+from vision_transformer import TokenOutput, VisionTransformer
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS refuses to be deterministic
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
 pytestmark = [pytest.mark.gpu, needs_gpu]
 
-# 10 steps in one epoch
+# 10 steps in one epoch. Compiling takes seconds: only some tests do it.
 TRAINING = (
     "--dataset digits --arch vit_micro --patch_size 8 --image_size 40 --global_crops_size 32 --local_crops_size 16 "
     "--local_crops_number 2 --out_dim 24 --head_hidden_dim 32 --drop_path_rate 0 --batch_size_per_gpu 128 --epochs 1 "
-    "--lr 0.002 --warmup_epochs 0 --freeze_last_layer 0 --log_every 1 --num_workers 0 --knn_every 0 --image_every 0"
+    "--lr 0.002 --warmup_epochs 0 --freeze_last_layer 0 --log_every 1 --num_workers 0 --knn_every 0 --image_every 0 "
+    "--compile false"
 ).split()
+EAGER = ("--cuda_graphs", "false")
 
 
 def steps(folder):
@@ -164,14 +166,75 @@ def test_a_resumed_run_with_local_views_has_the_same_losses(tmp_path, monkeypatc
     assert_close(resumed, whole, 1e-3)
 
 
-@pytest.mark.parametrize("option", ["--grad_checkpointing", "--compile"])
-def test_options_that_save_time_or_memory_change_no_loss(tmp_path, option):
-    plain, other = (train(tmp_path / name, "--precision", "fp32", *more) for name, more in (("a", []), ("b", [option])))
+@pytest.mark.parametrize("options", ["--grad_checkpointing", "--compile", "--compile --cuda_graphs false"])
+def test_options_that_save_time_or_memory_change_no_loss(tmp_path, options):
+    plain, other = (
+        train(tmp_path / name, "--precision", "fp32", *more) for name, more in (("a", EAGER), ("b", options.split()))
+    )
     assert_close(other, plain, 2e-3)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_graphs_change_no_bit(tmp_path, deterministic, precision, accum_steps):
+    """Without local views, see test_a_resumed_run_ends_with_the_same_bits."""
+    options = f"--local_crops_number 0 --drop_path_rate 0.2 --precision {precision} --accum_steps {accum_steps}".split()
+    options += ["--batch_size_per_gpu", 128 // accum_steps]
+    for name, more in (("eager", EAGER), ("graphs", ())):
+        train(tmp_path / name, *options, *more)
+    assert_same_state(
+        *(torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("graphs", "eager"))
+    )
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_graphs_with_local_views_have_the_same_losses(tmp_path, capsys, accum_steps):
+    """Online k-NN and pictures, of other batch sizes, run beside the graphs."""
+    options = ["--drop_path_rate", 0.2, "--precision", "fp32", "--accum_steps", accum_steps]
+    options += ["--batch_size_per_gpu", 128 // accum_steps, "--knn_every", 1, "--image_every", 1]
+    eager = train(tmp_path / "eager", *options, *EAGER)
+    assert "CUDA graphs" not in capsys.readouterr().out
+    graphs = train(tmp_path / "graphs", *options)
+    assert "CUDA graphs" in capsys.readouterr().out.splitlines()[0]
+    assert_close(graphs, eager, 1e-4)
+    epochs = [json.loads((tmp_path / name / "log.txt").read_text()) for name in ("eager", "graphs")]
+    assert epochs[0]["knn_top1"] == pytest.approx(epochs[1]["knn_top1"], abs=1)
+
+
+def test_a_run_with_compiled_blocks_evaluates_itself(tmp_path, capsys):
+    options = "--compile true --drop_path_rate 0.2 --knn_every 1 --image_every 1".split()
+    assert len(train(tmp_path, *options)) == 10
+    captured = capsys.readouterr()
+    assert "compiled blocks and CUDA graphs" in captured.out.splitlines()[0]
+    assert "warning" not in captured.err
+
+
+def test_a_backbone_that_cannot_be_captured_trains_without_graphs(tmp_path, monkeypatch, capsys):
+    forward = VisionTransformer.forward
+
+    def waiting(network, images, *more):
+        assert images.mean().item() < 100
+        return forward(network, images, *more)
+
+    eager = train(tmp_path / "eager", *EAGER, "--precision", "fp32")
+    monkeypatch.setattr(VisionTransformer, "forward", waiting)
+    found = train(tmp_path / "waiting", "--precision", "fp32")
+    assert capsys.readouterr().err.count("warning: no CUDA graphs") == 1
+    assert_close(found, eager, 1e-4)
+
+
 @pytest.mark.parametrize(
-    "options", ["--loss mean", "--loss cls", "--precision bf16", "--optimizer sgd", "--optimizer lars"]
+    "options",
+    [
+        "--loss mean",
+        "--loss cls",
+        "--precision bf16",
+        "--optimizer sgd",
+        "--optimizer lars",
+        "--accum_steps 2 --batch_size_per_gpu 64",
+        "--cuda_graphs false",
+        "--compile true",
+    ],
 )
 def test_nothing_waits_for_the_device_between_reports(tmp_path, monkeypatch, options):
     """From the second step, since the first one sets up much, to the loading of the last one, which reports."""
@@ -187,7 +250,7 @@ def test_nothing_waits_for_the_device_between_reports(tmp_path, monkeypatch, opt
         train(tmp_path, *options.split(), "--log_every", 100, "--drop_path_rate", 0.2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert modes.count("error") == 8
+    assert modes.count("error") == 8 * (2 if "--accum_steps 2" in options else 1)
 
 
 def evaluate(run_script, script, weights, folder, *options):

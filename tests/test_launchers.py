@@ -187,10 +187,15 @@ def test_features_of_uneven_parts_keep_their_order(photo_folder, tmp_path, run_s
     assert torch.equal(features, torch.arange(7.0)[:, None].expand(7, 3))
 
 
-def test_compiled_backbones_train_alike(photo_folder, tmp_path, run_main, run_script):
-    options = [*TINY, "--drop_path_rate", 0, "--data_path", photo_folder, "--batch_size_per_gpu", 4]
+def test_compiled_blocks_train_alike(photo_folder, tmp_path, run_main, run_script):
+    """There is one program for the teacher and one for each size of the student's views, but none for the k-NN."""
+    options = [*TINY, "--drop_path_rate", 0.2, "--data_path", photo_folder, "--batch_size_per_gpu", 4, "--knn_every", 1]
     run_main("main_lgssl.py", *options, "--output_dir", tmp_path / "plain")
-    run_script("main_lgssl.py", *options, "--compile", "--output_dir", tmp_path / "compiled")
+    words = [*map(str, options), "--compile", "--output_dir", str(tmp_path / "compiled")]
+    script = f"import torch, main_lgssl; main_lgssl.main({words}); print(torch._dynamo.utils.counters['stats'])"
+    output = run_script("-c", script).stdout
+    assert "in fp32, compiled blocks, 3 steps" in output.splitlines()[0]
+    assert "'unique_graphs': 4" in output.splitlines()[-1]  # with that of the check for a compiler
     for a, b in zip(steps(tmp_path / "plain"), steps(tmp_path / "compiled"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
     plain, compiled = (torch.load(tmp_path / n / "checkpoint.pth", weights_only=True) for n in ("plain", "compiled"))

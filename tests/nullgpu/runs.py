@@ -7,7 +7,7 @@ A training takes its usual way, but repeats its first batch and ends after END s
 and a training also
     "steps": for each step {"launches", "pageable_copies", "synchronizations", "loss_launches",
         "synchronizations_before_backward"}, except for step STRICT, in which a synchronization is an error;
-    "peak_bytes": of PyTorch's allocator;
+    "peak_bytes": what PyTorch's allocator reserves, with the memory that CUDA graphs keep;
     "lines": [[place and operator, launches in step LISTED], ...], the most launches first.
 """
 
@@ -15,6 +15,7 @@ import collections
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib
 import importlib.util
 import json
@@ -165,6 +166,8 @@ def run(command) -> dict:
     """Run a command, a module with its options, in this process."""
     global record
     record, error = Record(), ""
+    gc.collect()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     module, *words = command.split()
     try:
@@ -174,7 +177,7 @@ def run(command) -> dict:
     except Exception:
         error = traceback.format_exc()
     torch.cuda.set_sync_debug_mode("default")
-    peak_bytes = torch.cuda.max_memory_allocated()
+    peak_bytes = torch.cuda.max_memory_reserved()
     return {"error": error, "steps": record.steps, "peak_bytes": peak_bytes, "lines": record.lines.most_common()}
 
 

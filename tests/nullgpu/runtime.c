@@ -143,13 +143,35 @@ int cudaMemsetAsync() { return nullgpu_launch(); }
 const char *cudaGetErrorName() { return "error"; }
 const char *cudaGetErrorString() { return "not possible without a GPU"; }
 
-/* Streams and events */
-int cudaDeviceSynchronize() { nullgpu_synchronizations++; return 0; }
-int cudaStreamSynchronize() { nullgpu_synchronizations++; return 0; }
-int cudaEventSynchronize() { nullgpu_synchronizations++; return 0; }
+/* Streams, events and graphs. One capture at a time; a synchronization is an error in it, and makes it invalid. */
+static enum cudaStreamCaptureStatus capture;
+static unsigned long long captures;
+
+static int synchronize(void) {
+    nullgpu_synchronizations++;
+    if (capture == cudaStreamCaptureStatusNone) return 0;
+    capture = cudaStreamCaptureStatusInvalidated;
+    return cudaErrorStreamCaptureUnsupported;
+}
+int cudaDeviceSynchronize() { return synchronize(); }
+int cudaStreamSynchronize() { return synchronize(); }
+int cudaEventSynchronize() { return synchronize(); }
 int cudaEventElapsedTime(float *milliseconds) { *milliseconds = 0; return 0; }
-int cudaStreamIsCapturing(void *stream, int *status) { *status = cudaStreamCaptureStatusNone; return 0; }
-int cudaStreamGetCaptureInfo(void *stream, int *status) { *status = cudaStreamCaptureStatusNone; return 0; }
+int cudaStreamBeginCapture() { capture = cudaStreamCaptureStatusActive, captures++; return 0; }
+int cudaStreamEndCapture(void *stream, void **graph) {
+    int is_valid = capture == cudaStreamCaptureStatusActive;
+    capture = cudaStreamCaptureStatusNone, *graph = is_valid ? &captures : 0;
+    return is_valid ? 0 : cudaErrorStreamCaptureInvalidated;
+}
+int cudaStreamIsCapturing(void *stream, int *status) { *status = capture; return 0; }
+int cudaStreamGetCaptureInfo(void *stream, int *status, unsigned long long *id) {
+    *status = capture;
+    if (id) *id = captures;
+    return 0;
+}
+int cudaGraphGetNodes(void *graph, void *nodes, Size *count) { *count = 1; return 0; }
+int cudaGraphInstantiateWithFlags(void **executable) { *executable = &captures; return 0; }
+int cudaGraphLaunch() { return nullgpu_launch(); }
 
 /* The driver */
 int cuCtxGetCurrent(void **context) { *context = &device; return 0; }

@@ -1,0 +1,140 @@
+"""The backbones made fast: compiled blocks, and CUDA graphs, which start all kernels of a backbone at once.
+
+At the batch sizes of the paper, a GPU waits for the CPU, which starts some 2,000 kernels per step. Head, loss and
+optimizer stay outside the graphs, because the number of matched tokens differs from step to step.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from utils import UserError, first_line, warn
+from vision_transformer import BackboneWithHead, Teacher, VisionTransformer
+
+
+def accelerate(
+    teacher: Teacher,
+    student: BackboneWithHead,
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype | None,
+    *,
+    compiles: bool | None,
+    graphs: bool,
+    accumulates: bool,
+) -> str:
+    """Compile the blocks of both backbones, and on a GPU capture the backbones in CUDA graphs.
+
+    To be called before DDP wraps the student, and while no other thread uses the GPU. Afterwards, parameters may change
+    only in place.
+
+    Args:
+        shapes: [n, 3, S, S] of each tensor of the student's views. The teacher sees the first one.
+        dtype: precision of autocast, or None.
+        compiles: None compiles on a GPU, if there is a compiler.
+        graphs: capture graphs, unless activations are recomputed in the backward pass or the device is a CPU.
+        accumulates: whether the gradients of several micro-batches are added up.
+
+    Returns:
+        what was done, for the first line of the log.
+
+    Raises:
+        UserError: there is no compiler, but `compiles` is true.
+    """
+    start, done = time.perf_counter(), []
+    device = next(student.parameters()).device
+    on_gpu = device.type == "cuda"
+    if on_gpu if compiles is None else compiles:
+        torch.compiler.reset()  # the number of programs is limited, and those of an earlier training count
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+        except Exception as error:  # many kinds: the compiler is missing or fails
+            problem = f"--compile needs a working compiler, found: {first_line(error)}"
+            if compiles:
+                raise UserError(problem) from error
+            warn(f"{problem}; the blocks are not compiled")
+        else:
+            # All blocks of a backbone share one program per shape of the tokens. It is compiled when it is needed.
+            for block in (*teacher.backbone.blocks, *student.backbone.blocks):
+                block.compile(dynamic=False)
+            done.append("compiled blocks")
+    if on_gpu and graphs and not student.backbone.grad_checkpointing:
+        try:
+            capture(teacher, student, shapes, dtype, accumulates)
+            done.append(f"CUDA graphs after {time.perf_counter() - start:.0f} s")
+        except Exception as error:  # many kinds: a backbone waits for the device, or memory runs out
+            reason = first_line(error.__context__ or error)  # ending a capture that failed raises another error
+            warn(f"no CUDA graphs, because the backbones cannot be captured: {reason}")
+    return " and ".join(done)
+
+
+def capture(
+    teacher: Teacher,
+    student: BackboneWithHead,
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype | None,
+    accumulates: bool,
+) -> None:
+    """Capture both backbones in CUDA graphs, which the method `encode` of the networks replays; see `accelerate`.
+
+    Each call of `encode` overwrites the tokens that the last one returned.
+    """
+    device = next(student.parameters()).device
+    networks, functions, samples = (teacher, student), [], []  # in the order of a step: they share a pool of memory
+    for network, own in zip(networks, (shapes[:1], shapes), strict=True):
+        functions.append(_function(network.backbone, len(own), dtype))
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            inputs = _inputs(network.backbone, [torch.zeros(shape, device=device) for shape in own])
+        # The same memory as the parameters, but other tensors: autograd adds gradients up on the stream where it first
+        # meets a tensor, which is not to be that of the capture.
+        weights = [nn.Parameter(p.data, requires_grad=p.requires_grad) for p in network.backbone.parameters()]
+        samples.append((*inputs, *weights))
+    with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails does not leave its own stream
+        graphs = torch.cuda.make_graphed_callables(tuple(functions), tuple(samples), allow_unused_input=True)
+    for network, graph, sample in zip(networks, graphs, samples, strict=True):
+        network.encode = _replay(network, graph, sample)  # type: ignore
+    if accumulates:
+        # Autograd keeps the first gradient where the graph wrote it, and where the graph will write the next one.
+        for parameter in filter(lambda p: p.requires_grad, student.backbone.parameters()):
+            parameter.register_hook(torch.clone)
+    torch.cuda.empty_cache()  # of what only the capture needed
+
+
+def _inputs(backbone: VisionTransformer, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the views and, with stochastic depth, what is drawn for each of them: no graph holds random numbers."""
+    drop_paths = [backbone.draw_drop_paths(len(view)) for view in views]
+    return (*views, *(drawn for drawn in drop_paths if drawn is not None))
+
+
+def _function(backbone: VisionTransformer, count: int, dtype: torch.dtype | None) -> Callable[..., tuple[Tensor, ...]]:
+    """Return the function that is captured: `_inputs` for `count` tensors of views, and all parameters -> tokens."""
+    names = [name for name, _ in backbone.named_parameters()]
+    linear = [f"{name}.weight" for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear)]
+
+    def encode(*tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs, weights = tensors[: -len(names)], dict(zip(names, tensors[-len(names) :], strict=True))
+        # Autocast is entered here, because its cache must be empty before and after a capture. The cache casts a
+        # parameter once for all views, but not in compiled blocks.
+        with torch.autocast(inputs[0].device.type, dtype, enabled=dtype is not None):
+            if dtype is not None:
+                weights |= {name: weights[name].to(dtype) for name in linear}
+            return tuple(functional_call(backbone, weights, inputs[i::count]) for i in range(count))
+
+    return encode
+
+
+def _replay(
+    network: BackboneWithHead, graph: Callable[..., tuple[Tensor, ...]], sample: tuple[Tensor, ...]
+) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    """Return the method `encode` that replays the graph for inputs like those of the capture."""
+    plain, parameters = network.encode, list(network.backbone.parameters())
+    captured = [(x.shape, x.dtype) for x in sample[: -len(parameters)]]
+
+    def encode(views: Sequence[Tensor]) -> Sequence[Tensor]:
+        inputs = _inputs(network.backbone, views)
+        is_captured = [(x.shape, x.dtype) for x in inputs] == captured
+        return graph(*inputs, *parameters) if is_captured else plain(views)
+
+    return encode

@@ -1,0 +1,125 @@
+"""The training with an imitation of CUDA graphs on the CPU against that without. tests/test_gpu.py has true graphs."""
+
+import pytest
+import torch
+from digits_run import torchrun
+from test_main_lgssl import TINY, assert_same_state, train
+
+import main_lgssl
+from support import cuda_graphs
+
+
+class Replayed(torch.autograd.Function):
+    """A function with the buffers of a CUDA graph. Each call overwrites inputs, outputs and gradients of the last."""
+
+    @staticmethod
+    def forward(ctx, graph, *inputs):
+        ctx.graph = graph
+        for own, given in zip(graph.inputs, inputs, strict=True):
+            if own.data_ptr() != given.data_ptr():
+                own.data.copy_(given)
+        with torch.enable_grad():
+            graph.results = graph.function(*graph.inputs)
+        for own, result in zip(graph.outputs, graph.results, strict=True):
+            own.copy_(result)
+        return tuple(output.detach() for output in graph.outputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        graph = ctx.graph
+        trained = [x for x in graph.inputs if x.requires_grad]
+        results = torch.autograd.grad(graph.results, trained, gradients)
+        for own, result in zip(graph.gradients, results, strict=True):
+            own.copy_(result)
+        found = iter(graph.gradients)
+        return None, *(next(found).detach() if x.requires_grad else None for x in graph.inputs)
+
+
+class Graph:
+    def __init__(self, function, inputs):
+        self.function, self.inputs = function, inputs
+        self.outputs = [x.detach().clone() for x in function(*inputs)]
+        self.gradients = [torch.empty_like(x) for x in inputs if x.requires_grad]
+
+    def __call__(self, *inputs):
+        return Replayed.apply(self, *inputs)
+
+
+def imitate(patch) -> list:
+    """Let trainings on the CPU use the imitation, with a function that works as setattr. Return the list of graphs."""
+    graphs = []
+
+    def make_graphed_callables(functions, samples, allow_unused_input):
+        assert not torch.is_autocast_enabled("cpu")  # of which PyTorch would complain
+        made = tuple(map(Graph, functions, samples))
+        graphs.extend(made)
+        return made
+
+    def accelerate(teacher, student, shapes, dtype, *, accumulates, **_):
+        cuda_graphs.capture(teacher, student, shapes, dtype, accumulates)
+        return "CUDA graphs"
+
+    patch(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    patch(torch.cuda, "current_stream", lambda: None)
+    patch(main_lgssl, "accelerate", accelerate)
+    return graphs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--accum_steps 1",
+        "--accum_steps 2",
+        "--accum_steps 2 --local_crops_number 0",
+        "--accum_steps 2 --drop_path_rate 0 --loss cls",
+        "--precision bf16 --accum_steps 2",
+    ],
+)
+def test_graphs_change_no_bit(photo_folder, tmp_path, monkeypatch, options):
+    """Six steps without graphs, and with graphs in two runs, of which the second resumes."""
+    words = [*options.split(), "--batch_size_per_gpu", 2, "--epochs", 2, "--freeze_last_layer", 0, "--knn_every", 1]
+    expected = train(photo_folder, tmp_path / "plain", *words)
+    graphs = imitate(monkeypatch.setattr)
+    with monkeypatch.context() as patch:
+        patch.setattr(main_lgssl, "end_epoch", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(photo_folder, tmp_path / "graphs", *words, "--save_every_steps", 1)
+    assert_same_state(train(photo_folder, tmp_path / "graphs", *words, "--save_every_steps", 1), expected)
+    assert len(graphs) == 4  # teacher and student, two runs
+
+
+def test_the_imitation_overwrites_gradients(photo_folder, tmp_path, monkeypatch):
+    """Without the copies that `capture` makes, the second micro-batch is counted twice."""
+    imitate(monkeypatch.setattr)
+    words = ["--accum_steps", 2, "--batch_size_per_gpu", 2, "--epochs", 1, "--freeze_last_layer", 0, "--lr", 0.1]
+    expected = train(photo_folder, tmp_path / "copied", *words)["student"]
+    monkeypatch.setattr(torch.Tensor, "register_hook", lambda *_: None)
+    found = train(photo_folder, tmp_path / "overwritten", *words)["student"]
+    assert not torch.equal(found["backbone.pos_embed"], expected["backbone.pos_embed"])
+
+
+@pytest.mark.slow
+def test_graphs_change_no_bit_with_two_processes(photo_folder, tmp_path, run_script):
+    words = [
+        *TINY,
+        "--data_path",
+        str(photo_folder),
+        "--epochs",
+        "2",
+        "--accum_steps",
+        "2",
+        "--batch_size_per_gpu",
+        "1",
+    ]
+    (tmp_path / "graphs.py").write_text(
+        "import sys; sys.path[:0] = ['.', 'tests']\n"
+        "import main_lgssl, test_cuda_graphs\n"
+        "test_cuda_graphs.imitate(setattr)\n"
+        "main_lgssl.main(sys.argv[1:])\n"
+    )
+    states = []
+    for name, script in (("plain", "main_lgssl.py"), ("graphs", tmp_path / "graphs.py")):
+        output = run_script(script, *words, "--output_dir", tmp_path / name, launcher=torchrun()[1:]).stdout
+        assert ("CUDA graphs" in output) == (name == "graphs")
+        states.append(torch.load(tmp_path / name / "checkpoint.pth", weights_only=True))
+    assert_same_state(*states)
