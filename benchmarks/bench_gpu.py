@@ -1,9 +1,14 @@
 """Measure training steps on a GPU by phase, against what its rates allow and against DINO's step.
 
-    python -m benchmarks.bench_gpu        one GPU; sized for at most ten minutes on an H100
+    python -m benchmarks.bench_gpu              what the goals need, on one GPU; sized for five minutes on an H200
+    python -m benchmarks.bench_gpu --all        also fp16, TF32, plain networks, the loss alone, loading; ten minutes
+    python -m benchmarks.bench_gpu --profile    instead: the operations that take most time of the GPU
 
 The steps are those of the loop in main_lgssl.py, on views that are made in advance; only the beginnings of phases are
-recorded, without waiting for the device. "DINO" is DINO's step in plain PyTorch, see `dino_steps`. Times are medians.
+recorded, without waiting for the device. "DINO" is DINO's step in plain PyTorch, see `dino_steps`. Each round runs all
+cases in turn, each as a training of its own. Times are medians over the steps of all rounds, in brackets the range of
+the medians of the rounds. The start-up ends with the request for the first batch and includes compilation and capture;
+that of the first round counts, which finds no compiled code on the disk.
 
 The bound of a phase is max(FLOP / rate of matrix products, bytes / rate of copies), with the rates that this device
 reaches in one large product and one large copy. D is the width of the ViT, N its tokens per view, H the weights of the
@@ -20,9 +25,11 @@ MLP of the head, K the number of prototypes, n_t and n_s the numbers of matched 
 """
 
 import contextlib
+import functools
 import gc
 import itertools
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -41,52 +48,76 @@ import main_lgssl
 from benchmarks.bench_step import BOTTLENECK, GLOBAL, LOCAL, VIEWS, Done, memory
 from benchmarks.machine import machine, print_table
 from losses import LOSS_WEIGHTS, LocalGlobalLoss, plain_loss
-from patch_matching import Matches
 from support.arguments import ArgumentParser, number
 from support.loader import LoadedBatch
 from utils import Process, UserError, run_main
 from vision_transformer import ARCHITECTURES, DINOHead, TokenOutput
 
 PATCH, IMAGE = 16, 256
-BATCHES = 8  # different ones, in turn
-WARM_UP = BATCHES  # steps or calls that are not timed: for each batch one
+BATCHES = 4  # different ones, in turn
+WARM_UP = 8  # steps or calls that are not timed
 PHASES = ("views", "teacher", "student", "loss", "backward", "update")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of products under autocast; fp32 otherwise
-GOALS = {"added": 1.5, "loss": 0.6, "vit_base": 0.45}
+# Options of main_lgssl.py. By default, blocks are compiled, and backbones are replayed from CUDA graphs.
+SPEEDS = {"default": "", "graphs": "--compile false", "eager": "--compile false --cuda_graphs false"}
 
 
 class Case(NamedTuple):
     arch: str
     batch_size: int
-    K: int
-    loss: str  # of main_lgssl.py, or "DINO" for DINO's step
-    precision: str  # of main_lgssl.py
-    compile: bool = False  # of main_lgssl.py
+    K: int = 10_000
+    loss: str = "mean"  # of main_lgssl.py, or "DINO" for DINO's step
+    precision: str = "bf16"  # of main_lgssl.py
+    speed: str = "default"  # one of SPEEDS
 
-    def network(self) -> str:
-        """Return the name of the network, with batch size and --compile."""
-        return f"{self.arch}/{PATCH}, batch {self.batch_size}" + ", --compile" * self.compile
+    def cells(self) -> list:
+        """Return the first cells of a row: network, K, loss and precision."""
+        speed = f", {self.speed}" * (self.speed != "default")
+        return [f"{self.arch}/{PATCH}, batch {self.batch_size}{speed}", self.K, self.loss, self.precision]
 
 
-LOSS_SIZES = (10_000, 65_536)  # K for the loss alone
-# tf32 comes last, because it changes settings of the process. DINO's steps run with those of the case before.
-CASES = [
-    *(Case(f"vit_{size}", 40, 10_000, "mean", "bf16") for size in ("tiny", "base")),
-    *(Case(f"vit_{size}", 128, 10_000, "mean", "bf16") for size in ("tiny", "small", "base")),
-    Case("vit_small", 40, 10_000, "mean", "bf16", compile=True),
-    Case("vit_base", 128, 10_000, "mean", "bf16", compile=True),
-    *(
-        Case("vit_small", 40, K, loss, precision)
-        for precision in ("bf16", "fp16", "tf32")
-        for K in LOSS_SIZES
-        for loss in ("mean", "cls", "DINO")
-    ),
+SMALL, OF_DINO = Case("vit_small", 40), Case("vit_small", 64, 65_536, "cls", "fp16")  # the defaults here, and DINO's
+LOSS_SIZES = (SMALL.K, OF_DINO.K)
+STEP, ADDED, FASTER, START_UP = "step ms", "minus cls, ms", "times as fast as DINO's step", "start-up s"
+COMPARED = {ADDED: "cls", FASTER: "DINO"}  # the loss that a goal compares with
+GOALS = [  # values are at most the last number, and those of FASTER at least
+    (STEP, SMALL, 28),
+    (STEP, Case("vit_small", 10), 13),
+    (STEP, Case("vit_small", 128), 70),
+    (STEP, Case("vit_tiny", 40), 18),
+    (STEP, Case("vit_tiny", 128), 45),
+    (STEP, Case("vit_base", 128), 145),
+    (ADDED, SMALL, 4),
+    (ADDED, SMALL._replace(K=OF_DINO.K), 12),
+    (FASTER, OF_DINO, 2.5),
+    (START_UP, SMALL, 30),
 ]
+CASES = [
+    *(case for _, case, _ in GOALS),
+    *(case._replace(loss=COMPARED[goal]) for goal, case, _ in GOALS if goal in COMPARED),
+    *(SMALL._replace(speed=speed) for speed in SPEEDS),
+]
+# tf32 comes last, because it changes settings of the process. DINO's steps run with those of the case before.
+OTHER_CASES = [
+    *(case._replace(speed="eager") for goal, case, _ in GOALS if goal == STEP),
+    *(SMALL._replace(K=K, loss="DINO") for K in LOSS_SIZES),
+    *(SMALL._replace(K=K, precision=precision) for precision in ("fp16", "tf32") for K in LOSS_SIZES),
+]
+
+
+class Result(NamedTuple):
+    steps: list[dict[str, float]]  # {phase: seconds} of each timed step
+    tokens: list[tuple[int, int]]  # (n_t, n_s) of each
+    peak: int  # memory in bytes
+    start_up: float  # seconds until the first batch
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=number(int, 1), default=16, help="timed steps per case")
+    parser.add_argument("--all", action="store_true", help="measure all cases, the loss alone, and loading")
+    parser.add_argument("--profile", action="store_true", help="only print the operations with most time of the GPU")
+    parser.add_argument("--rounds", type=number(int, 1), default=3, help="trainings per case")
+    parser.add_argument("--steps", type=number(int, 1), default=12, help="timed steps per training")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise UserError("found no GPU that PyTorch can use, expected one: bench_step measures steps on a CPU")
@@ -94,45 +125,48 @@ def main() -> None:
     torch.cuda.set_device(device)
     start = time.perf_counter()
     print(machine())
-    run(CASES, device, args.steps)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # so that the first start-up compiles
+        if args.profile:
+            print_profile(SMALL, device)
+            return
+        run(CASES + OTHER_CASES * args.all, device, args.rounds, args.steps)
+        if args.all:
+            print()
+            print_loss_alone(LOSS_SIZES, 128, device)
+            print_loading(480, device)
     print(f"\nmeasured in {(time.perf_counter() - start) / 60:.1f} minutes")
 
 
-def run(cases, device, steps=16, loss_sizes=LOSS_SIZES, loss_batch=128, side=8192, copied=2**30, loaded=480) -> None:
-    """Measure all cases and print the tables.
+def run(cases, device, rounds, steps, side=8192, copied=2**30) -> None:
+    """Measure all cases and print the tables of steps and goals. A CPU as the device serves to test this program.
 
     Args:
-        cases: list of Case.
-        device: a GPU. A CPU serves to test this program.
-        steps: timed steps per case.
-        loss_sizes: K of the comparison of the loss alone.
-        loss_batch: largest batch of this comparison; it is halved until the plain formula fits the memory.
-        side: side of the matrices whose product is timed.
-        copied: bytes of the copy that is timed.
-        loaded: number of images whose loading is timed.
+        rounds, steps: trainings per case, timed steps per training.
+        side, copied: side of the matrices whose product is timed, bytes of the copy that is timed.
     """
-    made, results, product_rates = {}, {}, {}
+    results, rates = {case: [] for case in cases}, {}
     copy_rate = measure_copy(device, copied)
-    for case in cases:
+    for i, case in itertools.product(range(rounds), results):
+        if results[case] is None:
+            continue
         try:
-            results[case] = measure(case, made, steps, device)
+            result = measure(case, steps, device)
+            results[case].append(result)
+            found = f"step {step_ms([result])[0]:.1f} ms, start-up {result.start_up:.1f} s"
         except torch.OutOfMemoryError:
-            results[case] = None
+            results[case], found = None, "out of memory"
+        print(f"round {i + 1}:", "{}, K {}, {}, {}:".format(*case.cells()), found, file=sys.stderr, flush=True)
         free_memory(device)
-        if case.precision not in product_rates:  # only now are the settings those of the precision
-            product_rates[case.precision] = measure_product(device, DTYPES.get(case.precision, torch.float32), side)
-        print(*case, results[case], file=sys.stderr, flush=True)
-    rates = {precision: (rate, copy_rate) for precision, rate in product_rates.items()}
+        if case.precision not in rates:  # only now are the settings those of the precision
+            product_rate = measure_product(device, DTYPES.get(case.precision, torch.float32), side)
+            rates[case.precision] = product_rate, copy_rate
     for precision, (product, copy) in rates.items():
         print(f"products in {precision}: {product / 1e12:.1f} TFLOP/s of {side}³; copies: {copy / 1e9:.0f} GB/s")
     print()
     print_steps(results, rates)
     print()
-    print_loss_alone(loss_sizes, loss_batch, device)
-    print()
-    print_goals(results, rates)
-    print()
-    print_loading(measure_loading(loaded, device), results)
+    print_goals(results)
 
 
 # Timing
@@ -198,72 +232,70 @@ def options(case) -> list[str]:
     words = f"--arch {case.arch} --batch_size_per_gpu {case.batch_size} --out_dim {case.K} --patch_size {PATCH} "
     words += f"--loss {'cls' if case.loss == 'DINO' else case.loss} --geometry batch --image_size {IMAGE} "
     words += f"--global_crops_size {GLOBAL} --local_crops_size {LOCAL} --local_crops_number {VIEWS - 2} "
-    words += f"--precision {case.precision} --freeze_last_layer 0 --num_workers 0 --log_every {10**9}"
-    words += " --compile" * case.compile
+    words += f"--precision {case.precision} --freeze_last_layer 0 --num_workers 0 --log_every {10**9} "
+    words += SPEEDS[case.speed]
     return words.split()
 
 
-def make_batches(case, device, count=BATCHES) -> list[LoadedBatch]:
+@functools.cache
+def make_batches(only_cls, batch_size, device, count=BATCHES) -> list[LoadedBatch]:
     """Return the batches of a training on random images, with uint8 views, in pinned memory for a GPU."""
     rng = np.random.default_rng(0)
-    images = [(rng.integers(0, 256, (IMAGE, IMAGE, 3), np.uint8), 0) for _ in range(case.batch_size)]
-    args = main_lgssl.parse_arguments(options(case))
-    loader = main_lgssl.build_loader(args, images * count, range(count), Process(0, 1, device))
-    batches = [loader.dataset[key] for key in loader.sampler]
-    if device.type == "cuda":
-        batches = [
-            LoadedBatch([x.pin_memory() for x in pixels], Matches(*(index.pin_memory() for index in matches)), bad)
-            for pixels, matches, bad in batches
-        ]
-    return batches
+    images = [(rng.integers(0, 256, (IMAGE, IMAGE, 3), np.uint8), 0) for _ in range(batch_size)]
+    args = main_lgssl.parse_arguments(options(Case("vit_small", batch_size, loss="cls" if only_cls else "mean")))
+    return list(main_lgssl.build_loader(args, images * count, range(count), Process(0, 1, device)))
 
 
-def measure(case, made, steps, device) -> dict:
-    """Run the first steps of a training.
-
-    Args:
-        made: {(whether only CLS is matched, batch size): batches}, to be completed.
-        steps: number of steps to time after those that warm up.
-
-    Returns:
-        {"seconds": [steps], "phases": {phase: [steps]}, "tokens": (n_t, n_s) of each step, "peak": memory in bytes}
-    """
-    key = (case.loss != "mean", case.batch_size)
-    if key not in made:
-        made[key] = make_batches(case, device)
-    marks = []  # (phase that begins, timestamp)
+def measure(case, steps, device) -> Result:
+    """Run and time the first steps of a training, after those that warm up."""
+    batches = make_batches(case.loss != "mean", case.batch_size, device)
+    marks = []  # (phase that begins, timestamp, seconds on the CPU)
 
     def mark(phase):
-        marks.append((phase, timestamp(device)))
+        marks.append((phase, timestamp(device), time.perf_counter()))
 
+    free_memory(device)
+    start = time.perf_counter()
+    run_steps(case, batches, steps, mark, device)
+    times = []
+    for (phase, begin, _), (_, end, _) in itertools.pairwise(marks):
+        if phase == "views":
+            times.append({})
+        times[-1][phase] = times[-1].get(phase, 0) + seconds_between(begin, end)
+    matches = [batches[i % BATCHES].matches for i in range(WARM_UP, WARM_UP + steps)]
+    tokens = [(len(of_step.teacher_row), len(of_step.student_row)) for of_step in matches]
+    return Result(times[WARM_UP:], tokens, memory(device)["peak"], marks[0][2] - start)
+
+
+def run_steps(case, batches, steps, mark, device) -> None:
+    """Warm up and run steps of a training. `mark` is called with each phase that begins, and at last with "end"."""
     on_device = main_lgssl.batches_on_device
 
     def batches_on_device(_, device):
-        batches = on_device(itertools.cycle(made[key]), device)
+        in_turn = on_device(itertools.cycle(batches), device)
         for _ in range(WARM_UP + steps):
             mark("views")
-            yield next(batches)
+            yield next(in_turn)
         mark("end")
         raise Done
 
-    free_memory(device)
-    run_steps = dino_steps if case.loss == "DINO" else lgssl_steps
     with contextlib.suppress(Done):
-        run_steps(case, batches_on_device, mark, device)
+        (dino_steps if case.loss == "DINO" else lgssl_steps)(case, batches_on_device, mark, device)
     synchronize(device)
-    times = []  # {phase: seconds} of each step
-    for (phase, start), (_, end) in itertools.pairwise(marks):
-        if phase == "views":
-            times.append({})
-        times[-1][phase] = times[-1].get(phase, 0) + seconds_between(start, end)
-    times = times[WARM_UP:]
-    matches = [made[key][i % BATCHES].matches for i in range(WARM_UP, WARM_UP + steps)]
-    return {
-        "seconds": [sum(step.values()) for step in times],
-        "phases": {phase: [step[phase] for step in times] for phase in times[0]},
-        "tokens": [(len(of_step.teacher_row), len(of_step.student_row)) for of_step in matches],
-        "peak": memory(device)["peak"],
-    }
+
+
+def print_profile(case, device, steps=4) -> None:
+    """Print the operations of some steps of the loss "mean" that take most time of the GPU."""
+    schedule = torch.profiler.schedule(wait=WARM_UP, warmup=1, active=steps, repeat=1)
+
+    def mark(phase):
+        if phase in ("views", "end"):
+            synchronize(device)
+            profiler.step()
+
+    with torch.profiler.profile(schedule=schedule) as profiler:
+        run_steps(case, make_batches(False, case.batch_size, device), steps, mark, device)
+    print(profiler.key_averages().table(sort_by="self_device_time_total", row_limit=25))
 
 
 def lgssl_steps(case, batches_on_device, mark, device) -> None:
@@ -282,12 +314,10 @@ def lgssl_steps(case, batches_on_device, mark, device) -> None:
         mark("update")
 
     images = [(np.zeros((IMAGE, IMAGE, 3), np.uint8), 0)] * (2**10 * case.batch_size)  # an epoch does not end
-    patches = {
-        "open_images": lambda args: main_lgssl.Images(images, None, "not timed"),
-        "build_networks": build_networks,
-    }
+    opened = main_lgssl.Images(images, None, "not timed")
+    patches = {"batches_on_device": batches_on_device, "build_networks": build_networks}
     with (
-        mock.patch.multiple(main_lgssl, batches_on_device=batches_on_device, **patches),
+        mock.patch.multiple(main_lgssl, open_images=lambda _: opened, **patches),
         mock.patch.object(torch.Tensor, "backward", marked_backward),
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(sys.stderr),
@@ -328,6 +358,7 @@ def dino_steps(case, batches_on_device, mark, device) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=case.precision == "fp16")
     center = torch.zeros(1, case.K, device=device)
     for views, _, _ in batches_on_device(None, device):
+        mark("step")
         with torch.autocast(device.type, DTYPES.get(case.precision), enabled=case.precision in DTYPES):
             with torch.no_grad():
                 teacher_logits = cls_logits(teacher, views[:1])
@@ -358,10 +389,6 @@ def vit_flop(backbone, side) -> int:
     return 2 * (1 + patches) * weights + attention + 2 * patches * backbone.patch_embed.proj.weight.numel()
 
 
-def loss_flop(K, n_t, n_s) -> int:
-    return 2 * BOTTLENECK * K * (n_t + 3 * n_s)
-
-
 def loss_bytes(K, n_t, n_s, operand_bytes) -> int:
     """Return the bytes of the K columns; `operand_bytes` is the size of an entry of an operand of a product."""
     return K * ((8 + 2 * operand_bytes) * n_t + (8 + 3 * operand_bytes) * n_s)
@@ -374,77 +401,70 @@ def costs(case, n_t, n_s) -> dict[str, tuple[int, int]]:
         head = DINOHead(backbone.embed_dim, case.K)
     views = {side: case.batch_size * vit_flop(backbone, side) for side in (GLOBAL, LOCAL)}
     of_token = 2 * sum(layer.weight.numel() for layer in head.mlp if isinstance(layer, torch.nn.Linear))
-    teacher_tokens = n_t if case.loss == "cls" else 2 * case.batch_size * (1 + (GLOBAL // PATCH) ** 2)
+    teacher_tokens = n_t if case.loss != "mean" else 2 * case.batch_size * (1 + (GLOBAL // PATCH) ** 2)
     student = 2 * views[GLOBAL] + (VIEWS - 2) * views[LOCAL] + n_s * of_token
     parameters = sum(p.numel() for network in (backbone, head) for p in network.parameters())
     operand_bytes = DTYPES.get(case.precision, torch.float32).itemsize
     return {
         "teacher": (2 * views[GLOBAL] + teacher_tokens * of_token, 0),
         "student": (student, 0),
-        "loss": (loss_flop(case.K, n_t, n_s), loss_bytes(case.K, n_t, n_s, operand_bytes)),
+        "loss": (2 * BOTTLENECK * case.K * (n_t + 3 * n_s), loss_bytes(case.K, n_t, n_s, operand_bytes)),
         "backward": (2 * student, 0),
         "update": (0, 44 * parameters),
     }
 
 
-def bounds(case, result, rates) -> dict[str, float]:
-    """Return {phase: bound in seconds}, medians over the steps."""
-    of_steps = [costs(case, *tokens) for tokens in result["tokens"]]
-    product_rate, copy_rate = rates[case.precision]
-    return {
-        phase: statistics.median(max(step[phase][0] / product_rate, step[phase][1] / copy_rate) for step in of_steps)
-        for phase in of_steps[0]
-    }
+def step_ms(runs) -> list[float]:
+    """Return the median over the steps of all Results in ms, followed by the median of each."""
+    of_runs = [[1e3 * sum(step.values()) for step in run.steps] for run in runs]
+    return [statistics.median(times) for times in (sum(of_runs, []), *of_runs)]
+
+
+def with_range(value, *of_rounds, digits=1) -> str:
+    return "{:.{n}f} ({:.{n}f}–{:.{n}f})".format(value, min(of_rounds), max(of_rounds), n=digits)
 
 
 def print_steps(results, rates) -> None:
-    """Print images per second, memory and the time of each phase with the share of its bound."""
+    """Print speed, memory and start-up, and the time of each phase with the share of its bound."""
     rows = []
-    for case, result in results.items():
-        row = [case.network(), case.K, case.loss, case.precision]
-        if result is None:
-            rows.append([*row, "out of memory", *[""] * (2 + len(PHASES))])
+    for case, runs in results.items():
+        rows.append(case.cells())
+        if runs is None:
+            rows[-1] += ["out of memory", *[""] * (4 + len(PHASES))]
             continue
-        seconds = statistics.median(result["seconds"])
-        row += [f"{case.batch_size / seconds:.0f}", f"{result['peak'] / 1e9:.1f}", f"{seconds * 1e3:.1f}"]
-        of_phases = {} if case.loss == "DINO" else bounds(case, result, rates)
+        ms, peak, (product_rate, copy_rate) = step_ms(runs), max(run.peak for run in runs), rates[case.precision]
+        start_ups = [run.start_up for run in (runs[0], *runs)]
+        of_steps = [costs(case, *of_step) for of_step in runs[0].tokens]
+        flop = statistics.median(sum(flop for flop, _ in of_step.values()) for of_step in of_steps)
+        rows[-1] += [f"{1e3 * case.batch_size / ms[0]:.0f}", f"{peak / 1e9:.1f}", with_range(*start_ups)]
+        rows[-1] += [with_range(*ms), f"{1e3 * flop / ms[0] / product_rate:.0%}"]
         for phase in PHASES:
-            taken = statistics.median(result["phases"].get(phase, [0]))
-            share = f" ({of_phases[phase] / taken:.0%})" if phase in of_phases else ""
-            row.append("" if case.loss == "DINO" else f"{taken * 1e3:.1f}{share}")
-        rows.append(row)
-    header = ("network", "K", "loss", "precision", "images/s", "peak GB", "step ms")
+            times = [step[phase] for run in runs for step in run.steps if phase in step]  # DINO's step has no phases
+            of_phase = [of_step[phase] for of_step in of_steps if phase in of_step]
+            bounds = [max(flop / product_rate, size / copy_rate) for flop, size in of_phase]
+            share = f" ({statistics.median(bounds) / statistics.median(times):.0%})" if times and bounds else ""
+            rows[-1].append(f"{1e3 * statistics.median(times):.1f}{share}" if times else "")
+    header = ("network", "K", "loss", "precision", "images/s", "peak GB", "start-up s", "step ms", "of product rate")
     print_table((*header, *(f"{phase} ms" for phase in PHASES)), rows)
-    print("\nIn brackets: the share of its bound that a phase reaches.")
+    print("\nIn brackets: the range of the rounds, or the share of its bound that a phase reaches.")
 
 
-def print_goals(results, rates) -> None:
-    """Print what is aimed at in bf16, and whether it is reached."""
+def print_goals(results) -> None:
+    """Print what is aimed at, and whether it is reached."""
     rows = []
-
-    def add(goal, case, found, expected, reached):
-        of_case = f"{case.network()}, K {case.K}"
-        rows.append((goal, of_case, found, expected, "reached" if reached else "not reached"))
-
-    for case, result in results.items():
-        cls = results.get(case._replace(loss="cls"))
-        if result is None or (case.loss, case.precision) != ("mean", "bf16"):
+    for goal, case, limit in GOALS:
+        runs, others = results.get(case), results.get(case._replace(loss=COMPARED.get(goal, case.loss)))
+        rows.append([goal, *case.cells(), f"{'at least' if goal == FASTER else 'at most'} {limit}"])
+        if not (runs and others):
+            rows[-1] += ["not measured", ""]
             continue
-        of_phases, seconds = bounds(case, result, rates), statistics.median(result["seconds"])
-        share = of_phases["loss"] / statistics.median(result["phases"]["loss"])
-        add("loss, share of its bound", case, f"{share:.0%}", f"{GOALS['loss']:.0%}", share >= GOALS["loss"])
-        if cls is not None:
-            added = seconds - statistics.median(cls["seconds"])
-            of_cls = bounds(case._replace(loss="cls"), cls, rates)
-            # Only the products of the heads differ in these phases.
-            head = sum(of_phases[phase] - of_cls[phase] for phase in ("teacher", "student", "backward"))
-            limit = GOALS["added"] * (of_phases["loss"] + head)
-            add("mean minus cls", case, f"{added * 1e3:.1f} ms", f"{limit * 1e3:.1f} ms", added <= limit)
-        if case.arch == "vit_base":
-            flop = statistics.median(sum(flop for flop, _ in costs(case, *n).values()) for n in result["tokens"])
-            share = flop / seconds / rates[case.precision][0]
-            add("rate of products", case, f"{share:.0%}", f"{GOALS['vit_base']:.0%}", share >= GOALS["vit_base"])
-    print_table(("goal", "case", "found", "expected", ""), rows)
+        values = [run.start_up for run in (runs[0], *runs)] if goal == START_UP else step_ms(runs)
+        if goal in COMPARED:
+            pairs = zip(values, step_ms(others), strict=True)
+            values = [own - other if goal == ADDED else other / own for own, other in pairs]
+        reached = values[0] >= limit if goal == FASTER else values[0] <= limit
+        rows[-1] += [with_range(*values, digits=2), "reached" if reached else "not reached"]
+    print_table(("goal", "network", "K", "loss", "precision", "expected", "found", ""), rows)
 
 
 # The loss alone
@@ -479,13 +499,9 @@ def plain_batch_loss(student_out, teacher_out, images, center, teacher_temp) -> 
     return total
 
 
-def measure_loss_alone(K, batch_size, device, precision="bf16") -> dict:
-    """Time the loss "mean" with its gradients on random vectors, plainly and as in a training.
-
-    Returns:
-        {"plain", "here": (seconds, bytes in addition to the inputs), "tokens": (n_t, n_s)}
-    """
-    (batch,) = make_batches(Case("vit_small", batch_size, K, "mean", precision), device, count=1)
+def measure_loss_alone(K, batch_size, device) -> list:
+    """Time the loss "mean" on random vectors in bf16, plainly and as in a training, and return the row of a table."""
+    (batch,) = make_batches(False, batch_size, device, count=1)
     tokens = len(batch.matches.teacher_row), len(batch.matches.student_row)
     z_t, z_s = (F.normalize(torch.randn(n, BOTTLENECK, device=device), dim=-1) for n in tokens)
     w_t, w_s = (F.normalize(torch.randn(K, BOTTLENECK, device=device), dim=-1) for _ in range(2))
@@ -493,43 +509,35 @@ def measure_loss_alone(K, batch_size, device, precision="bf16") -> dict:
     student_out, teacher_out = TokenOutput(*inputs, None), TokenOutput(z_t, w_t, torch.ones(K, device=device), None)
     criterion = LocalGlobalLoss(K, (GLOBAL // PATCH) ** 2).to(device).eval()
     matches, images = batch.matches.to(device), pairs_by_image(batch.matches, device)
-    losses = {
-        "plain": lambda: plain_batch_loss(student_out, teacher_out, images, criterion.center, 0.04),
-        "here": lambda: criterion(student_out, teacher_out, matches, 0.04),
-    }
-    result = {"tokens": tokens}
-    for name, loss in losses.items():
+    results = []
+    for loss in (
+        lambda: plain_batch_loss(student_out, teacher_out, images, criterion.center, 0.04),
+        lambda: criterion(student_out, teacher_out, matches, 0.04),
+    ):
 
         def forward_and_backward():
-            with torch.autocast(device.type, DTYPES.get(precision), enabled=precision in DTYPES):
+            with torch.autocast(device.type, torch.bfloat16):
                 value = loss()
             torch.autograd.grad(value, inputs)
 
         free_memory(device)
         before = memory(device)["now"]
         seconds = median_seconds(forward_and_backward, device, repeats=5)
-        result[name] = (seconds, memory(device)["peak"] - before)
-    return result
+        results.append((seconds, memory(device)["peak"] - before))
+    (plain, plain_bytes), (here, here_bytes) = results
+    row = [K, batch_size, "{} and {}".format(*tokens), f"{plain * 1e3:.1f}", f"{plain_bytes / 1e9:.2f}"]
+    row += [f"{here * 1e3:.1f}", f"{here_bytes / 1e9:.2f}", f"{plain / here:.1f}×"]
+    return [*row, f"{plain_bytes / max(here_bytes, 1):.1f}×"]
 
 
 def print_loss_alone(sizes, batch_size, device) -> None:
-    """Print the comparison of the loss with the plain formula, at the largest batch at which the latter fits."""
+    """Print the comparison of the loss with the plain formula."""
     rows = []
     for K in sizes:
-        result, images = None, batch_size
-        while result is None and images:
-            try:
-                result = measure_loss_alone(K, images, device)
-            except torch.OutOfMemoryError:
-                images //= 2
-            free_memory(device)
-        if result is None:
-            rows.append([K, "", "", "out of memory", *[""] * 5])
-            continue
-        (plain, plain_bytes), (here, here_bytes) = result["plain"], result["here"]
-        row = [K, images, "{} and {}".format(*result["tokens"])]
-        row += [f"{plain * 1e3:.1f}", f"{plain_bytes / 1e9:.2f}", f"{here * 1e3:.1f}", f"{here_bytes / 1e9:.2f}"]
-        rows.append([*row, f"{plain / here:.1f}×", f"{plain_bytes / max(here_bytes, 1):.1f}×"])
+        try:
+            rows.append(measure_loss_alone(K, batch_size, device))
+        except torch.OutOfMemoryError:
+            rows.append([K, batch_size, "out of memory", *[""] * 6])
     header = ("K", "batch", "matched teacher and student tokens", "plain loss ms", "GB", "here ms", "GB")
     print_table((*header, "faster", "less memory"), rows)
 
@@ -537,8 +545,8 @@ def print_loss_alone(sizes, batch_size, device) -> None:
 # Loading
 
 
-def measure_loading(count, device) -> float:
-    """Return the images per second of one data-loading worker, from JPEG files of 500×375 pixels to views."""
+def print_loading(count, device) -> None:
+    """Print how many JPEG files of 500×375 pixels one data-loading worker turns into views per second."""
     with tempfile.TemporaryDirectory() as folder:
         photographs = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
         batch_size = max(count // 12, 1)
@@ -550,16 +558,8 @@ def measure_loading(count, device) -> float:
         dataset, *_ = main_lgssl.open_images(args)
         loader = main_lgssl.build_loader(args, dataset, range(WARM_UP + 12), Process(0, 1, device))
         arrivals = [time.perf_counter() for _ in loader]
-    return 12 * batch_size / (arrivals[-1] - arrivals[WARM_UP - 1])
-
-
-def print_loading(rate, results) -> None:
-    """Print the number of workers that each network needs per GPU in bf16."""
-    print(f"One data-loading worker makes the views of {rate:.0f} JPEG images of 500×375 pixels per second.")
-    for case, result in results.items():
-        if result is not None and (case.loss, case.precision) == ("mean", "bf16"):
-            images = case.batch_size / statistics.median(result["seconds"])
-            print(f"{case.network()}, K {case.K}: {images:.0f} images/s, workers per GPU: {math.ceil(images / rate)}")
+    rate = 12 * batch_size / (arrivals[-1] - arrivals[WARM_UP - 1])
+    print(f"\nOne data-loading worker makes the views of {rate:.0f} JPEG images of 500×375 pixels per second.")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_both_sides_of_knn_are_equally_accurate():
 def small_step(request):
     """Return (Case, networks and criterion, normalized views, Matches) of the smallest case of bench_gpu."""
     case = bench_gpu.Case("vit_micro", 2, 64, request.param, "fp32")
-    (batch,) = bench_gpu.make_batches(case, torch.device("cpu"), count=1)
+    (batch,) = bench_gpu.make_batches(case.loss == "cls", case.batch_size, torch.device("cpu"), count=1)
     networks = main_lgssl.build_networks(main_lgssl.parse_arguments(bench_gpu.options(case)))
     return case, networks, [normalize(pixels) for pixels in batch.pixels], batch.matches
 
@@ -130,26 +130,91 @@ def test_without_a_gpu_the_steps_on_it_are_not_measured(run_main, monkeypatch):
     assert process.stderr.count("\n") == 1
 
 
+def table_rows(text):
+    """Return the rows of the tables in a text as lists of cells, with the headers."""
+    rows = [line for line in text.splitlines() if line.startswith("|") and not line.startswith("| -")]
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+
+
+def rounds_of(*ms, start_ups=(1.0, 1.0)):
+    """Return the Results of rounds with these times of their steps."""
+    return [
+        bench_gpu.Result([{"views": x / 2e3, "loss": x / 2e3} for x in of_round], [(1, 1)], 0, start_up)
+        for of_round, start_up in zip(ms, start_ups, strict=True)
+    ]
+
+
+def test_goals_compare_medians_over_the_steps_of_all_rounds(capsys, monkeypatch):
+    mean = bench_gpu.Case("vit_micro", 2)
+    cls, plain, fp16 = mean._replace(loss="cls"), mean._replace(loss="DINO"), mean._replace(precision="fp16")
+    results = {
+        mean: rounds_of([1, 2, 9], [8, 8, 7], start_ups=(25, 5)),
+        cls: rounds_of([3, 4, 4], [4, 4, 5]),
+        plain: rounds_of([8, 8, 8], [8, 12, 12]),
+        fp16: None,  # out of memory
+    }
+    goals = [(bench_gpu.STEP, mean, limit) for limit in (7.5, 7.4)] + [(bench_gpu.ADDED, mean, 3)]
+    goals += [(bench_gpu.FASTER, cls, limit) for limit in (2, 2.1)] + [(bench_gpu.START_UP, mean, 30)]
+    monkeypatch.setattr(bench_gpu, "GOALS", [*goals, (bench_gpu.STEP, fp16, 1), (bench_gpu.ADDED, fp16, 1)])
+    bench_gpu.print_goals(results)
+    assert [row[5:] for row in table_rows(capsys.readouterr().out)] == [
+        ["expected", "found", ""],
+        ["at most 7.5", "7.50 (2.00–8.00)", "reached"],
+        ["at most 7.4", "7.50 (2.00–8.00)", "not reached"],
+        ["at most 3", "3.50 (-2.00–4.00)", "not reached"],
+        ["at least 2", "2.00 (2.00–3.00)", "reached"],
+        ["at least 2.1", "2.00 (2.00–3.00)", "not reached"],
+        ["at most 30", "25.00 (5.00–25.00)", "reached"],
+        ["at most 1", "not measured", ""],
+        ["at most 1", "not measured", ""],
+    ]
+
+
+def test_all_goals_are_measured():
+    """By default and with --all; the first training is the one whose start-up counts."""
+    for goal, case, _ in bench_gpu.GOALS:
+        assert case._replace(loss=bench_gpu.COMPARED.get(goal, case.loss)) in bench_gpu.CASES
+        assert goal != bench_gpu.START_UP or case == bench_gpu.CASES[0]
+    assert bench_gpu.OTHER_CASES[-1].precision == "tf32"
+
+
 @pytest.mark.slow
 def test_the_measurement_on_a_gpu_runs_on_a_cpu(capsys, monkeypatch):
     monkeypatch.setattr(bench_gpu, "WARM_UP", 1)
-    device = torch.device("cpu")
-    cases = [bench_gpu.Case("vit_micro", 2, 64, loss, "bf16") for loss in ("mean", "cls", "DINO")]
-    bench_gpu.run(cases, device, steps=1, loss_sizes=(64,), loss_batch=2, side=64, copied=2**20, loaded=12)
-    steps, alone, goals = capsys.readouterr().out.split("\n\n| ")[-3:]
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in ("| " + steps).splitlines()[2:5]]
-    assert [row[:4] for row in table] == [
-        ["vit_micro/16, batch 2", "64", loss, "bf16"] for loss in ("mean", "cls", "DINO")
+    device, mean = torch.device("cpu"), bench_gpu.Case("vit_micro", 2, 64, "mean", "bf16")
+    cases = [mean, mean._replace(loss="cls"), mean._replace(loss="DINO")]
+    monkeypatch.setattr(bench_gpu, "GOALS", [(bench_gpu.ADDED, mean, 9999), (bench_gpu.START_UP, mean, 9999)])
+    bench_gpu.run(cases, device, rounds=2, steps=1, side=64, copied=2**20)
+    out, progress = capsys.readouterr()
+    names = [["vit_micro/16, batch 2", "64", loss, "bf16"] for loss in ("mean", "cls", "DINO")]
+    lines = [line.split(": ") for line in progress.splitlines() if line.startswith("round ")]
+    assert [line[:2] for line in lines] == [
+        [f"round {i}", "{}, K {}, {}, {}".format(*name)] for i in (1, 2) for name in names
     ]
-    for row in table[:2]:
-        images_per_s, _, step, *phases = row[4:]
-        phases = [float(cell.split(" ")[0]) for cell in phases]
-        assert sum(phases) == pytest.approx(float(step), rel=0.01, abs=0.4)  # rounded, and of a single step
-        assert float(images_per_s) == pytest.approx(2e3 / float(step), abs=1)
-    assert table[2][7:] == [""] * 6
-    assert alone.splitlines()[2].startswith("| 64 | 2 ")
-    assert "mean minus cls" in goals
-    assert "workers per GPU: " in goals
+    found = [[float(text.split()[1]) for text in line[2].split(", ")] for line in lines]  # step, start-up
+    header, *rows, _, added, start_up = table_rows(out)
+    assert [row[:4] for row in rows] == names
+    for row, of_rounds in zip(rows, zip(found[:3], found[3:], strict=True), strict=True):
+        cells = dict(zip(header, row, strict=True))
+        for name, (first, second) in zip(("step ms", "start-up s"), zip(*of_rounds, strict=True), strict=True):
+            assert cells[name].endswith(f" ({min(first, second)}–{max(first, second)})")
+        step = float(cells["step ms"].split()[0])
+        assert float(cells["images/s"]) == pytest.approx(2e3 / step, abs=1)
+        if row[2] != "DINO":
+            phases = [float(cells[f"{phase} ms"].split()[0]) for phase in bench_gpu.PHASES]
+            assert sum(phases) == pytest.approx(step, rel=0.01, abs=0.4)  # rounded, and medians of two steps
+    assert rows[2][-5:] == [""] * 5
+    assert added[0] == bench_gpu.ADDED
+    assert added[-1] == start_up[-1] == "reached"
+    assert float(start_up[6].split()[0]) == pytest.approx(found[0][1], abs=0.1)  # of the first round
+
+    bench_gpu.print_loss_alone((64,), 2, device)
+    bench_gpu.print_loading(12, device)
+    bench_gpu.print_profile(mean, device, steps=1)
+    out = capsys.readouterr().out
+    assert table_rows(out)[1][:2] == ["64", "2"]
+    assert "JPEG images of 500×375 pixels per second" in out
+    assert "aten::addmm" in out
 
 
 @pytest.mark.slow
