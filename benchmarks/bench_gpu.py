@@ -54,8 +54,8 @@ from utils import Process, UserError, run_main
 from vision_transformer import ARCHITECTURES, DINOHead, TokenOutput
 
 PATCH, IMAGE = 16, 256
-BATCHES = 4  # different ones, in turn
-WARM_UP = 8  # steps or calls that are not timed
+BATCHES = 8  # different ones, in turn
+WARM_UP = BATCHES  # steps or calls that are not timed: for each batch one
 PHASES = ("views", "teacher", "student", "loss", "backward", "update")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of products under autocast; fp32 otherwise
 # Options of main_lgssl.py. By default, blocks are compiled, and backbones are replayed from CUDA graphs.
@@ -100,8 +100,10 @@ CASES = [
 # tf32 comes last, because it changes settings of the process. DINO's steps run with those of the case before.
 OTHER_CASES = [
     *(case._replace(speed="eager") for goal, case, _ in GOALS if goal == STEP),
-    *(SMALL._replace(K=K, loss="DINO") for K in LOSS_SIZES),
-    *(SMALL._replace(K=K, precision=precision) for precision in ("fp16", "tf32") for K in LOSS_SIZES),
+    *(
+        SMALL._replace(precision=precision, K=K, loss=loss)
+        for precision, K, loss in itertools.product(("bf16", "fp16", "tf32"), LOSS_SIZES, ("mean", "cls", "DINO"))
+    ),
 ]
 
 
@@ -117,14 +119,14 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="measure all cases, the loss alone, and loading")
     parser.add_argument("--profile", action="store_true", help="only print the operations with most time of the GPU")
     parser.add_argument("--rounds", type=number(int, 1), default=3, help="trainings per case")
-    parser.add_argument("--steps", type=number(int, 1), default=12, help="timed steps per training")
+    parser.add_argument("--steps", type=number(int, 1), default=16, help="timed steps per training")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise UserError("found no GPU that PyTorch can use, expected one: bench_step measures steps on a CPU")
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     start = time.perf_counter()
-    print(machine())
+    print(machine(), flush=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # so that the first start-up compiles
         if args.profile:
@@ -159,13 +161,11 @@ def run(cases, device, rounds, steps, side=8192, copied=2**30) -> None:
         print(f"round {i + 1}:", "{}, K {}, {}, {}:".format(*case.cells()), found, file=sys.stderr, flush=True)
         free_memory(device)
         if case.precision not in rates:  # only now are the settings those of the precision
-            product_rate = measure_product(device, DTYPES.get(case.precision, torch.float32), side)
-            rates[case.precision] = product_rate, copy_rate
+            rates[case.precision] = measure_product(device, DTYPES.get(case.precision, torch.float32), side), copy_rate
     for precision, (product, copy) in rates.items():
         print(f"products in {precision}: {product / 1e12:.1f} TFLOP/s of {side}³; copies: {copy / 1e9:.0f} GB/s")
     print()
     print_steps(results, rates)
-    print()
     print_goals(results)
 
 
@@ -446,7 +446,7 @@ def print_steps(results, rates) -> None:
             rows[-1].append(f"{1e3 * statistics.median(times):.1f}{share}" if times else "")
     header = ("network", "K", "loss", "precision", "images/s", "peak GB", "start-up s", "step ms", "of product rate")
     print_table((*header, *(f"{phase} ms" for phase in PHASES)), rows)
-    print("\nIn brackets: the range of the rounds, or the share of its bound that a phase reaches.")
+    print("\nIn brackets: the range of the rounds, or the share of its bound that a phase reaches.\n")
 
 
 def print_goals(results) -> None:
