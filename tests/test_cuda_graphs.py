@@ -84,7 +84,8 @@ def test_graphs_change_no_bit(photo_folder, tmp_path, monkeypatch, options):
         patch.setattr(main_lgssl, "end_epoch", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(photo_folder, tmp_path / "graphs", *words, "--save_every_steps", 1)
-    assert_same_state(train(photo_folder, tmp_path / "graphs", *words, "--save_every_steps", 1), expected)
+    words += ["--save_every_steps", 1, "--cuda_graphs", "false", "--compile", "false"]  # a resumed run may change these
+    assert_same_state(train(photo_folder, tmp_path / "graphs", *words), expected)
     assert len(graphs) == 4  # teacher and student, two runs
 
 
