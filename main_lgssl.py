@@ -39,15 +39,7 @@ from support.report import WATCH_FROM, Report, hide_tensorboard_errors
 from support.resources import set_threads
 from support.sources import build_dataset, data_spec
 from support.weights import load_start, recorded_arguments, start_from
-from utils import (
-    Process,
-    UserError,
-    cosine_schedule,
-    init_distributed,
-    run_main,
-    seed_networks,
-    warn,
-)
+from utils import Process, UserError, cosine_schedule, init_distributed, run_main, seed_networks, warn
 from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead, Teacher, VisionTransformer
 
 
@@ -284,11 +276,12 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     if checkpoint:
         size = size._replace(earlier_hash=hash_of_names(images.train, as_text=True))
     start_step = restore(checkpoint, earlier.path, state, size, world_size) if checkpoint else 0
-    checkpoints.refuse_different_starts(start_step, device)
     student.backbone.set_grad_checkpointing(args.grad_checkpointing)
-    # Compiled blocks and CUDA graphs: support/cuda_graphs.py
-    todo = {"compiles": args.compile, "graphs": args.cuda_graphs, "accumulates": args.accum_steps > 1}
-    fast = accelerate(teacher, student, shapes, AUTOCAST[settings["precision"]], **todo)
+    accelerated = ""
+    if start_step < size.total_steps:  # compiled blocks and CUDA graphs: support/cuda_graphs.py
+        how = {"compiles": args.compile, "graphs": args.cuda_graphs, "accumulates": args.accum_steps > 1}
+        accelerated = accelerate(teacher, student, shapes, AUTOCAST[settings["precision"]], **how)
+    checkpoints.refuse_different_starts(start_step, device)
     report = None
     if rank == 0:
         checkpoints.tidy(output_dir, earlier.path)
@@ -301,7 +294,7 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
         resumed = f"; resuming after step {start_step} of {size.total_steps}" if start_step else ""
         resumed = "; the run is finished" if start_step == size.total_steps else resumed
         steps = f"{size.steps_per_epoch} steps per epoch{resumed}"
-        headline = ", ".join(filter(None, [network, f"{len(images.train)} images", batch, fast, steps]))
+        headline = ", ".join(filter(None, [network, f"{len(images.train)} images", batch, accelerated, steps]))
         no_knn = "" if images.online_knn else f"no online k-NN: {images.no_knn}"
         headline = "\n".join(filter(None, [headline, images.found, no_knn, started, *remarks(args)]))
         report.start(settings, {"step": start_step, "processes": world_size, **environment()}, headline)

@@ -71,8 +71,8 @@ class VisionTransformer(TimmVisionTransformer):
         """Draw the stochastic depth of a forward pass, for all blocks at once.
 
         Returns:
-            [blocks, 2, images], factors of attention and MLP for each image, in the precision of their outputs: 0 with
-            the block's rate, else 1 / (1 - rate). None in evaluation mode and with rate 0.
+            [blocks, 2, images], factors of attention and MLP for each image: 0 with the block's rate, else
+            1 / (1 - rate). Under autocast they have its precision. None in evaluation mode and with rate 0.
         """
         if not self.training or not self.drop_path_rate:
             return None

@@ -1,7 +1,7 @@
 """Measure training steps on a GPU by phase, against what its rates allow and against DINO's step.
 
     python -m benchmarks.bench_gpu              what the goals need, on one GPU; sized for five minutes on an H200
-    python -m benchmarks.bench_gpu --all        also fp16, TF32, plain networks, the loss alone, loading; ten minutes
+    python -m benchmarks.bench_gpu --all        also fp16, TF32, plain networks, the loss alone, loading
     python -m benchmarks.bench_gpu --profile    instead: the operations that take most time of the GPU
 
 The steps are those of the loop in main_lgssl.py, on views that are made in advance; only the beginnings of phases are
@@ -57,6 +57,7 @@ PATCH, IMAGE = 16, 256
 BATCHES = 8  # different ones, in turn
 WARM_UP = BATCHES  # steps or calls that are not timed: for each batch one
 PHASES = ("views", "teacher", "student", "loss", "backward", "update")
+ROUNDS = 3  # at most
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of products under autocast; fp32 otherwise
 # Options of main_lgssl.py. By default, blocks are compiled, and backbones are replayed from CUDA graphs.
 SPEEDS = {"default": "", "graphs": "--compile false", "eager": "--compile false --cuda_graphs false"}
@@ -118,7 +119,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="measure all cases, the loss alone, and loading")
     parser.add_argument("--profile", action="store_true", help="only print the operations with most time of the GPU")
-    parser.add_argument("--rounds", type=number(int, 1), default=3, help="trainings per case")
+    parser.add_argument("--minutes", type=number(float, 0), default=5, help="time for the rounds; at least one")
     parser.add_argument("--steps", type=number(int, 1), default=16, help="timed steps per training")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -132,7 +133,7 @@ def main() -> None:
         if args.profile:
             print_profile(SMALL, device)
             return
-        run(CASES + OTHER_CASES * args.all, device, args.rounds, args.steps)
+        run(CASES + OTHER_CASES * args.all, device, args.minutes, args.steps)
         if args.all:
             print()
             print_loss_alone(LOSS_SIZES, 128, device)
@@ -140,28 +141,34 @@ def main() -> None:
     print(f"\nmeasured in {(time.perf_counter() - start) / 60:.1f} minutes")
 
 
-def run(cases, device, rounds, steps, side=8192, copied=2**30) -> None:
+def run(cases, device, minutes, steps, side=8192, copied=2**30) -> None:
     """Measure all cases and print the tables of steps and goals. A CPU as the device serves to test this program.
 
     Args:
-        rounds, steps: trainings per case, timed steps per training.
+        minutes: time for all rounds. There is at least one, and there are at most ROUNDS.
+        steps: timed steps per training.
         side, copied: side of the matrices whose product is timed, bytes of the copy that is timed.
     """
     results, rates = {case: [] for case in cases}, {}
     copy_rate = measure_copy(device, copied)
-    for i, case in itertools.product(range(rounds), results):
-        if results[case] is None:
-            continue
-        try:
-            result = measure(case, steps, device)
-            results[case].append(result)
-            found = f"step {step_ms([result])[0]:.1f} ms, start-up {result.start_up:.1f} s"
-        except torch.OutOfMemoryError:
-            results[case], found = None, "out of memory"
-        print(f"round {i + 1}:", "{}, K {}, {}, {}:".format(*case.cells()), found, file=sys.stderr, flush=True)
-        free_memory(device)
-        if case.precision not in rates:  # only now are the settings those of the precision
-            rates[case.precision] = measure_product(device, DTYPES.get(case.precision, torch.float32), side), copy_rate
+    start = time.perf_counter()
+    for i in range(ROUNDS):
+        begin = time.perf_counter()
+        for case in [case for case in results if results[case] is not None]:
+            try:
+                result = measure(case, steps, device)
+                results[case].append(result)
+                found = f"step {step_ms([result])[0]:.1f} ms, start-up {result.start_up:.1f} s"
+            except torch.OutOfMemoryError:
+                results[case], found = None, "out of memory"
+            print(f"round {i + 1}:", "{}, K {}, {}, {}:".format(*case.cells()), found, file=sys.stderr, flush=True)
+            free_memory(device)
+            if case.precision not in rates:  # only now are the settings those of the precision
+                product_rate = measure_product(device, DTYPES.get(case.precision, torch.float32), side)
+                rates[case.precision] = product_rate, copy_rate
+        now = time.perf_counter()
+        if now + (now - begin) > start + 60 * minutes:
+            break
     for precision, (product, copy) in rates.items():
         print(f"products in {precision}: {product / 1e12:.1f} TFLOP/s of {side}³; copies: {copy / 1e9:.0f} GB/s")
     print()

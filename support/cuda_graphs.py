@@ -4,14 +4,16 @@ At the batch sizes of the paper, a GPU waits for the CPU, which starts some 2,00
 optimizer stay outside the graphs, because the number of matched tokens differs from step to step.
 """
 
+import gc
 import time
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from utils import UserError, first_line, warn
+from utils import UserError, first_line, is_first_process, warn
 from vision_transformer import BackboneWithHead, Teacher, VisionTransformer
 
 
@@ -28,7 +30,7 @@ def accelerate(
     """Compile the blocks of both backbones, and on a GPU capture the backbones in CUDA graphs.
 
     To be called before DDP wraps the student, and while no other thread uses the GPU. Afterwards, parameters may change
-    only in place.
+    only in place. If the capture fails, a warning says so, and the backbones stay as they are.
 
     Args:
         shapes: [n, 3, S, S] of each tensor of the student's views. The teacher sees the first one.
@@ -46,6 +48,10 @@ def accelerate(
     start, done = time.perf_counter(), []
     device = next(student.parameters()).device
     on_gpu = device.type == "cuda"
+    graphs = graphs and on_gpu and not student.backbone.grad_checkpointing
+    if graphs and is_first_process():
+        print("preparing the backbones ...", flush=True)  # with compilation, for many seconds
+    torch.compiler.set_stance("default")
     if on_gpu if compiles is None else compiles:
         torch.compiler.reset()  # the number of programs is limited, and those of an earlier training count
         try:
@@ -60,13 +66,14 @@ def accelerate(
             for block in (*teacher.backbone.blocks, *student.backbone.blocks):
                 block.compile(dynamic=False)
             done.append("compiled blocks")
-    if on_gpu and graphs and not student.backbone.grad_checkpointing:
+    if graphs:
         try:
             capture(teacher, student, shapes, dtype, accumulates)
-            done.append(f"CUDA graphs after {time.perf_counter() - start:.0f} s")
-        except Exception as error:  # many kinds: a backbone waits for the device, or memory runs out
-            reason = first_line(error.__context__ or error)  # ending a capture that failed raises another error
-            warn(f"no CUDA graphs, because the backbones cannot be captured: {reason}")
+        except Exception as error:  # many kinds: a backbone waits for the device, a block does not compile, no memory
+            warn(f"the backbones run without CUDA graphs and compilation: {first_line(error)}")
+            torch.compiler.set_stance("force_eager")
+            return ""
+        done.append(f"CUDA graphs after {time.perf_counter() - start:.0f} s")
     return " and ".join(done)
 
 
@@ -81,6 +88,7 @@ def capture(
 
     Each call of `encode` overwrites the tokens that the last one returned.
     """
+    gc.collect()  # graphs of an earlier training must not be freed during the capture
     device = next(student.parameters()).device
     networks, functions, samples = (teacher, student), [], []  # in the order of a step: they share a pool of memory
     for network, own in zip(networks, (shapes[:1], shapes), strict=True):
@@ -91,7 +99,8 @@ def capture(
         # meets a tensor, which is not to be that of the capture.
         weights = [nn.Parameter(p.data, requires_grad=p.requires_grad) for p in network.backbone.parameters()]
         samples.append((*inputs, *weights))
-    with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails does not leave its own stream
+    _refuse_waiting(functions, samples)
+    with torch.cuda.stream(torch.cuda.current_stream()):  # restores the stream, which a failed capture leaves set
         graphs = torch.cuda.make_graphed_callables(tuple(functions), tuple(samples), allow_unused_input=True)
     for network, graph, sample in zip(networks, graphs, samples, strict=True):
         network.encode = _replay(network, graph, sample)  # type: ignore
@@ -100,6 +109,19 @@ def capture(
         for parameter in filter(lambda p: p.requires_grad, student.backbone.parameters()):
             parameter.register_hook(torch.clone)
     torch.cuda.empty_cache()  # of what only the capture needed
+
+
+@torch.no_grad()
+def _refuse_waiting(functions: Sequence[Callable], samples: Sequence[tuple[Tensor, ...]]) -> None:
+    """Raise RuntimeError if a function waits for the device. A capture would fail, and might spoil later ones."""
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        warnings.simplefilter("ignore")  # the mode may overlook some waits, and says so
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for function, sample in zip(functions, samples, strict=True):
+                function(*sample)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def _inputs(backbone: VisionTransformer, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -112,11 +134,12 @@ def _function(backbone: VisionTransformer, count: int, dtype: torch.dtype | None
     """Return the function that is captured: `_inputs` for `count` tensors of views, and all parameters -> tokens."""
     names = [name for name, _ in backbone.named_parameters()]
     linear = [f"{name}.weight" for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear)]
+    linear = [name for name in linear if name in names]  # a weight may be shared or computed
 
     def encode(*tensors: Tensor) -> tuple[Tensor, ...]:
         inputs, weights = tensors[: -len(names)], dict(zip(names, tensors[-len(names) :], strict=True))
         # Autocast is entered here, because its cache must be empty before and after a capture. The cache casts a
-        # parameter once for all views, but not in compiled blocks.
+        # parameter once for all views, except in compiled blocks, which get weights that are cast already.
         with torch.autocast(inputs[0].device.type, dtype, enabled=dtype is not None):
             if dtype is not None:
                 weights |= {name: weights[name].to(dtype) for name in linear}

@@ -184,7 +184,8 @@ def test_the_measurement_on_a_gpu_runs_on_a_cpu(capsys, monkeypatch):
     device, mean = torch.device("cpu"), bench_gpu.Case("vit_micro", 2, 64, "mean", "bf16", "eager")
     cases = [mean, mean._replace(loss="cls"), mean._replace(loss="DINO")]
     monkeypatch.setattr(bench_gpu, "GOALS", [(bench_gpu.ADDED, mean, 9999), (bench_gpu.START_UP, mean, 9999)])
-    bench_gpu.run(cases, device, rounds=2, steps=1, side=64, copied=2**20)
+    monkeypatch.setattr(bench_gpu, "ROUNDS", 2)
+    bench_gpu.run(cases, device, minutes=9, steps=1, side=64, copied=2**20)
     out, progress = capsys.readouterr()
     names = [["vit_micro/16, batch 2, eager", "64", loss, "bf16"] for loss in ("mean", "cls", "DINO")]
     lines = [line.split(": ") for line in progress.splitlines() if line.startswith("round ")]

@@ -7,6 +7,7 @@ tolerances are several times what such differences change on a CPU.
 import json
 import os
 import signal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -43,9 +44,17 @@ def steps(folder):
     return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
 
 
-def train(folder, *more):
-    """Train on the GPU and return the steps."""
-    main_lgssl.main([*TRAINING, *map(str, more), "--output_dir", str(folder)])
+def train(folder, *more, graphs=True):
+    """Train on the GPU, with or without CUDA graphs, and return the steps."""
+    accelerate, done = main_lgssl.accelerate, []
+
+    def noted(*arguments, **named):
+        done.append(accelerate(*arguments, **named))
+        return done[-1]
+
+    with mock.patch.object(main_lgssl, "accelerate", noted):
+        main_lgssl.main([*TRAINING, *map(str, more), "--output_dir", str(folder)])
+    assert [("CUDA graphs" in text, "compiled blocks" in text) for text in done] == [(graphs, "--compile" in more)]
     return steps(folder)
 
 
@@ -166,61 +175,52 @@ def test_a_resumed_run_with_local_views_has_the_same_losses(tmp_path, monkeypatc
     assert_close(resumed, whole, 1e-3)
 
 
-@pytest.mark.parametrize("options", ["--grad_checkpointing", "--compile", "--compile --cuda_graphs false"])
+@pytest.mark.parametrize("options", ["--grad_checkpointing", "--compile --cuda_graphs false"])
 def test_options_that_save_time_or_memory_change_no_loss(tmp_path, options):
     plain, other = (
-        train(tmp_path / name, "--precision", "fp32", *more) for name, more in (("a", EAGER), ("b", options.split()))
+        train(tmp_path / name, "--precision", "fp32", *more, graphs=False)
+        for name, more in (("a", EAGER), ("b", options.split()))
     )
     assert_close(other, plain, 2e-3)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("accum_steps", [1, 2])
+@pytest.mark.parametrize(("precision", "accum_steps"), [("fp32", 2), ("bf16", 1), ("bf16", 2), ("fp16", 1)])
 def test_graphs_change_no_bit(tmp_path, deterministic, precision, accum_steps):
     """Without local views, see test_a_resumed_run_ends_with_the_same_bits."""
     options = f"--local_crops_number 0 --drop_path_rate 0.2 --precision {precision} --accum_steps {accum_steps}".split()
     options += ["--batch_size_per_gpu", 128 // accum_steps]
     for name, more in (("eager", EAGER), ("graphs", ())):
-        train(tmp_path / name, *options, *more)
-    assert_same_state(
-        *(torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("graphs", "eager"))
-    )
+        train(tmp_path / name, *options, *more, graphs=name == "graphs")
+    folders = (tmp_path / "graphs", tmp_path / "eager")
+    assert_same_state(*(torch.load(folder / "checkpoint.pth", weights_only=True) for folder in folders))
 
 
-@pytest.mark.parametrize("accum_steps", [1, 2])
-def test_graphs_with_local_views_have_the_same_losses(tmp_path, capsys, accum_steps):
+@pytest.mark.parametrize(("options", "tolerance"), [("", 1e-4), ("--accum_steps 2", 1e-4), ("--compile", 2e-3)])
+def test_graphs_with_local_views_have_the_same_losses(tmp_path, capsys, options, tolerance):
     """Online k-NN and pictures, of other batch sizes, run beside the graphs."""
-    options = ["--drop_path_rate", 0.2, "--precision", "fp32", "--accum_steps", accum_steps]
-    options += ["--batch_size_per_gpu", 128 // accum_steps, "--knn_every", 1, "--image_every", 1]
-    eager = train(tmp_path / "eager", *options, *EAGER)
-    assert "CUDA graphs" not in capsys.readouterr().out
-    graphs = train(tmp_path / "graphs", *options)
-    assert "CUDA graphs" in capsys.readouterr().out.splitlines()[0]
-    assert_close(graphs, eager, 1e-4)
+    common = "--batch_size_per_gpu 64 --drop_path_rate 0.2 --precision fp32 --knn_every 1 --image_every 1".split()
+    common += [word for word in options.split() if word != "--compile"]
+    eager = train(tmp_path / "eager", *common, *EAGER, graphs=False)
+    graphs = train(tmp_path / "graphs", *common, *options.split())
+    assert "warning: " not in capsys.readouterr().err
+    assert_close(graphs, eager, tolerance)
     epochs = [json.loads((tmp_path / name / "log.txt").read_text()) for name in ("eager", "graphs")]
     assert epochs[0]["knn_top1"] == pytest.approx(epochs[1]["knn_top1"], abs=1)
 
 
-def test_a_run_with_compiled_blocks_evaluates_itself(tmp_path, capsys):
-    options = "--compile true --drop_path_rate 0.2 --knn_every 1 --image_every 1".split()
-    assert len(train(tmp_path, *options)) == 10
-    captured = capsys.readouterr()
-    assert "compiled blocks and CUDA graphs" in captured.out.splitlines()[0]
-    assert "warning" not in captured.err
-
-
 def test_a_backbone_that_cannot_be_captured_trains_without_graphs(tmp_path, monkeypatch, capsys):
-    forward = VisionTransformer.forward
+    """It leaves nothing behind that prevents the graphs of the next training."""
+    options, forward = ("--precision", "fp32", "--drop_path_rate", 0.2), VisionTransformer.forward
 
     def waiting(network, images, *more):
         assert images.mean().item() < 100
         return forward(network, images, *more)
 
-    eager = train(tmp_path / "eager", *EAGER, "--precision", "fp32")
-    monkeypatch.setattr(VisionTransformer, "forward", waiting)
-    found = train(tmp_path / "waiting", "--precision", "fp32")
-    assert capsys.readouterr().err.count("warning: no CUDA graphs") == 1
-    assert_close(found, eager, 1e-4)
+    with monkeypatch.context() as patch:
+        patch.setattr(VisionTransformer, "forward", waiting)
+        found = train(tmp_path / "waiting", *options, graphs=False)
+    assert capsys.readouterr().err.count("warning: the backbones run without CUDA graphs") == 1
+    assert_close(found, train(tmp_path / "graphs", *options), 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_a_backbone_that_cannot_be_captured_trains_without_graphs(tmp_path, monk
         "--optimizer lars",
         "--accum_steps 2 --batch_size_per_gpu 64",
         "--cuda_graphs false",
-        "--compile true",
+        "--compile",
     ],
 )
 def test_nothing_waits_for_the_device_between_reports(tmp_path, monkeypatch, options):
@@ -247,7 +247,8 @@ def test_nothing_waits_for_the_device_between_reports(tmp_path, monkeypatch, opt
 
     monkeypatch.setattr(main_lgssl, "seed_networks", set_mode)
     try:
-        train(tmp_path, *options.split(), "--log_every", 100, "--drop_path_rate", 0.2)
+        words = [*options.split(), "--log_every", 100, "--drop_path_rate", 0.2]
+        train(tmp_path, *words, graphs=options != "--cuda_graphs false")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert modes.count("error") == 8 * (2 if "--accum_steps 2" in options else 1)

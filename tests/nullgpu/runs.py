@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import main_lgssl
-from support import checkpoints, meters
+from support import checkpoints, cuda_graphs, meters
 from utils import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +158,10 @@ def patch() -> None:
         found = unique(labels, **kwargs)
         return found if kwargs or not labels.is_cuda else labels[:1]
 
-    main_lgssl.LocalGlobalLoss.forward = counted_loss
+    def fail(warning):
+        raise AssertionError(warning)
+
+    main_lgssl.LocalGlobalLoss.forward, cuda_graphs.warn = counted_loss, fail
     torch.Tensor.backward, torch.Tensor.unique = watched_backward, unique_labels
 
 
