@@ -61,7 +61,8 @@ class VisionTransformer(TimmVisionTransformer):
             drop_paths: result of `draw_drop_paths`; None draws it.
         """
         x = self._embed(images)
-        drop_paths = self.draw_drop_paths(len(images)) if drop_paths is None else drop_paths
+        if drop_paths is None:
+            drop_paths = self.draw_drop_paths(images.shape[0])  # len() would fix the batch size of an ONNX file
         of_blocks = [None] * len(self.blocks) if drop_paths is None else drop_paths
         for block, drop_path in zip(self.blocks, of_blocks, strict=True):
             x = checkpoint(block, x, drop_path, use_reentrant=False) if self.grad_checkpointing else block(x, drop_path)
