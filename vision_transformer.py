@@ -48,8 +48,9 @@ class VisionTransformer(TimmVisionTransformer):
     """
 
     def __init__(self, img_size: int = 224, patch_size: int = 16, drop_path_rate: float = 0.0, **kwargs: Any) -> None:
-        kwargs |= {"num_classes": 0, "dynamic_img_size": True, "block_fn": Block}
-        super().__init__(img_size=img_size, patch_size=patch_size, **kwargs)
+        super().__init__(
+            img_size=img_size, patch_size=patch_size, num_classes=0, dynamic_img_size=True, block_fn=Block, **kwargs
+        )
         self.drop_path_rate = drop_path_rate
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)  # timm: 1e-6
