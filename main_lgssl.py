@@ -276,11 +276,11 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     if checkpoint:
         size = size._replace(earlier_hash=hash_of_names(images.train, as_text=True))
     start_step = restore(checkpoint, earlier.path, state, size, world_size) if checkpoint else 0
-    student.backbone.set_grad_checkpointing(args.grad_checkpointing)
-    accelerated = ""
+    accelerated, dtype, accumulates = "", AUTOCAST[settings["precision"]], args.accum_steps > 1
     if start_step < size.total_steps:  # compiled blocks and CUDA graphs: support/cuda_graphs.py
-        how = {"compiles": args.compile, "graphs": args.cuda_graphs, "accumulates": args.accum_steps > 1}
-        accelerated = accelerate(teacher, student, shapes, AUTOCAST[settings["precision"]], **how)
+        accelerated = accelerate(
+            teacher, student, shapes, dtype, compiles=args.compile, graphs=args.cuda_graphs, accumulates=accumulates
+        )
     checkpoints.refuse_different_starts(start_step, device)
     report = None
     if rank == 0:
@@ -359,6 +359,7 @@ def build_networks(args: argparse.Namespace) -> tuple[BackboneWithHead, Teacher,
 
     torch.manual_seed(args.seed)
     student = BackboneWithHead(*backbone_and_head(args.drop_path_rate))
+    student.backbone.set_grad_checkpointing(args.grad_checkpointing)
     teacher = Teacher(*backbone_and_head(drop_path_rate=0.0), average_patches=args.loss != "cls")
     teacher.load_state_dict(student.state_dict())
     patches = (args.global_crops_size // args.patch_size) ** 2

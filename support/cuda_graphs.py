@@ -30,7 +30,7 @@ def accelerate(
     """Compile the blocks of both backbones, and on a GPU capture the backbones in CUDA graphs.
 
     To be called before DDP wraps the student, and while no other thread uses the GPU. Afterwards, parameters may change
-    only in place. If the capture fails, a warning says so, and the backbones stay as they are.
+    only in place. If the capture fails, a warning says so, and the backbones run without graphs and compilation.
 
     Args:
         shapes: [n, 3, S, S] of each tensor of the student's views. The teacher sees the first one.
@@ -51,7 +51,7 @@ def accelerate(
     graphs = graphs and on_gpu and not student.backbone.grad_checkpointing
     if graphs and is_first_process():
         print("preparing the backbones ...", flush=True)  # with compilation, for many seconds
-    torch.compiler.set_stance("default")
+    blocks = (*teacher.backbone.blocks, *student.backbone.blocks)
     if on_gpu if compiles is None else compiles:
         torch.compiler.reset()  # the number of programs is limited, and those of an earlier training count
         try:
@@ -63,7 +63,7 @@ def accelerate(
             warn(f"{problem}; the blocks are not compiled")
         else:
             # All blocks of a backbone share one program per shape of the tokens. It is compiled when it is needed.
-            for block in (*teacher.backbone.blocks, *student.backbone.blocks):
+            for block in blocks:
                 block.compile(dynamic=False)
             done.append("compiled blocks")
     if graphs:
@@ -71,7 +71,8 @@ def accelerate(
             capture(teacher, student, shapes, dtype, accumulates)
         except Exception as error:  # many kinds: a backbone waits for the device, a block does not compile, no memory
             warn(f"the backbones run without CUDA graphs and compilation: {first_line(error)}")
-            torch.compiler.set_stance("force_eager")
+            for block in blocks:
+                block.compile(disable=True)
             return ""
         done.append(f"CUDA graphs after {time.perf_counter() - start:.0f} s")
     return " and ".join(done)

@@ -105,17 +105,7 @@ def test_the_imitation_overwrites_gradients(photo_folder, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_graphs_change_no_bit_with_two_processes(photo_folder, tmp_path, run_script):
-    words = [
-        *TINY,
-        "--data_path",
-        str(photo_folder),
-        "--epochs",
-        "2",
-        "--accum_steps",
-        "2",
-        "--batch_size_per_gpu",
-        "1",
-    ]
+    words = [*TINY, "--data_path", photo_folder, *"--epochs 2 --accum_steps 2 --batch_size_per_gpu 1".split()]
     (tmp_path / "graphs.py").write_text(
         "import sys; sys.path[:0] = ['.', 'tests']\n"
         "import main_lgssl, test_cuda_graphs\n"
