@@ -7,7 +7,7 @@ A training takes its usual way, but repeats its first batch and ends after END s
 and a training also
     "steps": for each step {"launches", "pageable_copies", "synchronizations", "loss_launches",
         "synchronizations_before_backward"}, except for step STRICT, in which a synchronization is an error;
-    "peak_bytes": what PyTorch's allocator reserves, with the memory that CUDA graphs keep;
+    "peak_bytes", "reserved_bytes": of PyTorch's allocator: what tensors take, and with what CUDA graphs keep;
     "lines": [[place and operator, launches in step LISTED], ...], the most launches first.
 """
 
@@ -180,8 +180,8 @@ def run(command) -> dict:
     except Exception:
         error = traceback.format_exc()
     torch.cuda.set_sync_debug_mode("default")
-    peak_bytes = torch.cuda.max_memory_reserved()
-    return {"error": error, "steps": record.steps, "peak_bytes": peak_bytes, "lines": record.lines.most_common()}
+    memory = {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+    return {"error": error, "steps": record.steps, **memory, "lines": record.lines.most_common()}
 
 
 if __name__ == "__main__":
