@@ -1,6 +1,6 @@
 """Measure training steps on a GPU by phase, against what its rates allow and against DINO's step.
 
-    python -m benchmarks.bench_gpu              what the goals need, on one GPU; sized for five minutes on an H200
+    python -m benchmarks.bench_gpu              what the goals need, in rounds for five minutes
     python -m benchmarks.bench_gpu --all        also fp16, TF32, plain networks, the loss alone, loading
     python -m benchmarks.bench_gpu --profile    instead: the operations that take most time of the GPU
 

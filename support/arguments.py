@@ -139,7 +139,7 @@ class ArgumentParser(argparse.ArgumentParser):
         if not isinstance(settings, dict):
             raise ValueError("expected a JSON object")
         if unknown := [n for n in settings if n not in {a.dest for a in self._actions} and n != "init_hash"]:
-            raise ValueError(f"it holds {unknown[0]}, which is no option")
+            raise ValueError(f"unknown option {unknown[0]}")
         words = []
         for action in self._actions:
             value = settings.get(action.dest)

@@ -36,7 +36,7 @@ def test_recorded_settings_are_given_back(tmp_path, words, capsys):
     path.write_text(json.dumps({**vars(args), "init_hash": "ab"}))
     assert main_lgssl.parse_arguments([f"@{path}"]) == args
     assert main_lgssl.parse_arguments([f"@{path}", "--lr", "3"]).lr == 3
-    for text, message in (('{"lrr": 1}', "it holds lrr, which is no option"), ("3", "expected a JSON object")):
+    for text, message in (('{"lrr": 1}', "unknown option lrr"), ("3", "expected a JSON object")):
         path.write_text(text)
         with pytest.raises(SystemExit):
             main_lgssl.parse_arguments([f"@{path}"])
