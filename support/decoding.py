@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from support.files import refuse_irregular
 from utils import UserError, first_line, printable
@@ -95,14 +95,15 @@ def read_image(
         image.load()
         if upright:
             with contextlib.suppress(Exception):  # a broken EXIF block; the pixels may still be intact
-                image = ImageOps.exif_transpose(image)
+                if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                    image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":
             return Image.fromarray(gray_levels(np.asarray(image), intensity_range)).convert("RGB")
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(white, image).convert("RGB")
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
