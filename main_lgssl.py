@@ -158,8 +158,8 @@ def train(args: argparse.Namespace, run: Run, stop: StopRequest) -> signal.Signa
             seconds = interval_seconds / interval_steps
             if run.report:
                 values = {"loss": values.pop("loss"), **scheduled, **values}
-                values["images_per_s"] = run.size.batch_size / seconds
-                run.report.interval(epoch, step, seconds, values, stop.waited / interval_seconds)
+                values |= {"images_per_s": run.size.batch_size / seconds, "data_share": stop.waited / interval_seconds}
+                run.report.interval(epoch, step, seconds, values)
             interval_start, interval_steps, stop.waited = time.perf_counter(), 0, 0.0
         if is_saved:
             checkpoints.refuse_diverged({"student": student, "teacher": teacher, "loss": criterion}, step)

@@ -110,20 +110,14 @@ class Report:
             self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         self.bar.update()
 
-    def interval(
-        self, epoch: int, step: int, seconds_per_step: float, values: dict[str, float | None], data_share: float = 0.0
-    ) -> None:
-        """Report the mean values of a logging interval, which ends with `step`.
-
-        Args:
-            data_share: share of the time in which the process waited for data. Not in `steps.jsonl`.
-        """
+    def interval(self, epoch: int, step: int, seconds_per_step: float, values: dict[str, float | None]) -> None:
+        """Report the mean values of a logging interval, which ends with `step`."""
         append_line({"epoch": epoch, "step": step, **values}, self.step_log)
-        for name, value in {**values, "data_share": data_share}.items():
+        for name, value in values.items():
             if value is not None:
                 self._board("add_scalar", name, value, step)
         loss, rate = f"{values['loss']:.3f}", f"{values['images_per_s']:.0f}"
-        usage = {"waiting for data": f"{data_share:.0%}"}
+        usage = {"waiting for data": f"{values['data_share']:.0%}"}
         if torch.cuda.is_initialized():
             usage["GPU memory"] = f"{torch.cuda.max_memory_reserved() / 1e9:.1f} GB"
         if self.bar.disable:

@@ -57,7 +57,7 @@ def fingerprint(folder):
     add(sorted(path.name for path in folder.glob("checkpoint[0-9]*")))
     for name in ("log.txt", "steps.jsonl"):
         for line in (folder / name).read_text().splitlines():
-            add({key: value for key, value in json.loads(line).items() if "images_per_s" not in key})
+            add({key: value for key, value in json.loads(line).items() if key not in ("images_per_s", "data_share")})
     return digest.hexdigest()
 
 

@@ -405,7 +405,9 @@ def test_a_run_writes_what_others_read(photo_folder, tmp_path, capsys):
     assert {"train_loss", "train_lr", "train_wd", "epoch"} <= set(epochs[0])
     assert [entry["step"] for entry in steps] == [1, 2, 3, 5]  # every 2 steps, and the last of an epoch
     assert np.mean([2 * steps[0]["loss"], steps[1]["loss"]]) * 2 / 3 == pytest.approx(epochs[0]["train_loss"])
-    assert {"loss", "lr", "wd", "momentum", "teacher_temp", "matched_patches", "images_per_s"} <= set(steps[0])
+    assert {"loss", "lr", "wd", "momentum", "teacher_temp", "matched_patches", "images_per_s", "data_share"} <= set(
+        steps[0]
+    )
     assert 0 < steps[0]["matched_patches"] <= 16
     assert list((tmp_path / "tb").glob("events*"))
     assert json.loads((tmp_path / "args.json").read_text())["arch"] == "vit_micro"
@@ -437,7 +439,7 @@ def assert_same_run(a, b):
     one, other = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (a, b))
     assert_same_state(one, other)
     assert read(a / "log.txt") == read(b / "log.txt")
-    timeless = [[{**e, "images_per_s": 0} for e in read(folder / "steps.jsonl")] for folder in (a, b)]
+    timeless = [[{**e, "images_per_s": 0, "data_share": 0} for e in read(folder / "steps.jsonl")] for folder in (a, b)]
     assert timeless[0] == timeless[1]
 
 

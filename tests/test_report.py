@@ -83,7 +83,7 @@ def test_a_run_goes_on_without_a_writable_folder_for_tensorboard(tmp_path, monke
         report.start({}, {}, "vit_micro/8, loss mean")
         reaches("reports")
         for step in range(10):
-            report.interval(0, step, 1.0, {**HEALTHY, "loss": 2.0, "lr": 0.1, "images_per_s": 1.0})
+            report.interval(0, step, 1.0, {**HEALTHY, "loss": 2.0, "lr": 0.1, "images_per_s": 1.0, "data_share": 0.0})
         report.epoch(0, 9, {"loss": 2.0})
         reaches("end")
         report.histogram("matched_patches_per_pair", torch.tensor([0, 3]), 9)
