@@ -1,7 +1,8 @@
 """Views: random crops and flips that return their coordinates, and DINO's photometric distortion.
 
 Images and crops are uint8 RGB arrays [height, width, 3] inside the data-loading process. `MultiCrop` returns tensors
-[B, 3, S, S]. The box of a crop is (top, left, height, width) in pixels of the image.
+[B, 3, S, S]. The box of a crop is (top, left, height, width) in pixels of the image. The distortion is drawn in the
+data-loading process, and applied there by `distort`, or later, to the views of a batch at once, by `distort_batch`.
 
 Every random number is a function of its key: (seed, epoch, sample index) for what is drawn per image, (seed, global
 step, rank) for what a batch shares. The number of data-loading workers and earlier draws have no influence.
@@ -15,8 +16,9 @@ Differences from DINO's pipeline, which works on PIL images:
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +31,8 @@ Range = tuple[float, float]
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels of the image
 Images = Sequence[np.ndarray] | np.ndarray
 Rng = np.random.Generator
+Distort = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # `distort_batch`, which may be compiled
+MAX_SIGMA = 2.0  # of the blur, in pixels
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pixel values in [0, 1]
 
 # One random stream per purpose: drawing more numbers from one stream does not shift the others.
@@ -41,6 +45,7 @@ class View(NamedTuple):
     pixels: torch.Tensor  # uint8 [B, 3, S, S]
     boxes: np.ndarray  # int64 [G, 4]: top, left, height, width
     flips: np.ndarray  # bool [G]
+    parameters: np.ndarray | None  # float32 [B, 38], of the distortion that the pixels are to get; None if they have it
 
 
 @dataclass(frozen=True)
@@ -71,36 +76,39 @@ class RandomResizedCrop:
         h, w = min(height, round(width / self.ratio[0])), min(width, round(height * self.ratio[1]))
         return (height - h) // 2, (width - w) // 2, h, w
 
-    def cut(self, images: np.ndarray, box: Box) -> np.ndarray:
-        """Cut a box out of uint8 images [B, H, W, 3] and resize it to [B, size, size, 3]."""
-        return crop_and_resize(images, box, self.size)
 
-
-def resize(images: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
-    """Resize images with antialiasing.
+def resize(image: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
+    """Resize an image with antialiasing.
 
     Args:
-        images: uint8 [B, H, W, 3].
+        image: uint8 [H, W, 3].
         size: (height, width) in pixels.
         mode: "bilinear" or "bicubic".
 
     Returns:
-        uint8 [B, height, width, 3]
+        uint8 [height, width, 3]
     """
-    # F.interpolate is fastest with channels last, which it does not recognize in NumPy's image[None], whose first
-    # stride is 0.
-    pixels = torch.from_numpy(images[0])[None] if len(images) == 1 else torch.from_numpy(images)
-    return F.interpolate(pixels.permute(0, 3, 1, 2), size, mode=mode, antialias=True).permute(0, 2, 3, 1).numpy()
+    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # channels last, for which F.interpolate is fastest
+    return F.interpolate(pixels, size, mode=mode, antialias=True).permute(0, 2, 3, 1).numpy()[0]
 
 
-def crop_and_resize(images: np.ndarray, box: Sequence[int], size: int) -> np.ndarray:
-    """Crop a box from uint8 images [B, H, W, 3] and resize it to [B, size, size, 3] (bicubic, antialiased)."""
+def crop_and_resize(image: np.ndarray, box: Sequence[int], size: int) -> np.ndarray:
+    """Crop a box from a uint8 image [H, W, 3] and resize it to [size, size, 3] (bicubic, antialiased)."""
     top, left, height, width = box
-    return resize(images[:, top : top + height, left : left + width], (size, size), "bicubic")
+    return resize(image[top : top + height, left : left + width], (size, size), "bicubic")
 
 
-def distort(rng: Rng, image: np.ndarray, blur_prob: float, solarize_prob: float, strength: float = 1.0) -> np.ndarray:
-    """Apply DINO's photometric distortion to one image, uint8 [height, width, 3].
+class Distortion(NamedTuple):
+    """The photometric distortion of one view of one image."""
+
+    jitter: tuple[float, float, float, float, np.ndarray] | None  # arguments of `color_jitter`
+    grayscale: bool
+    sigma: float  # of the blur, in pixels; 0: no blur
+    solarize: bool
+
+
+def draw_distortion(rng: Rng, blur_prob: float, solarize_prob: float, strength: float = 1.0) -> Distortion:
+    """Draw DINO's photometric distortion.
 
     Color jitter (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1, in random order) with probability 0.8,
     grayscale with probability 0.2, Gaussian blur with σ from 0.1 to 2 pixels, solarization with threshold 128.
@@ -111,18 +119,28 @@ def distort(rng: Rng, image: np.ndarray, blur_prob: float, solarize_prob: float,
         strength: in [0, 1], scales the four amounts of jitter and the probabilities of grayscale, blur and
             solarization. Not in the paper or in DINO, which have 1.
     """
+    jitter = None
     if rng.random() < 0.8 and strength > 0:  # even a hue rotation by 0 rounds colors
-        amounts = strength * np.array((0.4, 0.4, 0.2))
-        brightness, contrast, saturation = rng.uniform(1 - amounts, 1 + amounts)
+        brightness, contrast, saturation = (
+            rng.uniform(1 - strength * amount, 1 + strength * amount) for amount in (0.4, 0.4, 0.2)
+        )
         hue = rng.uniform(-0.1 * strength, 0.1 * strength)
-        image = color_jitter(image, brightness, contrast, saturation, hue, rng.permutation(4))
-    if rng.random() < 0.2 * strength:
+        jitter = brightness, contrast, saturation, hue, rng.permutation(4)
+    grayscale = rng.random() < 0.2 * strength
+    sigma = rng.uniform(0.1, MAX_SIGMA) if rng.random() < blur_prob * strength else 0.0
+    return Distortion(jitter, grayscale, sigma, solarize=rng.random() < solarize_prob * strength)
+
+
+def distort(image: np.ndarray, drawn: Distortion) -> np.ndarray:
+    """Apply a photometric distortion to one image, uint8 [height, width, 3]."""
+    if drawn.jitter:
+        image = color_jitter(image, *drawn.jitter)
+    if drawn.grayscale:
         image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    if rng.random() < blur_prob * strength:
-        sigma = rng.uniform(0.1, 2.0)
-        kernel = cv2.getGaussianKernel(2 * math.ceil(3 * sigma) + 1, sigma, cv2.CV_32F)
+    if drawn.sigma:
+        kernel = _blur_kernel(drawn.sigma)
         image = cv2.sepFilter2D(image, -1, kernel, kernel)  # twice as fast as GaussianBlur
-    if rng.random() < solarize_prob * strength:
+    if drawn.solarize:
         image = cv2.LUT(image, _SOLARIZED)
     return image
 
@@ -139,12 +157,12 @@ def color_jitter(
     """
     for operation in order:
         if operation == 0:
-            image = _mix_channels(image, brightness * np.eye(3))
+            image = _mix_with_gray(image, brightness)
         elif operation == 1:  # mix with the mean gray level of the image
             gray = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
-            image = _mix_channels(image, contrast * np.eye(3), (1 - contrast) * gray)
+            image = _mix_with_gray(image, contrast, shift=(1 - contrast) * gray)
         elif operation == 2:  # mix each pixel with its gray level
-            image = _mix_channels(image, saturation * np.eye(3) + (1 - saturation) * _GRAY)
+            image = _mix_with_gray(image, saturation, 1 - saturation)
         else:
             hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
             shift = np.array([round(hue * 256) % 256, 0, 0], np.uint8)
@@ -154,14 +172,106 @@ def color_jitter(
     return image
 
 
-_GRAY = np.array([0.299, 0.587, 0.114])  # weights of red, green and blue
+_GRAY = 0.299, 0.587, 0.114  # weights of red, green and blue
+_OWN, _TO_GRAY = np.eye(3, 4), np.tile((*_GRAY, 0.0), (3, 1))
 _SOLARIZED = np.array([level if level < 128 else 255 - level for level in range(256)], np.uint8)
 
 
-def _mix_channels(image: np.ndarray, matrix: np.ndarray, shift: float = 0.0) -> np.ndarray:
-    """Return `matrix @ pixel + shift` for all pixels, clipped to [0, 255] and truncated, as in torchvision."""
-    # OpenCV rounds: subtract almost 0.5 to truncate.
-    return cv2.transform(image, np.column_stack([matrix, np.full(3, shift - 0.499)]))
+def _blur_kernel(sigma: float) -> np.ndarray:
+    """Return a Gaussian kernel with radius ceil(3σ), float32 [length, 1]."""
+    return cv2.getGaussianKernel(2 * math.ceil(3 * sigma) + 1, sigma, cv2.CV_32F)
+
+
+def _mix_with_gray(image: np.ndarray, own: float, gray: float = 0.0, shift: float = 0.0) -> np.ndarray:
+    """Return own * pixel + gray * (gray level) + shift, clipped to [0, 255] and truncated, as in torchvision."""
+    matrix = own * _OWN + gray * _TO_GRAY
+    matrix[:, 3] = shift - 0.499  # OpenCV rounds: subtract almost 0.5 to truncate
+    return cv2.transform(image, matrix)
+
+
+# `distort_batch` takes the same steps for all images: three mixes of colors, a rotation of the hue, three more mixes,
+# that of grayscale, blur, solarization. What was not drawn has parameters that keep the image.
+_MIXES, _BEFORE_HUE, _RADIUS = 7, 3, math.ceil(3 * MAX_SIGMA)
+_ROW = (3 * _MIXES, 3, 2 * _RADIUS + 1, 1)  # number of parameters of mixes, hue, blur and solarization
+ROW_LENGTH = sum(_ROW)
+
+
+def distortion_row(drawn: Distortion) -> list[float]:
+    """Return the parameters of `distort_batch` for one view of one image."""
+    # A mix has the weights of a pixel, of its gray level, and of the mean gray level of its image.
+    mixes, hue, place = [(1.0, 0.0, 0.0)] * _MIXES, 0.0, 0
+    if drawn.jitter:
+        brightness, contrast, saturation, hue, order = drawn.jitter
+        of_operation = (brightness, 0.0, 0.0), (contrast, 0.0, 1 - contrast), (saturation, 1 - saturation, 0.0)
+        for operation in order:
+            if operation == 3:
+                place = _BEFORE_HUE
+            else:
+                mixes[place] = of_operation[operation]
+                place += 1
+    if drawn.grayscale:
+        mixes[-1] = (0.0, 1.0, 0.0)
+    hues = [6 * hue + channel for channel in (5, 3, 1)]
+    kernel = _blur_kernel(drawn.sigma)[:, 0].tolist() if drawn.sigma else [1.0]
+    padding = [0.0] * (_RADIUS - len(kernel) // 2)
+    return [*itertools.chain(*mixes), *hues, *padding, *kernel, *padding, 255.0 if drawn.solarize else 510.0]
+
+
+def distort_batch(pixels: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+    """Apply `distort` to a view of many images at once, each with its own parameters, on any device.
+
+    Colors are truncated to levels after each operation, as in torchvision. Results differ from those of `distort` by
+    less than 2 levels on average, mostly because OpenCV's hue has 256 steps.
+
+    Args:
+        pixels: uint8 [n, 3, S, S], of any layout in memory.
+        parameters: float32 [n, 38], a `distortion_row` per image.
+
+    Returns:
+        uint8 [n, 3, S, S], contiguous
+    """
+    mixes, hues, kernels, top = parameters[..., None, None].split(_ROW, 1)
+    levels = pixels.contiguous()
+    for i in range(_MIXES):
+        if i == _BEFORE_HUE:
+            levels = _rotate_hue(levels, hues)
+        levels = _mix_batch(levels, *mixes[:, 3 * i : 3 * i + 3].split(1, 1))
+    blurred = _blur(levels, kernels)
+    return torch.minimum(blurred, top - blurred).to(torch.uint8)  # 255 - level is the smaller one from 128 on
+
+
+def _mix_batch(levels: torch.Tensor, own: torch.Tensor, gray: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Mix pixels with their gray level and the mean gray level of the image, with weights [n, 1, 1, 1]."""
+    red, green, blue = levels.split(1, 1)
+    gray_levels = torch.add(torch.add(_GRAY[0] * red, green, alpha=_GRAY[1]), blue, alpha=_GRAY[2])
+    shift = torch.addcmul(mean * gray_levels.mean((2, 3), keepdim=True), gray, gray_levels)
+    return torch.addcmul(shift, own, levels).clamp_(0, 255).to(torch.uint8)
+
+
+def _rotate_hue(levels: torch.Tensor, hues: torch.Tensor) -> torch.Tensor:
+    """Rotate the hue in HSV by `hues` [n, 3, 1, 1], in sixths of a turn, plus 5, 3 and 1 for red, green and blue."""
+    colors = levels * (255.999 / 255)  # as torchvision turns floats into levels
+    (red, green, blue), value = colors.split(1, 1), colors.amax(1, keepdim=True)
+    chroma = value - colors.amin(1, keepdim=True)
+    of_green, of_blue = torch.add(blue - red, chroma, alpha=2), torch.add(red - green, chroma, alpha=4)
+    hue = torch.where(value == red, green - blue, torch.where(value == green, of_green, of_blue))
+    place = (hue / chroma.clamp(min=1) + hues).remainder_(6)
+    share = torch.minimum(place, 4 - place).clamp_(0, 1)
+    return torch.addcmul(value, chroma, share, value=-1).to(torch.uint8)
+
+
+def _blur(levels: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+    """Blur with a kernel per image, [n, 13, 1, 1], mirroring the edges. Return whole levels as floats."""
+    n, channels, side, _ = levels.shape
+    period = max(2 * side - 2, 1)
+    index = torch.arange(-_RADIUS, side + _RADIUS, device=levels.device).abs_() % period
+    index = torch.minimum(index, period - index)
+    weights = kernels[:, None, :, 0, 0].expand(-1, channels, -1).reshape(n * channels, 1, 1, -1)
+    blurred = levels.float()
+    for axis, kernel in ((3, weights), (2, weights.transpose(2, 3))):
+        padded = blurred.index_select(axis, index).flatten(0, 1)[None]
+        blurred = F.conv2d(padded, kernel, groups=n * channels).view(levels.shape)
+    return blurred.round_()
 
 
 @functools.cache
@@ -223,7 +333,22 @@ class MultiCrop:
         global_views = [_ViewSpec(global_crop, 1.0, 0.0), _ViewSpec(global_crop, 0.1, 0.2)]
         return global_views + [_ViewSpec(local_crop, 0.5, 0.0)] * self.local_number
 
-    def __call__(self, images: Images, indices: Sequence[int], epoch: int, step: int, rank: int = 0) -> list[View]:
+    def buffers(self, batch_size: int) -> list[torch.Tensor]:
+        """Return memory for the views, uint8 [V, B, S, S, 3]: of the two global ones, and of the local ones if any."""
+        sizes = (2, self.global_size), (self.local_number, self.local_size)
+        return [torch.empty(number, batch_size, side, side, 3, dtype=torch.uint8) for number, side in sizes if number]
+
+    def __call__(
+        self,
+        images: Images,
+        indices: Sequence[int],
+        epoch: int,
+        step: int,
+        rank: int = 0,
+        *,
+        distorts: bool = True,
+        buffers: Sequence[torch.Tensor] | None = None,
+    ) -> list[View]:
         """Return the views of a batch, the two global views first.
 
         Args:
@@ -231,37 +356,46 @@ class MultiCrop:
             indices: B sample indices, the key of what is drawn per image.
             epoch: epoch from 0, also part of that key.
             step, rank: key of what the batch shares; `step` counts through all epochs.
+            distorts: apply the photometric distortion. Otherwise the views have its parameters.
+            buffers: where the pixels are written, see the method `buffers`.
 
         Raises:
             ValueError: geometry is "batch" and the images have several sizes.
         """
         photometry = [np.random.default_rng((_PHOTOMETRY, self.seed, epoch, i)) for i in indices]
-        # Images of a group share their crops and flips.
         if self.geometry == "batch":
             sizes = {image.shape for image in images}
             if len(sizes) > 1:
                 raise ValueError(
                     f"geometry batch needs images of one size, found {len(sizes)}: resize them or use geometry image"
                 )
-            groups = [np.asarray(images)]  # [B, H, W, 3]
             geometry = [np.random.default_rng((_BATCH_GEOMETRY, self.seed, step, rank))]
         else:
-            groups = [image[None] for image in images]
             geometry = [np.random.default_rng((_IMAGE_GEOMETRY, self.seed, epoch, i)) for i in indices]
-        return [self._view(groups, geometry, photometry, spec) for spec in self.view_specs()]
-
-    def _view(self, groups: list[np.ndarray], geometry: list[Rng], photometry: list[Rng], spec: _ViewSpec) -> View:
-        """Return one view of each image, with a generator of `geometry` per group and of `photometry` per image."""
-        sizes = [images.shape[1:3] for images in groups]
-        boxes = [spec.crop.draw_box(rng, height, width) for rng, (height, width) in zip(geometry, sizes, strict=True)]
-        flips = [rng.random() < self.flip_prob for rng in geometry]  # RandomHorizontalFlip
-        crops = [
-            (crop, flip)
-            for images, box, flip in zip(groups, boxes, flips, strict=True)
-            for crop in spec.crop.cut(images, box)
+        outputs = [pixels for buffer in buffers or self.buffers(len(images)) for pixels in buffer.numpy()]
+        return [
+            self._view(images, geometry, photometry, spec, distorts, pixels)
+            for spec, pixels in zip(self.view_specs(), outputs, strict=True)
         ]
-        pixels = np.empty((len(photometry), spec.crop.size, spec.crop.size, 3), np.uint8)
-        for i, ((crop, flip), rng) in enumerate(zip(crops, photometry, strict=True)):
-            crop = cv2.flip(crop, 1) if flip else np.ascontiguousarray(crop)
-            pixels[i] = distort(rng, crop, spec.blur_prob, spec.solarize_prob, self.distortion)
-        return View(torch.from_numpy(pixels).permute(0, 3, 1, 2), np.array(boxes), np.array(flips))
+
+    def _view(
+        self,
+        images: Images,
+        geometry: list[Rng],
+        photometry: list[Rng],
+        spec: _ViewSpec,
+        distorts: bool,
+        pixels: np.ndarray,
+    ) -> View:
+        """Return one view of each image, with a generator of `geometry` for all or per image. Writes into `pixels`."""
+        # With one generator, the first image stands for all.
+        boxes = [spec.crop.draw_box(rng, *image.shape[:2]) for rng, image in zip(geometry, images, strict=False)]
+        flips = [rng.random() < self.flip_prob for rng in geometry]  # RandomHorizontalFlip
+        drawn = [draw_distortion(rng, spec.blur_prob, spec.solarize_prob, self.distortion) for rng in photometry]
+        for i, image in enumerate(images):
+            group = i % len(geometry)
+            crop = crop_and_resize(image, boxes[group], spec.crop.size)
+            crop = cv2.flip(crop, 1) if flips[group] else crop
+            pixels[i] = distort(crop, drawn[i]) if distorts else crop
+        parameters = None if distorts else np.array([distortion_row(one) for one in drawn], np.float32)
+        return View(torch.from_numpy(pixels).permute(0, 3, 1, 2), np.array(boxes), np.array(flips), parameters)

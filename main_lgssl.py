@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from augment import MultiCrop
+from augment import Distort, MultiCrop, distort_batch
 from losses import LocalGlobalLoss, teacher_temperature
 from support import checkpoints, loader
 from support.checkpoints import RunSize, hash_of_names, restore
@@ -81,6 +81,7 @@ class Run:
     meters: Meters
     state: dict[str, Any]  # the parts above whose state is saved, by name
     loader: DataLoader
+    distort: Distort  # distorts views on the device, if the workers do not
     online_knn: OnlineKNN | None
     report: Report | None  # of rank 0
     lock: int | None  # file descriptor, of rank 0
@@ -98,7 +99,7 @@ def train(args: argparse.Namespace, run: Run, stop: StopRequest) -> signal.Signa
     dtype = AUTOCAST[run.settings["precision"]]
     student_parameters: list[torch.Tensor] = list(student.parameters())
     teacher_parameters: list[torch.Tensor] = list(teacher.parameters())
-    batches = batches_on_device(run.loader, device)
+    batches = batches_on_device(run.loader, device, run.distort)
     interval_start, interval_steps, stop.waited = time.perf_counter(), 0, 0.0
     for step in range(run.start_step, run.size.total_steps):
         epoch, step_of_epoch = divmod(step, run.size.steps_per_epoch)
@@ -235,7 +236,8 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     init_hash = checkpoints.hash_of_file(args.init_weights) if args.init_weights else None
     every = 10 if args.knn_every is None and images.online_knn else args.knn_every or 0
     settings = {**vars(args), "knn_every": every, "init_hash": init_hash}
-    earlier = checkpoints.open_output(output_dir, settings, vars(parse_arguments([])), may_change(settings))
+    defaults = {**vars(parse_arguments([])), "distort_on": "workers"}  # of runs from before this option
+    earlier = checkpoints.open_output(output_dir, settings, defaults, may_change(settings))
     checkpoint, settings["init_hash"] = earlier.checkpoint, earlier.init_hash
     start, made_with = None, recorded_arguments(checkpoint, str(earlier.path)) if checkpoint else {}
     if args.init_weights and not checkpoint:
@@ -248,6 +250,8 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     timeout = datetime.timedelta(seconds=args.dist_timeout)
     rank, world_size, device = process = init_distributed(args.dist_url, timeout)
     settings["precision"] = set_precision(args.precision or made_with.get("precision"), device)
+    distort_on = made_with.get("distort_on", "workers") if checkpoint else args.distort_on
+    settings["distort_on"] = loader.place_of_distortion(distort_on, device)
     lock = checkpoints.lock(output_dir) if rank == 0 else None
     stop.join(timeout)
     loader.check_batch(len(images.train), args.batch_size_per_gpu, args.accum_steps, world_size)
@@ -276,29 +280,14 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     if checkpoint:
         size = size._replace(earlier_hash=hash_of_names(images.train, as_text=True))
     start_step = restore(checkpoint, earlier.path, state, size, world_size) if checkpoint else 0
+    distort: Distort = distort_batch
     accelerated, dtype, accumulates = "", AUTOCAST[settings["precision"]], args.accum_steps > 1
     if start_step < size.total_steps:  # compiled blocks and CUDA graphs: support/cuda_graphs.py
-        accelerated = accelerate(
-            teacher, student, shapes, dtype, compiles=args.compile, graphs=args.cuda_graphs, accumulates=accumulates
-        )
+        choices = {"compiles": args.compile, "graphs": args.cuda_graphs, "distorts": settings["distort_on"] == "device"}
+        distort, accelerated = accelerate(teacher, student, shapes, dtype, accumulates=accumulates, **choices)
     checkpoints.refuse_different_starts(start_step, device)
-    report = None
-    if rank == 0:
-        checkpoints.tidy(output_dir, earlier.path)
-        watch_from = min(args.warmup_epochs * size.steps_per_epoch, WATCH_FROM)
-        report = Report(output_dir, start_step, args.epochs, size.steps_per_epoch, watch_from)
-        millions = sum(p.numel() for p in student.backbone.parameters()) / 1e6
-        network = f"{args.arch}/{args.patch_size} ({millions:.1f} M parameters), loss {args.loss}"
-        threads = f"(threads: {torch.get_num_threads()})"
-        batch = f"batch {batch_size} on {world_size} x {device.type} {threads} in {settings['precision']}"
-        resumed = f"; resuming after step {start_step} of {size.total_steps}" if start_step else ""
-        resumed = "; the run is finished" if start_step == size.total_steps else resumed
-        steps = f"{size.steps_per_epoch} steps per epoch{resumed}"
-        headline = ", ".join(filter(None, [network, f"{len(images.train)} images", batch, accelerated, steps]))
-        no_knn = "" if images.online_knn else f"no online k-NN: {images.no_knn}"
-        headline = "\n".join(filter(None, [headline, images.found, no_knn, started, *remarks(args)]))
-        report.start(settings, {"step": start_step, "processes": world_size, **environment()}, headline)
-    return Run(
+    steps = range(start_step, size.total_steps)
+    run = Run(
         student=student,
         teacher=teacher,
         ddp_student=wrap_networks(args, student, teacher, process),
@@ -307,15 +296,20 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
         scaler=scaler,
         meters=meters,
         state=state,
-        loader=build_loader(args, images.train, range(start_step, size.total_steps), process, workers),
+        loader=build_loader(args, images.train, steps, process, workers, settings["distort_on"]),
+        distort=distort,
         online_knn=images.online_knn,
-        report=report,
+        report=None,
         lock=lock,
         process=process,
         size=size,
         start_step=start_step,
         settings=settings,
     )
+    if rank == 0:
+        checkpoints.tidy(output_dir, earlier.path)
+        run.report = open_report(args, run, images, accelerated=accelerated, started=started)
+    return run
 
 
 class Images(NamedTuple):
@@ -341,6 +335,25 @@ def open_images(args: argparse.Namespace) -> Images:
                 raise UserError(f"--knn_every {args.knn_every}: {error}") from error
             no_knn = str(error)
     return Images(train, knn, no_knn, train.describe())
+
+
+def open_report(args: argparse.Namespace, run: Run, images: Images, *, accelerated: str, started: str) -> Report:
+    """Open the report of a run with its headline, which says `accelerated`, what is fast, and `started`, from where."""
+    size, (_, world_size, device) = run.size, run.process
+    watch_from = min(args.warmup_epochs * size.steps_per_epoch, WATCH_FROM)
+    report = Report(Path(args.output_dir), run.start_step, args.epochs, size.steps_per_epoch, watch_from)
+    millions = sum(p.numel() for p in run.student.backbone.parameters()) / 1e6
+    network = f"{run.settings['arch']}/{run.settings['patch_size']} ({millions:.1f} M parameters), loss {args.loss}"
+    threads = f"(threads: {torch.get_num_threads()})"
+    batch = f"batch {size.batch_size} on {world_size} x {device.type} {threads} in {run.settings['precision']}"
+    resumed = f"; resuming after step {run.start_step} of {size.total_steps}" if run.start_step else ""
+    resumed = "; the run is finished" if run.start_step == size.total_steps else resumed
+    steps = f"{size.steps_per_epoch} steps per epoch{resumed}"
+    headline = ", ".join(filter(None, [network, f"{len(images.train)} images", batch, accelerated, steps]))
+    no_knn = "" if images.online_knn else f"no online k-NN: {images.no_knn}"
+    headline = "\n".join(filter(None, [headline, images.found, no_knn, started, *remarks(args)]))
+    report.start(run.settings, {"step": run.start_step, "processes": world_size, **environment()}, headline)
+    return report
 
 
 def build_networks(args: argparse.Namespace) -> tuple[BackboneWithHead, Teacher, LocalGlobalLoss]:
@@ -380,9 +393,17 @@ def wrap_networks(
 
 
 def build_loader(
-    args: argparse.Namespace, dataset: LabeledImages, steps: range, process: Process, workers: Workers | None = None
+    args: argparse.Namespace,
+    dataset: LabeledImages,
+    steps: range,
+    process: Process,
+    workers: Workers | None = None,
+    distort_on: str | None = None,
 ) -> DataLoader:
-    """Return the loader of this rank's batches for a range of steps, by default with --num_workers workers."""
+    """Return the loader of this rank's batches for a range of steps.
+
+    By default, it has --num_workers workers, and views are distorted where --distort_on says.
+    """
     multi_crop = MultiCrop(
         global_size=args.global_crops_size,
         local_size=args.local_crops_size,
@@ -398,7 +419,8 @@ def build_loader(
     skip_bad, (rank, world_size, device) = args.on_bad_image == "skip", process
     steps_of_rank = args.batch_size_per_gpu, steps, args.accum_steps, rank, world_size, args.seed
     sampler = loader.BatchSampler(len(dataset), *steps_of_rank)
-    batches = ViewBatches(dataset, multi_crop, args.patch_size, rule, rank, skip_bad)
+    distorts = loader.place_of_distortion(distort_on or args.distort_on, device) == "workers"
+    batches = ViewBatches(dataset, multi_crop, args.patch_size, rule, rank, skip_bad, distorts)
     workers = workers or Workers(args.num_workers)
     return loader.open_loader(batches, workers, device, sampler=sampler, batch_size=None)  # a key is a whole batch
 

@@ -57,7 +57,7 @@ def whole_patches(image: np.ndarray, side: int, patch_size: int) -> np.ndarray:
     rows, columns = (max(round(length * scale), 1) for length in image.shape[:2])
     if rows * columns > MAX_PATCHES:
         raise UserError(f"found {rows}x{columns} patches, more than {MAX_PATCHES}: give a smaller --image_size")
-    return resize(image[None], (rows * patch_size, columns * patch_size), "bicubic")[0]
+    return resize(image, (rows * patch_size, columns * patch_size), "bicubic")
 
 
 def most_of(attention: np.ndarray, share: float) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Measure training steps on a GPU by phase, against what its rates allow and against DINO's step.
 
     python -m benchmarks.bench_gpu              what the goals need, in rounds for five minutes
-    python -m benchmarks.bench_gpu --all        also fp16, TF32, plain networks, the loss alone, loading
+    python -m benchmarks.bench_gpu --all        also fp16, TF32, plain networks, the loss alone
     python -m benchmarks.bench_gpu --profile    instead: the operations that take most time of the GPU
+    python -m benchmarks.bench_gpu --loading    instead: from JPEG files to steps, in about five minutes
 
 The steps are those of the loop in main_lgssl.py, on views that are made in advance; only the beginnings of phases are
 recorded, without waiting for the device. "DINO" is DINO's step in plain PyTorch, see `dino_steps`. Each round runs all
@@ -22,6 +23,11 @@ MLP of the head, K the number of prototypes, n_t and n_s the numbers of matched 
   student's logits are written once and read by two products, in p bytes.
 - update: 44 bytes per parameter of the student: clipping reads the gradient; AdamW reads weight, gradient and two
   moments, and writes weight and moments; EMA reads both networks and writes one. The center is not counted.
+
+With --loading, one training per network takes its batches from each source in turn. Each source has steps that are not
+timed, more than its workers prefetch, and those that are, and all have the same numbers of matched tokens. The step
+alone has views that are made and distorted in advance. "DINO's" workers make the views of each image with torchvision
+and PIL; the step is the same. The files lie in the memory of the system.
 """
 
 import contextlib
@@ -34,22 +40,22 @@ import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from sklearn.datasets import load_sample_image
 
 import main_lgssl
+from augment import distort_batch
 from benchmarks.bench_step import BOTTLENECK, GLOBAL, LOCAL, VIEWS, Done, memory
+from benchmarks.bench_views import PlainBatches, print_stages, write_photographs
 from benchmarks.machine import machine, print_table
 from losses import LOSS_WEIGHTS, LocalGlobalLoss, plain_loss
 from support.arguments import ArgumentParser, number
-from support.loader import LoadedBatch
+from support.loader import PREFETCHED, LoadedBatch, Workers, open_loader
 from utils import Process, UserError, run_main
 from vision_transformer import ARCHITECTURES, DINOHead, TokenOutput
 
@@ -70,6 +76,7 @@ class Case(NamedTuple):
     loss: str = "mean"  # of main_lgssl.py, or "DINO" for DINO's step
     precision: str = "bf16"  # of main_lgssl.py
     speed: str = "default"  # one of SPEEDS
+    distort_on: str = "workers"  # of main_lgssl.py; there, views that are made in advance are distorted in advance
 
     def cells(self) -> list:
         """Return the first cells of a row: network, K, loss and precision."""
@@ -117,8 +124,9 @@ class Result(NamedTuple):
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="measure all cases, the loss alone, and loading")
+    parser.add_argument("--all", action="store_true", help="measure all cases, and the loss alone")
     parser.add_argument("--profile", action="store_true", help="only print the operations with most time of the GPU")
+    parser.add_argument("--loading", action="store_true", help="only measure the loading of images")
     parser.add_argument("--minutes", type=number(float, 0), default=5, help="time for the rounds; at least one")
     parser.add_argument("--steps", type=number(int, 1), default=16, help="timed steps per training")
     args = parser.parse_args()
@@ -133,11 +141,13 @@ def main() -> None:
         if args.profile:
             print_profile(SMALL, device)
             return
-        run(CASES + OTHER_CASES * args.all, device, args.minutes, args.steps)
-        if args.all:
-            print()
-            print_loss_alone(LOSS_SIZES, 128, device)
-            print_loading(480, device)
+        if args.loading:
+            print_loading([Case(arch, 128, distort_on="device") for arch in ("vit_tiny", "vit_small")], device)
+        else:
+            run(CASES + OTHER_CASES * args.all, device, args.minutes, args.steps)
+            if args.all:
+                print()
+                print_loss_alone(LOSS_SIZES, 128, device)
     print(f"\nmeasured in {(time.perf_counter() - start) / 60:.1f} minutes")
 
 
@@ -240,16 +250,18 @@ def options(case) -> list[str]:
     words += f"--loss {'cls' if case.loss == 'DINO' else case.loss} --geometry batch --image_size {IMAGE} "
     words += f"--global_crops_size {GLOBAL} --local_crops_size {LOCAL} --local_crops_number {VIEWS - 2} "
     words += f"--precision {case.precision} --freeze_last_layer 0 --num_workers 0 --log_every {10**9} "
+    words += f"--distort_on {case.distort_on} "
     words += SPEEDS[case.speed]
     return words.split()
 
 
 @functools.cache
-def make_batches(only_cls, batch_size, device, count=BATCHES) -> list[LoadedBatch]:
+def make_batches(only_cls, batch_size, device, count=BATCHES, distort_on="workers") -> list[LoadedBatch]:
     """Return the batches of a training on random images, with uint8 views, in pinned memory for a GPU."""
     rng = np.random.default_rng(0)
     images = [(rng.integers(0, 256, (IMAGE, IMAGE, 3), np.uint8), 0) for _ in range(batch_size)]
-    args = main_lgssl.parse_arguments(options(Case("vit_small", batch_size, loss="cls" if only_cls else "mean")))
+    case = Case("vit_small", batch_size, loss="cls" if only_cls else "mean", distort_on=distort_on)
+    args = main_lgssl.parse_arguments(options(case))
     return list(main_lgssl.build_loader(args, images * count, range(count), Process(0, 1, device)))
 
 
@@ -280,8 +292,8 @@ def run_steps(case, batches, steps, mark, device) -> None:
     """Warm up and run steps of a training. `mark` is called with each phase that begins, and at last with "end"."""
     on_device = main_lgssl.batches_on_device
 
-    def batches_on_device(_, device):
-        in_turn = on_device(itertools.cycle(batches), device)
+    def batches_on_device(_, device, *distort):
+        in_turn = on_device(itertools.cycle(batches), device, *distort)
         for _ in range(WARM_UP + steps):
             mark("views")
             yield next(in_turn)
@@ -430,6 +442,8 @@ def step_ms(runs) -> list[float]:
 
 
 def with_range(value, *of_rounds, digits=1) -> str:
+    if not of_rounds:
+        return f"{value:.{digits}f}"
     return "{:.{n}f} ({:.{n}f}–{:.{n}f})".format(value, min(of_rounds), max(of_rounds), n=digits)
 
 
@@ -458,21 +472,31 @@ def print_steps(results, rates) -> None:
     print("\nIn brackets: the range of the rounds, or the share of its bound that a phase reaches.\n")
 
 
+def goal_cells(limit, values, at_least) -> list:
+    """Return the last cells of a goal's row: what is expected and found, and whether it is reached.
+
+    Args:
+        values: what is found, and that of each round if there are several; empty if it is not measured.
+    """
+    expected = f"{'at least' if at_least else 'at most'} {limit}"
+    if not values:
+        return [expected, "not measured", ""]
+    reached = values[0] >= limit if at_least else values[0] <= limit
+    return [expected, with_range(*values, digits=2), "reached" if reached else "not reached"]
+
+
 def print_goals(results) -> None:
     """Print what is aimed at, and whether it is reached."""
     rows = []
     for goal, case, limit in GOALS:
         runs, others = results.get(case), results.get(case._replace(loss=COMPARED.get(goal, case.loss)))
-        rows.append([goal, *case.cells(), f"{'at least' if goal == FASTER else 'at most'} {limit}"])
-        if not (runs and others):
-            rows[-1] += ["not measured", ""]
-            continue
-        values = [run.start_up for run in (runs[0], *runs)] if goal == START_UP else step_ms(runs)
-        if goal in COMPARED:
-            pairs = zip(values, step_ms(others), strict=True)
-            values = [own - other if goal == ADDED else other / own for own, other in pairs]
-        reached = values[0] >= limit if goal == FASTER else values[0] <= limit
-        rows[-1] += [with_range(*values, digits=2), "reached" if reached else "not reached"]
+        values = []
+        if runs and others:
+            values = [run.start_up for run in (runs[0], *runs)] if goal == START_UP else step_ms(runs)
+            if goal in COMPARED:
+                pairs = zip(values, step_ms(others), strict=True)
+                values = [own - other if goal == ADDED else other / own for own, other in pairs]
+        rows.append([goal, *case.cells(), *goal_cells(limit, values, goal == FASTER)])
     print_table(("goal", "network", "K", "loss", "precision", "expected", "found", ""), rows)
 
 
@@ -553,22 +577,97 @@ def print_loss_alone(sizes, batch_size, device) -> None:
 
 # Loading
 
+ALONE, LOADED, PLAIN = "memory (the step alone)", "{} workers", "DINO's {} workers"  # sources of batches
 
-def print_loading(count, device) -> None:
-    """Print how many JPEG files of 500×375 pixels one data-loading worker turns into views per second."""
+
+def print_loading(cases, device, counts=(4, 8, 12, 16), steps=48, files=480, rounds=5) -> None:
+    """Measure the stages of loading, the distortion on the device and whole trainings; print tables and goals.
+
+    Args:
+        cases: the trainings, with one batch size and --distort_on device.
+        counts: numbers of workers; DINO's are as many as the last.
+        steps: timed steps with each source of batches. Workers may deliver at the same time: a multiple of all counts.
+        files, rounds: number of JPEG files, number of measurements of the stages.
+    """
+    torch.set_num_threads(1)  # as in a worker, until the trainings
+    cv2.setNumThreads(0)
     with tempfile.TemporaryDirectory() as folder:
-        photographs = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
-        batch_size = max(count // 12, 1)
-        for i in range(batch_size):
-            photo = photographs[i % 2].resize((500, 375), Image.Resampling.LANCZOS)
-            photo.save(Path(folder) / f"{i}.jpg", quality=90)
-        words = ["--data_path", folder, "--batch_size_per_gpu", str(batch_size), "--num_workers", "1"]
-        args = main_lgssl.parse_arguments(words)
-        dataset, *_ = main_lgssl.open_images(args)
-        loader = main_lgssl.build_loader(args, dataset, range(WARM_UP + 12), Process(0, 1, device))
-        arrivals = [time.perf_counter() for _ in loader]
-    rate = 12 * batch_size / (arrivals[-1] - arrivals[WARM_UP - 1])
-    print(f"\nOne data-loading worker makes the views of {rate:.0f} JPEG images of 500×375 pixels per second.")
+        write_photographs(folder, files)
+        worker = print_stages(folder, cases[0].batch_size, rounds)
+        distortion = distortion_ms(cases[0].batch_size, device)
+        print_table(("distort_batch", "ms per batch"), [(name, f"{ms:.2f}") for name, ms in distortion.items()])
+        rates = {}  # {(architecture, source of batches): images/s}
+        for case in cases:
+            rates |= source_rates(case, folder, counts, steps, device)
+            free_memory(device)
+    header = f"network, batch {cases[0].batch_size}", "batches from", "images/s", "of the step alone"
+    rows = [(*key, f"{rate:.0f}", f"{rate / rates[key[0], ALONE]:.1%}") for key, rate in rates.items()]
+    print()
+    print_table(header, rows)
+    for case in cases:
+        needed = math.ceil(rates[case.arch, ALONE] / worker)
+        print(f"\n{case.arch}: the step alone takes the images of {needed} workers", end="")
+    print("\n")
+
+    def quotient(*keys):
+        return [rates[keys[0]] / rates[keys[1]]] if rates.keys() >= set(keys) else []
+
+    small, tiny = (("vit_small", LOADED.format(12)), ("vit_small", ALONE)), ("vit_tiny", LOADED.format(16))
+    goals = [
+        ("images/s of a worker, --distort_on device", 270, [worker], True),
+        ("vit_small, 12 workers: of the step alone", 0.95, quotient(*small), True),
+        ("vit_tiny, 16 workers: times as fast as DINO's", 3, quotient(tiny, ("vit_tiny", PLAIN.format(16))), True),
+        ("ms of distort_batch, compiled", 4, [distortion["compiled"]], False),
+    ]
+    print_table(("goal", "expected", "found", ""), [[goal, *goal_cells(*cells)] for goal, *cells in goals])
+
+
+def distortion_ms(batch_size, device) -> dict[str, float]:
+    """Return the milliseconds in which the device distorts the views of a batch, plain and compiled."""
+    pixels, parameters, *_ = make_batches(False, batch_size, device, distort_on="device")[0]
+    views = [of_one_size.to(device) for of_one_size in pixels]
+    rows = parameters.to(device).split([len(of_one_size) for of_one_size in views])
+    sides = {"plain": distort_batch, "compiled": torch.compile(distort_batch, dynamic=False)}
+    return {
+        name: 1e3 * median_seconds(lambda: list(map(distort, views, rows)), device) for name, distort in sides.items()
+    }
+
+
+def source_rates(case, folder, counts, steps, device) -> dict:
+    """Return {(architecture, source of batches): images/s} of a training on the images in a folder."""
+    args = main_lgssl.parse_arguments([*options(case), "--data_path", folder])
+    images, on_device = main_lgssl.open_images(args).train, main_lgssl.batches_on_device
+    in_advance = make_batches(False, case.batch_size, device, distort_on="device")
+    sources = {
+        ALONE: itertools.cycle([batch._replace(parameters=None) for batch in in_advance]),
+        "memory, distorted on the device": itertools.cycle(in_advance),
+    }
+    for count in counts:
+        # These steps repeat, and so do their crops and matched tokens. The workers have work until the end.
+        keys = [i % BATCHES for i in range(WARM_UP + steps + 2 * PREFETCHED * count)]
+        loader = main_lgssl.build_loader(args, images, keys, Process(0, 1, device), Workers(count))
+        sources[LOADED.format(count)] = loader
+    plain = PlainBatches(images.paths, [batch.matches for batch in in_advance])
+    plain_loader = open_loader(plain, Workers(count), device, sampler=loader.sampler, batch_size=None)
+    sources[PLAIN.format(count)] = plain_loader
+    rates = {}
+
+    def batches_on_device(_, device, distort):
+        for source, loader in sources.items():
+            batches = on_device(loader, device, distort)
+            yield from itertools.islice(batches, WARM_UP + PREFETCHED * getattr(loader, "num_workers", 0))
+            start = timestamp(device)
+            yield from itertools.islice(batches, steps)
+            end = timestamp(device)
+            batches.close()  # ends the workers
+            synchronize(device)
+            rates[case.arch, source] = steps * case.batch_size / seconds_between(start, end)
+            print(f"{case.arch}, {source}: {rates[case.arch, source]:.0f} images/s", file=sys.stderr, flush=True)
+        raise Done
+
+    with contextlib.suppress(Done):
+        lgssl_steps(case, batches_on_device, lambda _: None, device)
+    return rates
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def measure(arch, patch_size, batch_size, K, steps, side) -> dict:
         optimizer.step()  # allocates the optimizer's state
         return optimizer
 
-    def batches_on_device(loader, device):
+    def batches_on_device(loader, device, _):
         keys = [(0, step, list(range(batch_size))) for step in range(steps)]
         items = [loader.dataset[key] for key in keys]
         geometries = [correspondences(loader.dataset.make_views(key)[0], patch_size) for key in keys]
@@ -153,8 +153,8 @@ def measure(arch, patch_size, batch_size, K, steps, side) -> dict:
         main_lgssl.LocalGlobalLoss, main_lgssl.measure = NaiveLoss, lambda *_: {}
     words = f"{SIDES[side]} --arch {arch} --patch_size {patch_size} --batch_size_per_gpu {batch_size} --out_dim {K} "
     words += f"--global_crops_size {GLOBAL} --local_crops_size {LOCAL} --local_crops_number {VIEWS - 2} "
-    # The last step reports.
-    words += f"--precision fp32 --freeze_last_layer 0 --num_workers 0 --log_every {steps + 1} --output_dir"
+    words += "--precision fp32 --distort_on workers --freeze_last_layer 0 --num_workers 0 "
+    words += f"--log_every {steps + 1} --output_dir"  # the last step reports
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done):
         main_lgssl.main([*words.split(), folder])
     *others, reporting = np.diff(times[1:])

@@ -2,9 +2,11 @@
 
     python -m benchmarks.bench_views
 
-From decoded photographs of 500×375 pixels to uint8 views. JPEG decoding and normalization are timed separately.
+From decoded photographs of 500×375 pixels to uint8 views. JPEG decoding and normalization are timed separately. The
+stages of loading are those of a training that reads JPEG files.
 """
 
+import copy
 import random
 import statistics
 import tempfile
@@ -13,14 +15,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cv2
+import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
+from torch.utils.data import Dataset
 
+import main_lgssl
 from augment import MEAN, STD, MultiCrop, normalize
 from benchmarks.machine import machine, print_table, seconds_of
 from support.arguments import ArgumentParser, number
 from support.decoding import read_image
 from support.images import ResizedArray
+from support.loader import LoadedBatch, Workers
+from utils import Process
+
+SIZE = 500, 375  # width and height of the photographs
 
 
 def main() -> None:
@@ -29,16 +38,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=number(int, 1), default=5, help="number of measurements, the median counts")
     args = parser.parse_args()
 
-    # Not at the top: importing them takes longer than torch.
-    from sklearn.datasets import load_sample_image
-    from torchvision import transforms
+    from torchvision import transforms  # not at the top: importing it takes longer than torch
 
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     print(f"{machine()}; one core, batch {args.batch_size}")
 
-    photographs = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
-    images = [photo.resize((500, 375), Image.Resampling.LANCZOS) for photo in photographs]
+    images = [photo.resize(SIZE, Image.Resampling.LANCZOS) for photo in photographs()]
     images = [images[i % 2] for i in range(args.batch_size)]
     indices = list(range(args.batch_size))
     resize, plain = ResizedArray(256), plain_multi_crop()
@@ -71,12 +77,89 @@ def main() -> None:
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for size in ((500, 375), (2000, 1500)):
-            path = Path(folder) / f"{size[0]}.jpg"
-            photographs[0].resize(size, Image.Resampling.LANCZOS).save(path, quality=90)
+        write_photographs(folder, args.batch_size)
+        print_stages(folder, args.batch_size, args.rounds)
+        for size in (SIZE, (2000, 1500)):
+            path = Path(folder) / f"of {size[0]}.jpg"
+            photographs()[0].resize(size, Image.Resampling.LANCZOS).save(path, quality=90)
             whole, reduced = (min(seconds_of(lambda: resize(read_image(path, *side)), 10)) for side in ((), (512,)))
             rows.append((f"{size[0]}×{size[1]}", f"{whole * 1e3:.1f}", f"{reduced * 1e3:.1f}"))
     print_table(("JPEG to 256×256", "ms, all pixels", "ms, at reduced size"), rows)
+
+
+def photographs() -> list:
+    """Return scikit-learn's two photographs of 640×427 pixels as PIL images."""
+    from sklearn.datasets import load_sample_image
+
+    return [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+
+
+def write_photographs(folder, count) -> None:
+    """Write JPEG files, random crops of the two photographs, about as large as ImageNet's: 100 kB on average."""
+    rng, sources = np.random.default_rng(0), photographs()
+    for i in range(count):
+        source = sources[i % 2]
+        width, height = np.multiply(rng.uniform(0.7, 1) * source.height / SIZE[1], SIZE)
+        left, top = rng.uniform(0, source.width - width), rng.uniform(0, source.height - height)
+        image = source.resize(SIZE, Image.Resampling.LANCZOS, (left, top, left + width, top + height))
+        image = ImageOps.mirror(image) if rng.random() < 0.5 else image
+        image.save(Path(folder) / f"{i}.jpg", quality=97)
+
+
+def print_stages(folder, batch_size, rounds) -> float:
+    """Print the time of each stage of the loading of JPEG files, and of one data-loading worker.
+
+    The stages are timed in this process, which is to have one thread, and those of a worker by its batches' arrivals.
+
+    Returns:
+        images per second of the worker, with --distort_on device
+    """
+    args = main_lgssl.parse_arguments(["--data_path", str(folder), "--batch_size_per_gpu", str(batch_size)])
+    images = main_lgssl.open_images(args).train
+    decoded = copy.copy(images)
+    decoded.transform = None
+    what = args, images, range(1 + rounds), Process(0, 1, torch.device("cpu")), Workers(1)
+    loaders = [main_lgssl.build_loader(*what, distort_on=place) for place in ("device", "workers")]
+    on_device, in_workers = (loader.dataset for loader in loaders)
+    seconds = []
+    for key in loaders[0].sampler:
+        batches = lambda: [decoded[i] for i in key[2]], lambda: on_device[key], lambda: in_workers[key]
+        seconds.append([seconds_of(batch, 1)[0] for batch in batches])
+    decoding, undistorted, distorted = np.median(seconds[1:], 0) / batch_size
+    arrivals = [[time.perf_counter() for _ in loader] for loader in loaders]
+    worker, distorting_worker = np.median(np.diff(arrivals), 1) / batch_size
+    stages = {
+        "decoding": decoding,
+        "resizing, crops, flips and matches": undistorted - decoding,
+        "photometric distortion": distorted - undistorted,
+        "sending, of undistorted views": worker - undistorted,
+        "a worker, --distort_on device": worker,
+        "a worker, --distort_on workers": distorting_worker,
+    }
+    kilobytes = statistics.mean(path.stat().st_size for path in Path(folder).iterdir()) / 1e3
+    header = (f"one core, JPEGs of {SIZE[0]}×{SIZE[1]}, mean {kilobytes:.0f} kB", "ms/image", "images/s")
+    print_table(header, [(name, f"{t * 1e3:.2f}", f"{1 / t:.0f}") for name, t in stages.items()])
+    print()
+    return 1 / worker
+
+
+class PlainBatches(Dataset):
+    """DINO's loading of image files with torchvision and PIL, as a data set of LoadedBatches with given matches.
+
+    Args:
+        paths: the files.
+        matches: of the batches of the first steps, which repeat.
+    """
+
+    def __init__(self, paths, matches):
+        self.paths, self.matches, self.multi_crop = paths, matches, plain_multi_crop()
+
+    def __getitem__(self, key):
+        _, step, indices = key
+        images = [self.multi_crop(Image.open(self.paths[i]).convert("RGB")) for i in indices]
+        views = [torch.stack(of_view) for of_view in zip(*images, strict=True)]
+        pixels = [torch.cat(views[:2]), torch.cat(views[2:])]
+        return LoadedBatch(pixels, None, self.matches[step % len(self.matches)], {})
 
 
 def plain_multi_crop() -> Callable:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from augment import ROW_LENGTH, Distort, distort_batch
 from utils import UserError, first_line, is_first_process, warn
 from vision_transformer import BackboneWithHead, Teacher, VisionTransformer
 
@@ -26,7 +27,8 @@ def accelerate(
     compiles: bool | None,
     graphs: bool,
     accumulates: bool,
-) -> str:
+    distorts: bool,
+) -> tuple[Distort, str]:
     """Compile the blocks of both backbones, and on a GPU capture the backbones in CUDA graphs.
 
     To be called before DDP wraps the student, and while no other thread uses the GPU. Afterwards, parameters may change
@@ -38,14 +40,16 @@ def accelerate(
         compiles: None compiles on a GPU, if there is a compiler.
         graphs: capture graphs, unless activations are recomputed in the backward pass or the device is a CPU.
         accumulates: whether the gradients of several micro-batches are added up.
+        distorts: whether the device distorts the views.
 
     Returns:
-        what was done, for the first line of the log.
+        (`distort_batch`, on a GPU compiled if the blocks are; what was done, for the first line of the log)
 
     Raises:
         UserError: there is no compiler, but `compiles` is true.
     """
     start, done = time.perf_counter(), []
+    distort: Distort = distort_batch
     device = next(student.parameters()).device
     on_gpu = device.type == "cuda"
     graphs = graphs and on_gpu and not student.backbone.grad_checkpointing
@@ -66,6 +70,7 @@ def accelerate(
             for block in blocks:
                 block.compile(dynamic=False)
             done.append("compiled blocks")
+            distort = _compiled_distortion(shapes, device) if distorts and on_gpu else distort
     if graphs:
         try:
             capture(teacher, student, shapes, dtype, accumulates)
@@ -73,9 +78,22 @@ def accelerate(
             warn(f"the backbones run without CUDA graphs and compilation: {first_line(error)}")
             for block in blocks:
                 block.compile(disable=True)
-            return ""
+            return distort, ""
         done.append(f"CUDA graphs after {time.perf_counter() - start:.0f} s")
-    return " and ".join(done)
+    return distort, " and ".join(done)
+
+
+def _compiled_distortion(shapes: Sequence[tuple[int, ...]], device: torch.device) -> Distort:
+    """Return `distort_batch`, compiled for views of these shapes. If that fails, a warning says so, and it is not."""
+    compiled = torch.compile(distort_batch, dynamic=False)
+    try:
+        for shape in shapes:
+            pixels = torch.zeros(shape, dtype=torch.uint8, device=device).contiguous(memory_format=torch.channels_last)
+            compiled(pixels, torch.zeros(shape[0], ROW_LENGTH, device=device))
+    except Exception as error:  # many kinds
+        warn(f"the distortion on the device is not compiled: {first_line(error)}")
+        return distort_batch
+    return compiled
 
 
 def capture(

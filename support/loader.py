@@ -1,6 +1,7 @@
 """The order of batches, and the workers that turn images into batches of views."""
 
 import atexit
+import contextlib
 import functools
 import multiprocessing
 import multiprocessing.queues
@@ -15,9 +16,9 @@ from typing import Any, NamedTuple, NoReturn
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from augment import MultiCrop, View, normalize
+from augment import Distort, MultiCrop, View, distort_batch, normalize
 from patch_matching import Matches, match_views
 from support.images import LabeledImages
 from support.preemption import ignore_signals
@@ -37,6 +38,7 @@ class LoadedBatch(NamedTuple):
     """
 
     pixels: list[torch.Tensor]  # global views [2B, 3, S, S] and local views [L*B, 3, s, s], view-major, uint8
+    parameters: torch.Tensor | None  # [(2+L)*B, 38] of `distort_batch`, view-major; None if the views are distorted
     matches: Matches
     bad_images: BadImages
 
@@ -44,7 +46,7 @@ class LoadedBatch(NamedTuple):
 class Batch(NamedTuple):
     """The same on the device, ready for the networks."""
 
-    views: list[torch.Tensor]  # the pixels, normalized
+    views: list[torch.Tensor]  # the pixels, distorted and normalized
     matches: Matches
     bad_images: BadImages
 
@@ -109,6 +111,7 @@ class ViewBatches(Dataset[LoadedBatch]):
         rule: matching rule of `match_views`; None matches only CLS.
         rank: rank of this process.
         skip_bad: replace a sample that cannot be read by the next one that can.
+        distorts: distort the views; otherwise the batches have the parameters for it.
     """
 
     dataset: LabeledImages
@@ -117,21 +120,28 @@ class ViewBatches(Dataset[LoadedBatch]):
     rule: str | None
     rank: int
     skip_bad: bool = False
+    distorts: bool = True
 
     def __getitem__(self, key: Key) -> LoadedBatch:
-        views, bad_images = self.make_views(key)
+        buffers = self.multi_crop.buffers(len(key[2]))
+        if get_worker_info():  # so that sending the views does not copy them
+            with contextlib.suppress(RuntimeError):  # no memory: the attempt to send the batch will end this worker
+                buffers = [buffer.share_memory_() for buffer in buffers]
+        views, bad_images = self.make_views(key, distorts=self.distorts, buffers=buffers)
         grids = [(view.pixels.shape[-1] // self.patch_size,) * 2 for view in views]
         boxes, flips = np.stack([view.boxes for view in views]), np.stack([view.flips for view in views])
         matches = match_views(boxes, flips, grids, len(views[0].pixels), rule=self.rule)
-        pixels = [torch.cat([view.pixels for view in same_size]) for same_size in (views[:2], views[2:]) if same_size]
-        return LoadedBatch(pixels, matches, bad_images)
+        pixels = [buffer.flatten(0, 1).permute(0, 3, 1, 2) for buffer in buffers]
+        rows = [view.parameters for view in views if view.parameters is not None]
+        parameters = torch.from_numpy(np.concatenate(rows)) if rows else None
+        return LoadedBatch(pixels, parameters, matches, bad_images)
 
-    def make_views(self, key: Key) -> tuple[list[View], BadImages]:
-        """Return the views of a batch, and the samples that were skipped."""
+    def make_views(self, key: Key, **options: Any) -> tuple[list[View], BadImages]:
+        """Return the views of a batch, and the samples that were skipped. Options are those of `MultiCrop.__call__`."""
         epoch, step, indices = key
         bad_images: BadImages = {}
         images = [self.readable_image(index, bad_images) for index in indices]
-        return self.multi_crop(images, indices, epoch, step, self.rank), bad_images
+        return self.multi_crop(images, indices, epoch, step, self.rank, **options), bad_images
 
     def readable_image(self, index: int, bad_images: BadImages) -> np.ndarray:
         """Return the image of a sample. With `skip_bad`, return the first readable one from `index` on.
@@ -152,6 +162,11 @@ class ViewBatches(Dataset[LoadedBatch]):
                     raise UserError(f"{error}; --on_bad_image skip replaces bad images") from error
                 bad_images[sample] = str(error)
         raise UserError(f"{MAX_BAD_IN_A_ROW} consecutive images cannot be read; the last: {bad_images[sample]}")
+
+
+def place_of_distortion(distort_on: str, device: torch.device) -> str:
+    """Return --distort_on, workers or device, where auto stands for what is best for networks on a device."""
+    return distort_on if distort_on != "auto" else "device" if device.type == "cuda" else "workers"
 
 
 class Workers(NamedTuple):
@@ -232,20 +247,32 @@ def _end_worker(error: BaseException, _: object) -> NoReturn:
     os._exit(1)
 
 
-def batches_on_device(loader: Iterable[LoadedBatch], device: torch.device) -> Iterator[Batch]:
-    """Yield the batches of a loader on a device, with normalized views.
+def batches_on_device(
+    loader: Iterable[LoadedBatch], device: torch.device, distort: Distort = distort_batch
+) -> Iterator[Batch]:
+    """Yield the batches of a loader on a device, with distorted and normalized views.
+
+    Args:
+        distort: distorts the views if the workers have not done it.
 
     Raises:
         UserError: a worker died.
     """
     try:
-        for pixels, matches, bad_images in loader:
-            views = [normalize(of_one_size.to(device, non_blocking=True)) for of_one_size in pixels]
-            batch = Batch(views, matches.to(device), bad_images)
-            del pixels, matches  # frees their shared memory before the next batch arrives
+        for loaded in loader:
+            batch = _to_device(loaded, device, distort)
+            del loaded  # frees its shared memory before the next batch arrives
             yield batch
     except (ConnectionError, EOFError, FileNotFoundError) as error:
         if str(error).startswith("Caught ") or getattr(loader, "num_workers", 1) == 0:
             raise  # an error of the data set
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise another error during this one
         raise UserError(f"{DEAD_WORKER} ({type(error).__name__})") from error
+
+
+def _to_device(loaded: LoadedBatch, device: torch.device, distort: Distort) -> Batch:
+    views = [pixels.to(device, non_blocking=True) for pixels in loaded.pixels]
+    if loaded.parameters is not None:
+        rows = loaded.parameters.to(device, non_blocking=True).split([len(pixels) for pixels in views])
+        views = [distort(pixels, own) for pixels, own in zip(views, rows, strict=True)]
+    return Batch([normalize(pixels) for pixels in views], loaded.matches.to(device), loaded.bad_images)

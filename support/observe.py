@@ -169,7 +169,7 @@ def training_pictures(
         above.append((f"teacher: {names[0]}", tinted))
         below.append((f"student: {name}", figures.tint_patches(picture, idx_b[1:].numpy(), grid[1], patch_size)))
 
-    resized = resize(image[None], (size, size), "bicubic")[0]
+    resized = resize(image, (size, size), "bicubic")
     heads = features.cls_attention(backbone, resized)
     titles = [*(f"head {head}" for head in range(1, len(heads) + 1)), "mean of heads"]
     maps = [figures.attention_map(head, patch_size) for head in (*heads, heads.mean(0))]

@@ -91,6 +91,9 @@ def add_data_arguments(parser: ArgumentParser) -> None:
     add("--flip_prob", type=fraction, default=0.5, help="flip probability; use 0 if mirroring changes the class")
     add("--distortion", type=fraction, default=1.0, help="strength of the photometric distortion, an option of this "
         "repository: 1 is the paper's and DINO's, 0 none")
+    add("--distort_on", choices=("auto", "workers", "device"), default="auto", help="where views are distorted: by the "
+        "data-loading workers, or on the device of the networks. auto: as in the resumed run, or the device if it is a "
+        "GPU")
 
     add = parser.add_argument_group("data and output").add_argument
     free = parser.free(add)
@@ -106,7 +109,7 @@ def add_data_arguments(parser: ArgumentParser) -> None:
         "labels. Training never uses labels")
     free("--image_every", type=count, default=10, help="write pictures to TensorBoard every N epochs (0: never)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of all random numbers")
-    workers = min(10, cores_of_process())
+    workers = min(16, cores_of_process())
     free("--num_workers", type=number(int, 0, 1000), default=workers, help="data-loading workers per process")
     free("--dist_url", default="env://", help="URL to set up distributed training")
     free("--dist_timeout", type=number(int, 1, 10**7), default=600, help="seconds to wait for another process")
@@ -128,10 +131,11 @@ def argument_parser() -> ArgumentParser:
 def may_change(settings: dict[str, Any]) -> set[str]:
     """Return the names of settings in which runs may differ and still count as the same run.
 
-    These are the options marked `free`, precision and network if they are not asked for, and `init_hash`, which is
-    compared apart.
+    These are the options marked `free`, those below if they are not asked for, and `init_hash`, which is compared
+    apart.
     """
-    unset = {name for name in ("precision", "arch", "patch_size") if settings.get(name) is None}
+    resolved = ("precision", "arch", "patch_size", "distort_on")
+    unset = {name for name in resolved if settings.get(name) in (None, "auto")}
     return {*argument_parser().may_change, "init_hash", *unset}
 
 

@@ -1,3 +1,4 @@
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -5,8 +6,11 @@ import pytest
 import scipy.ndimage
 import torch
 import torchvision.transforms.v2.functional as TF
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 from scipy.stats import ks_2samp
+from sklearn.datasets import load_sample_image
 from torchvision import transforms
 
 import augment
@@ -42,7 +46,7 @@ def test_crop_is_pillows_crop_resized(photographs):
     pixels = np.array(image)
     planes = np.moveaxis(np.moveaxis(pixels, -1, 0).copy(), 0, -1)  # another layout in memory
     for array in (pixels, planes):
-        own = augment.crop_and_resize(array[None], box, 96)[0]
+        own = augment.crop_and_resize(array, box, 96)
         assert own.flags.c_contiguous or array is planes  # the fast path for channels last keeps the layout
         assert own.shape == (96, 96, 3)
         assert np.abs(own.astype(int) - np.array(expected)).max() <= 1
@@ -51,15 +55,18 @@ def test_crop_is_pillows_crop_resized(photographs):
 def test_color_jitter_is_torchvisions_within_2_levels(photographs):
     image = np.array(photographs[1])
     rng = np.random.default_rng(0)
-    operations = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
     for _ in range(12):
         values = [*rng.uniform(0.6, 1.4, 3), rng.uniform(-0.1, 0.1)]
         order = rng.permutation(4)
         reference = torch.from_numpy(image).permute(2, 0, 1)
         for i in order:
-            reference = operations[i](reference, float(values[i]))
+            reference = OPERATIONS[i](reference, float(values[i]))
         own = augment.color_jitter(image, *values, order)
         assert np.abs(own.astype(int) - reference.permute(1, 2, 0).numpy()).mean() < 2
+
+
+def draw_and_distort(rng, image):
+    return augment.distort(image, augment.draw_distortion(rng, blur_prob=0.5, solarize_prob=0.2))
 
 
 class Dice:
@@ -72,10 +79,7 @@ class Dice:
         return 0.0 if self.answers.pop(0) else 1.0
 
     def uniform(self, low, high):
-        return 1.5 if np.isscalar(low) else np.ones(len(low))
-
-    def permutation(self, n):
-        return np.arange(n)
+        return 1.5
 
 
 def test_each_distortion_is_torchvisions(photographs):
@@ -88,7 +92,7 @@ def test_each_distortion_is_torchvisions(photographs):
         (False, False, False, False): pixels,
     }
     for answers, reference in expected.items():
-        own = torch.from_numpy(augment.distort(Dice(*answers), image, 0.5, 0.2)).permute(2, 0, 1)
+        own = torch.from_numpy(draw_and_distort(Dice(*answers), image)).permute(2, 0, 1)
         assert (own.int() - reference.int()).abs().max() <= 1, answers
 
 
@@ -97,7 +101,7 @@ def test_blur_is_an_exact_gaussian_and_pillows_is_stronger_at_small_sigma(photog
 
     draws = iter((0.9, 0.9, 0.0, 0.9))  # no jitter, no grayscale, blur, no solarization
     rng = SimpleNamespace(random=lambda: next(draws), uniform=lambda *_: 0.3)
-    blurred = augment.distort(rng, image, 0.5, 0.2)
+    blurred = draw_and_distort(rng, image)
     exact = scipy.ndimage.gaussian_filter(image.astype(float), 0.3, axes=(0, 1), mode="mirror", radius=1)
     assert np.abs(blurred - exact).max() <= 1
 
@@ -109,32 +113,23 @@ def test_blur_is_an_exact_gaussian_and_pillows_is_stronger_at_small_sigma(photog
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_probabilities_and_amounts_are_dinos(strength, monkeypatch):
+def test_probabilities_and_amounts_are_dinos(strength):
     """Of the three kinds of views. The strength scales them, but for the probability of jitter."""
-    jitter, counts = [], {"cvtColor": 0, "sepFilter2D": 0, "LUT": 0}
-    monkeypatch.setattr(augment, "color_jitter", lambda image, *values: jitter.append(values[:4]) or image)
-
-    def count(name, image):
-        counts[name] += 1
-        return image
-
-    for name in counts:
-        monkeypatch.setattr(augment.cv2, name, lambda image, *_, name=name: count(name, image))
-    rng, n = np.random.default_rng(0), 2000
-    for spec, blur_and_solarize in zip(
+    rng, n = np.random.default_rng(0), 4000
+    for spec, (blur, solarize) in zip(
         MultiCrop(local_number=1).view_specs(), ((1, 0), (0.1, 0.2), (0.5, 0)), strict=True
     ):
-        jitter.clear()
-        counts.update(dict.fromkeys(counts, 0))
-        for _ in range(n):
-            augment.distort(rng, np.zeros((1, 1, 3), np.uint8), spec.blur_prob, spec.solarize_prob, strength)
-        assert len(jitter) / n == pytest.approx(0.8, abs=0.04)
+        drawn = [augment.draw_distortion(rng, spec.blur_prob, spec.solarize_prob, strength) for _ in range(n)]
+        jitter = np.array([one.jitter[:4] for one in drawn if one.jitter])
+        sigmas = np.array([one.sigma for one in drawn if one.sigma])
+        assert len(jitter) / n == pytest.approx(0.8, abs=0.03)
         amounts = strength * np.array((0.4, 0.4, 0.2, 0.1))
-        np.testing.assert_allclose(np.min(jitter, 0), (1, 1, 1, 0) - amounts, atol=0.01)
-        np.testing.assert_allclose(np.max(jitter, 0), (1, 1, 1, 0) + amounts, atol=0.01)
-        # Grayscale has probability 0.2 and calls cvtColor twice.
-        expected = strength * np.array((2 * 0.2, *blur_and_solarize))
-        np.testing.assert_allclose(np.array(list(counts.values())) / n, expected, atol=0.05)
+        np.testing.assert_allclose(jitter.min(0), (1, 1, 1, 0) - amounts, atol=0.01)
+        np.testing.assert_allclose(jitter.max(0), (1, 1, 1, 0) + amounts, atol=0.01)
+        assert len({tuple(one.jitter[4]) for one in drawn if one.jitter}) == 24
+        assert (sigmas.min(), sigmas.max()) == pytest.approx((0.1, 2.0), abs=0.02)
+        means = [np.mean([one.grayscale for one in drawn]), len(sigmas) / n, np.mean([one.solarize for one in drawn])]
+        np.testing.assert_allclose(means, strength * np.array((0.2, blur, solarize)), atol=0.03)
 
 
 def dinos_distort(rng, image, blur_prob, solarize_prob):
@@ -157,8 +152,102 @@ def test_full_strength_changes_no_bit_of_earlier_views(photographs):
     image = np.array(photographs[1].crop((100, 100, 164, 164)))
     for seed in range(60):
         rng, earlier = np.random.default_rng(seed), np.random.default_rng(seed)
-        assert np.array_equal(augment.distort(rng, image, 0.5, 0.2), dinos_distort(earlier, image, 0.5, 0.2))
+        assert np.array_equal(draw_and_distort(rng, image), dinos_distort(earlier, image, 0.5, 0.2))
         assert rng.random() == earlier.random()
+
+
+OPERATIONS = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+
+
+def torchvisions_distort(pixels, drawn):
+    """The operations of torchvision on a tensor [3, S, S], and SciPy's blur, which also mirrors tiny images."""
+    if drawn.jitter:
+        *values, order = drawn.jitter
+        for i in order:
+            pixels = OPERATIONS[i](pixels, float(values[i]))
+    if drawn.grayscale:
+        pixels = TF.rgb_to_grayscale(pixels, 3)
+    if drawn.sigma:
+        options = {"axes": (1, 2), "mode": "mirror", "radius": int(np.ceil(3 * drawn.sigma))}
+        blurred = scipy.ndimage.gaussian_filter(pixels.numpy().astype(float), drawn.sigma, **options)
+        pixels = torch.from_numpy(blurred.round().astype(np.uint8))
+    return TF.solarize(pixels, 128) if drawn.solarize else pixels
+
+
+def distort_together(images, drawn):
+    """Distort images [n, 3, S, S] by `distort_batch`, in the layout in which they arrive, channels last."""
+    rows = torch.tensor([augment.distortion_row(one) for one in drawn], dtype=torch.float32)
+    return augment.distort_batch(torch.stack(images).contiguous(memory_format=torch.channels_last), rows)
+
+
+def photograph_or_noise(kind, side, rng):
+    if kind == "noise":
+        return torch.from_numpy(rng.integers(0, 256, (3, side, side), np.uint8))
+    top, left = rng.integers(427 - side), rng.integers(640 - side)
+    image = load_sample_image(("china.jpg", "flower.jpg")[rng.integers(2)])
+    return torch.from_numpy(image[top : top + side, left : left + side].copy()).permute(2, 0, 1)
+
+
+NOTHING = augment.Distortion(None, False, 0.0, False)
+LEVELS = {"photograph": 12, "noise": 32}  # the largest difference of a chain of operations
+
+
+@pytest.mark.parametrize("kind", LEVELS)
+def test_each_operation_on_a_batch_is_torchvisions(kind):
+    single = [(i, value) for i, low, high in ((0, 0.6, 1.4), (1, 0.6, 1.4), (2, 0.8, 1.2), (3, -0.1, 0.1))
+              for value in (low, high)]  # fmt: skip
+    drawn = [NOTHING._replace(jitter=(*np.where(np.arange(4) == i, value, (1, 1, 1, 0)), [i])) for i, value in single]
+    drawn += [NOTHING._replace(sigma=sigma) for sigma in (0.1, 0.3, 1.0, 2.0)]
+    drawn += [NOTHING._replace(grayscale=True), NOTHING._replace(solarize=True), NOTHING]
+    rng = np.random.default_rng(0)
+    images = [photograph_or_noise(kind, 96, rng) for _ in drawn]
+    for image, one, found in zip(images, drawn, distort_together(images, drawn), strict=True):
+        difference = (found.int() - torchvisions_distort(image, one).int()).abs()
+        assert difference.max() <= 6, one
+        assert difference.float().mean() < 1, one
+    assert torch.equal(found, images[-1])  # nothing was drawn
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from(list(LEVELS)), st.sampled_from([6, 7, 13, 32, 96]), st.integers(0, 10**6))
+def test_a_batch_is_distorted_as_by_torchvision_and_by_the_workers(kind, side, seed):
+    """In all orders of the jitter, with all amounts and blurs up to the ends of their ranges."""
+    rng = np.random.default_rng(seed)
+
+    def between(low, high):
+        return rng.choice((low, high, rng.uniform(low, high)))
+
+    drawn = []
+    for order in itertools.permutations(range(4)):
+        jitter = between(0.6, 1.4), between(0.6, 1.4), between(0.8, 1.2), between(-0.1, 0.1), order
+        sigma = between(0.1, 2.0) if rng.random() < 0.6 else 0.0
+        drawn.append(augment.Distortion(jitter, rng.random() < 0.2, sigma, rng.random() < 0.3))
+    images = [photograph_or_noise(kind, side, rng) for _ in drawn]
+    found = distort_together(images, drawn)
+    assert found.is_contiguous()
+    references = torch.stack([torchvisions_distort(image, one) for image, one in zip(images, drawn, strict=True)])
+    difference = (found.int() - references.int()).abs()
+    assert difference.max() <= LEVELS[kind]
+    assert difference.float().mean() <= 1
+    arrays = (np.ascontiguousarray(image.permute(1, 2, 0).numpy()) for image in images)
+    of_workers = np.stack([augment.distort(array, one) for array, one in zip(arrays, drawn, strict=True)])
+    assert (found.int() - torch.from_numpy(of_workers).permute(0, 3, 1, 2).int()).abs().float().mean() <= 1
+
+
+@pytest.mark.parametrize("geometry", ["batch", "image"])
+def test_views_for_the_device_have_the_crops_and_draws_of_distorted_ones(images, geometry):
+    distorted, plain, never = (
+        small_views(geometry=geometry, **changes)(images, [4, 5, 6], 1, 9, **options)
+        for changes, options in (({}, {}), ({}, {"distorts": False}), ({"distortion": 0.0}, {}))
+    )
+    for view, own, undistorted in zip(distorted, plain, never, strict=True):
+        assert np.array_equal(view.boxes, own.boxes)
+        assert np.array_equal(view.flips, own.flips)
+        assert view.parameters is None
+        assert torch.equal(own.pixels, undistorted.pixels)
+        found = augment.distort_batch(own.pixels, torch.from_numpy(own.parameters))
+        assert (found.int() - view.pixels.int()).abs().float().mean() < 1
+        assert not torch.equal(found, own.pixels)
 
 
 def test_normalize_is_torchvisions(photographs):
@@ -194,7 +283,7 @@ def test_pixels_are_what_box_and_flip_say(images, geometry, groups):
 
 
 def same(a, b):
-    return all(np.array_equal(x, y) for u, v in zip(a, b, strict=True) for x, y in zip(u, v, strict=True))
+    return all(np.array_equal(x, y) for u, v in zip(a, b, strict=True) for x, y in zip(u[:3], v[:3], strict=True))
 
 
 def test_views_are_functions_of_their_keys(images):
@@ -210,7 +299,7 @@ def test_views_are_functions_of_their_keys(images):
     assert same(image(images, [4, 5, 6], 0, 9), image(images, [4, 5, 6], 0, 10, rank=1))
     whole, alone = image(images, [4, 5, 6], 2, 9), image(images[1:2], [5], 2, 3)
     for view, own in zip(whole, alone, strict=True):  # an image's views do not depend on its batch
-        assert same([[x[1:2] for x in view]], [own])
+        assert same([[x[1:2] for x in view[:3]]], [own])
     assert not same(whole, small_views(geometry="image", seed=1)(images, [4, 5, 6], 2, 9))
 
 

@@ -17,7 +17,7 @@ def test_the_naive_side_computes_the_same_loss_and_gradients(monkeypatch):
     images = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8).numpy()
     batches = ViewBatches([(image, 0) for image in images], MultiCrop(global_size=32, local_size=16), 8, "paper", 0)
     key = (0, 0, [0, 1, 2])
-    pixels, matches, _ = batches[key]
+    pixels, _, matches, _ = batches[key]
     views = [normalize(x) for x in pixels]
     student = BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24))
     teacher = Teacher(vit_micro(8, img_size=32), DINOHead(96, 24))
@@ -210,12 +210,77 @@ def test_the_measurement_on_a_gpu_runs_on_a_cpu(capsys, monkeypatch):
     assert float(start_up[6].split()[0]) == pytest.approx(found[0][1], abs=0.1)  # of the first round
 
     bench_gpu.print_loss_alone((64,), 2, device)
-    bench_gpu.print_loading(12, device)
     bench_gpu.print_profile(mean, device, steps=1)
     out = capsys.readouterr().out
     assert table_rows(out)[1][:2] == ["64", "2"]
-    assert "JPEG images of 500×375 pixels per second" in out
     assert "aten::addmm" in out
+
+
+@pytest.mark.slow
+def test_the_measurement_of_loading_runs_on_a_cpu(capsys, monkeypatch):
+    """And all sources of batches have the same views and matched tokens, but for the pixels."""
+    monkeypatch.setattr(bench_gpu, "WARM_UP", 1)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    on_device, loaded = main_lgssl.batches_on_device, []
+
+    def batches_on_device(loader, *arguments):
+        loaded.append(of_source := [])
+        return on_device((of_source.append(batch) or batch for batch in loader), *arguments)
+
+    monkeypatch.setattr(main_lgssl, "batches_on_device", batches_on_device)
+    case = bench_gpu.Case("vit_micro", 2, 64, "mean", "bf16", "eager", "device")
+    bench_gpu.print_loading([case], torch.device("cpu"), counts=(1, 2), steps=3, files=5, rounds=2)
+    out, progress = capsys.readouterr()
+    _, decoding, crops, _, sending, undistorted, distorted, *rows = table_rows(out)
+    parts = [float(row[1]) for row in (decoding, crops, sending)]
+    assert float(undistorted[1]) == pytest.approx(sum(parts), abs=0.02)
+    assert float(distorted[1]) > 0
+    _, plain, compiled, _, *sources, _, worker, _, _, of_batch = rows
+    assert (plain[0], compiled[0]) == ("plain", "compiled")
+    names = ["memory (the step alone)", "memory, distorted on the device", "1 workers", "2 workers", "DINO's 2 workers"]
+    assert [row[:2] for row in sources] == [["vit_micro", name] for name in names]
+    assert [line.split(": ")[0] for line in progress.splitlines() if "images/s" in line] == [
+        f"vit_micro, {name}" for name in names
+    ]
+    assert all(float(row[3].rstrip("%")) > 0 for row in sources)
+    assert sources[0][3] == "100.0%"
+    assert float(worker[2]) == pytest.approx(float(undistorted[2]), abs=0.6)
+    assert float(of_batch[2]) == float(compiled[1])
+
+    alone, undistorted, _, own, dino = loaded
+    assert list(map(len, loaded)) == [4, 4, 6, 8, 8]  # warm-up, two batches per worker, and the steps
+    assert [batch.parameters is None for batch, *_ in loaded] == [True, False, False, False, True]
+    for batches in zip(own, dino, alone + alone, undistorted + undistorted, strict=True):
+        shapes = [[(pixels.shape, pixels.dtype) for pixels in batch.pixels] for batch in batches]
+        assert shapes == [[((4, 3, 224, 224), torch.uint8), ((16, 3, 96, 96), torch.uint8)]] * 4
+    for batches in zip(own, dino, strict=True):
+        torch.testing.assert_close(*(list(batch.matches) for batch in batches), rtol=0, atol=0)
+    assert not torch.equal(own[0].matches.student_row, own[1].matches.student_row)
+
+
+def test_goals_of_loading_compare_rates(capsys, monkeypatch):
+    rates = {
+        "vit_small": {"memory (the step alone)": 1000, "12 workers": 951, "16 workers": 1100, "DINO's 16 workers": 500},
+        "vit_tiny": {"memory (the step alone)": 2000, "12 workers": 1600, "16 workers": 1700, "DINO's 16 workers": 600},
+    }
+
+    def source_rates(case, *_):
+        return {(case.arch, source): rate for source, rate in rates[case.arch].items()}
+
+    monkeypatch.setattr(bench_gpu, "source_rates", source_rates)
+    monkeypatch.setattr(bench_gpu, "write_photographs", lambda *_: None)
+    monkeypatch.setattr(bench_gpu, "print_stages", lambda *_: 270.0)
+    monkeypatch.setattr(bench_gpu, "distortion_ms", lambda *_: {"plain": 3.0, "compiled": 4.1})
+    cases = [bench_gpu.Case(arch, 128, distort_on="device") for arch in rates]
+    bench_gpu.print_loading(cases, torch.device("cpu"))
+    assert [row[1:] for row in table_rows(capsys.readouterr().out)[-4:]] == [
+        ["at least 270", "270.00", "reached"],
+        ["at least 0.95", "0.95", "reached"],
+        ["at least 3", "2.83", "not reached"],
+        ["at most 4", "4.10", "not reached"],
+    ]
+    bench_gpu.print_loading(cases[1:], torch.device("cpu"))
+    assert table_rows(capsys.readouterr().out)[-3][1:] == ["at least 0.95", "not measured", ""]
 
 
 @pytest.mark.slow

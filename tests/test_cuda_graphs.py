@@ -1,12 +1,15 @@
 """The training with an imitation of CUDA graphs on the CPU against that without. tests/test_gpu.py has true graphs."""
 
+import numpy as np
 import pytest
 import torch
 from digits_run import torchrun
 from test_main_lgssl import TINY, assert_same_state, train
 
 import main_lgssl
+from augment import MultiCrop, distort_batch
 from support import cuda_graphs
+from support.loader import ViewBatches, batches_on_device
 
 
 class Replayed(torch.autograd.Function):
@@ -55,10 +58,10 @@ def imitate(patch) -> list:
         graphs.extend(made)
         return made
 
-    def accelerate(teacher, student, shapes, dtype, *, compiles, graphs, accumulates):
+    def accelerate(teacher, student, shapes, dtype, *, compiles, graphs, accumulates, distorts):
         if graphs:
             cuda_graphs.capture(teacher, student, shapes, dtype, accumulates)
-        return "CUDA graphs" * graphs
+        return distort_batch, "CUDA graphs" * graphs
 
     patch(torch.cuda, "make_graphed_callables", make_graphed_callables)
     patch(torch.cuda, "current_stream", lambda: None)
@@ -118,3 +121,35 @@ def test_graphs_change_no_bit_with_two_processes(photo_folder, tmp_path, run_scr
         assert ("CUDA graphs" in output) == (name == "graphs")
         states.append(torch.load(tmp_path / name / "checkpoint.pth", weights_only=True))
     assert_same_state(*states)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="PyTorch 2.6 compiles it for a CPU to code that crashes")
+def test_the_compiled_distortion_is_the_plain_one():
+    """Up to values at the boundary of two levels. There is one program for each size of the views of all batches."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    rng = np.random.default_rng(0)
+    images = [(rng.integers(0, 256, (48, 48, 3), np.uint8), 0) for _ in range(6)]
+    crop = MultiCrop(global_size=32, local_size=16, local_number=3)
+    batches = [ViewBatches(images, crop, 8, None, 0, distorts=False)[0, step, range(6)] for step in range(2)]
+    device = torch.device("cpu")
+    distort = cuda_graphs._compiled_distortion([pixels.shape for pixels in batches[0].pixels], device)
+    assert distort is not distort_batch
+    for plain, compiled in zip(
+        batches_on_device(batches, device), batches_on_device(batches, device, distort), strict=True
+    ):
+        for view, own in zip(plain.views, compiled.views, strict=True):
+            difference = (view - own).abs() * 255 * 0.225  # in levels
+            assert difference.max() < 1.1
+            assert difference.mean() < 0.01
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_distortion_that_does_not_compile_stays_plain(monkeypatch, capsys):
+    def compile(*_, **__):
+        return lambda *_: 1 / 0
+
+    monkeypatch.setattr(torch, "compile", compile)
+    assert cuda_graphs._compiled_distortion([(2, 3, 8, 8)], torch.device("cpu")) is distort_batch
+    assert capsys.readouterr().err == "warning: the distortion on the device is not compiled: division by zero\n"

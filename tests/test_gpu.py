@@ -19,7 +19,7 @@ from test_main_lgssl import assert_same_state
 import eval_knn
 import eval_linear
 import main_lgssl
-from augment import MultiCrop
+from augment import MultiCrop, distort_batch
 from benchmarks.bench_gpu import DTYPES, pairs_by_image, plain_batch_loss
 from losses import LocalGlobalLoss
 from support.loader import ViewBatches
@@ -35,7 +35,7 @@ TRAINING = (
     "--dataset digits --arch vit_micro --patch_size 8 --image_size 40 --global_crops_size 32 --local_crops_size 16 "
     "--local_crops_number 2 --out_dim 24 --head_hidden_dim 32 --drop_path_rate 0 --batch_size_per_gpu 128 --epochs 1 "
     "--lr 0.002 --warmup_epochs 0 --freeze_last_layer 0 --log_every 1 --num_workers 0 --knn_every 0 --image_every 0 "
-    "--compile false"
+    "--compile false --distort_on workers"
 ).split()
 EAGER = ("--cuda_graphs", "false")
 
@@ -54,7 +54,7 @@ def train(folder, *more, graphs=True):
 
     with mock.patch.object(main_lgssl, "accelerate", noted):
         main_lgssl.main([*TRAINING, *map(str, more), "--output_dir", str(folder)])
-    assert [("CUDA graphs" in text, "compiled blocks" in text) for text in done] == [(graphs, "--compile" in more)]
+    assert [("CUDA graphs" in text, "compiled blocks" in text) for _, text in done] == [(graphs, "--compile" in more)]
     return steps(folder)
 
 
@@ -175,6 +175,30 @@ def test_a_resumed_run_with_local_views_has_the_same_losses(tmp_path, monkeypatc
     assert_close(resumed, whole, 1e-3)
 
 
+@pytest.mark.parametrize("compiles", [[], ["--compile"]])
+def test_a_training_that_distorts_on_the_device_is_that_of_the_workers(tmp_path, capsys, compiles):
+    """20 steps and more, on views that differ by less than 2 levels on average."""
+    options = ("--precision", "fp32", "--batch_size_per_gpu", 64, *compiles)
+    of_workers, own = (train(tmp_path / place, *options, "--distort_on", place) for place in ("workers", "device"))
+    assert "warning: " not in capsys.readouterr().err
+    assert len(own) >= 20
+    assert [step["loss"] for step in own] == pytest.approx([step["loss"] for step in of_workers], rel=1e-2)
+    assert [step["matched_patches"] for step in own] == [step["matched_patches"] for step in of_workers]
+
+
+def test_distorting_on_the_device_is_deterministic_and_that_of_the_cpu():
+    """Up to values that lie at the boundary of two levels."""
+    images = [(np.random.default_rng(i).integers(0, 256, (96, 96, 3), np.uint8), 0) for i in range(16)]
+    batch = ViewBatches(images, MultiCrop(global_size=64, local_size=32), 16, None, 0, distorts=False)[0, 0, range(16)]
+    rows = batch.parameters.split([len(pixels) for pixels in batch.pixels])
+    for pixels, own in zip(batch.pixels, rows, strict=True):
+        expected, (found, again) = distort_batch(pixels, own), (distort_batch(pixels.cuda(), own.cuda()) for _ in "12")
+        assert torch.equal(found, again)
+        difference = (found.cpu().int() - expected.int()).abs()
+        assert difference.max() <= 6
+        assert difference.float().mean() < 0.1
+
+
 @pytest.mark.parametrize("options", ["--grad_checkpointing", "--compile --cuda_graphs false"])
 def test_options_that_save_time_or_memory_change_no_loss(tmp_path, options):
     plain, other = (
@@ -233,7 +257,8 @@ def test_a_backbone_that_cannot_be_captured_trains_without_graphs(tmp_path, monk
         "--optimizer lars",
         "--accum_steps 2 --batch_size_per_gpu 64",
         "--cuda_graphs false",
-        "--compile",
+        "--distort_on device",
+        "--compile --distort_on device",
     ],
 )
 def test_nothing_waits_for_the_device_between_reports(tmp_path, monkeypatch, options):

@@ -10,7 +10,7 @@ import torch
 from conftest import open_dataset
 from torch.utils.data import DataLoader
 
-from augment import MultiCrop, normalize
+from augment import MultiCrop, distort_batch, normalize
 from support import loader
 from support.images import ResizedArray
 from support.loader import BatchSampler, ViewBatches, batches_on_device, init_worker
@@ -49,19 +49,24 @@ def test_an_incomplete_step_can_be_shared_out():
         assert sorted(sum((samples for rank in own for _, _, samples in rank), [])) == list(range(11))
 
 
+@pytest.mark.parametrize("distorts", [True, False])
 @pytest.mark.parametrize("geometry", ["batch", "image"])
-def test_views_do_not_depend_on_the_workers(photo_folder, geometry):
+def test_views_do_not_depend_on_the_workers(photo_folder, geometry, distorts):
     """Also if the main process has used OpenCV's threads, which do not survive a fork."""
     cv2.setNumThreads(2)
     cv2.GaussianBlur(cv2.cvtColor(np.zeros((2000, 2000, 3), np.uint8), cv2.COLOR_RGB2GRAY), (9, 9), 2.0)
     dataset = open_dataset("folder", photo_folder, "train", ResizedArray(64))
     crop = MultiCrop(global_size=32, local_size=16, local_number=2, geometry=geometry)
-    batches = ViewBatches(dataset, crop, 8, "paper", 0)
+    batches = ViewBatches(dataset, crop, 8, "paper", 0, distorts=distorts)
     keys = [(0, step, [step, 3, 7]) for step in range(4)]
     opened = DataLoader(batches, batch_size=None, sampler=keys, num_workers=2, worker_init_fn=init_worker, timeout=60)
     for key, batch in zip(keys, batches_on_device(opened, torch.device("cpu")), strict=True):
-        pixels, matches, bad_images = batches[key]
+        pixels, parameters, matches, bad_images = batches[key]
         assert [x.dtype for x in pixels] == [torch.uint8] * 2
+        assert (parameters is None) == distorts
+        if not distorts:
+            rows = parameters.split([6, 6])  # 2 views of each size of 3 images
+            pixels = [distort_batch(x, own) for x, own in zip(pixels, rows, strict=True)]
         assert all(torch.equal(normalize(x), y) for x, y in zip(pixels, batch.views, strict=True))
         assert all(torch.equal(x, y) for x, y in zip(matches, batch.matches, strict=True))
         assert bad_images == batch.bad_images == {}

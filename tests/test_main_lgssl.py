@@ -479,17 +479,43 @@ def test_a_killed_run_ends_as_an_undisturbed_one(photo_folder, tmp_path, monkeyp
     assert_same_run(tmp_path, undisturbed)
 
 
+def send_at_step_3(name, patch):
+    original = main_lgssl.seed_networks
+
+    def seed_networks(seed, step, rank, micro_step):
+        if step == 3:
+            os.kill(os.getpid(), getattr(signal, name))
+        original(seed, step, rank, micro_step)
+
+    patch.setattr(main_lgssl, "seed_networks", seed_networks)
+
+
+def test_views_distorted_on_the_device_train_as_those_of_the_workers(photo_folder, tmp_path, monkeypatch):
+    """21 steps, also if the run is interrupted and resumes."""
+    options = ("--epochs", 7, "--log_every", 1, "--warmup_epochs", 0, "--lr", 0.005)
+    device, workers, resumed = (tmp_path / name for name in ("device", "workers", "resumed"))
+    train(photo_folder, device, *options, "--distort_on", "device")
+    train(photo_folder, workers, *options)
+    own, theirs = read(device / "steps.jsonl"), read(workers / "steps.jsonl")
+    losses = [[step["loss"] for step in steps] for steps in (own, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert losses[0] != losses[1]
+    assert [step["matched_patches"] for step in own] == [step["matched_patches"] for step in theirs]
+    assert [json.loads((f / "args.json").read_text())["distort_on"] for f in (device, workers)] == ["device", "workers"]
+
+    with monkeypatch.context() as patch:
+        send_at_step_3("SIGTERM", patch)
+        assert train(photo_folder, resumed, *options, "--distort_on", "device")["step"] == 4
+    with pytest.raises(UserError, match="--distort_on device there, workers here"):
+        train(photo_folder, resumed, *options, "--distort_on", "workers")
+    train(photo_folder, resumed, *options, "--num_workers", 2)  # goes on as it began
+    assert_same_run(resumed, device)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
 def test_a_signal_ends_the_step_and_saves(photo_folder, tmp_path, monkeypatch, undisturbed, capsys, name):
-    original = main_lgssl.seed_networks
     with monkeypatch.context() as patch:
-
-        def at_the_third_step(seed, step, rank, micro_step):
-            if step == 3:
-                os.kill(os.getpid(), getattr(signal, name))
-            original(seed, step, rank, micro_step)
-
-        patch.setattr(main_lgssl, "seed_networks", at_the_third_step)
+        send_at_step_3(name, patch)
         earlier = signal.getsignal(getattr(signal, name))
         assert train(photo_folder, tmp_path, *SIX_STEPS, "--log_every", 1)["step"] == 4
         assert signal.getsignal(getattr(signal, name)) == earlier
@@ -555,10 +581,14 @@ def test_an_argument_that_an_older_version_lacked_has_its_default(old_checkpoint
     for name in ("flip_prob", "center", "drop_path_rate", "dist_timeout"):
         del checkpoint["args"][name]
     torch.save(checkpoint, path)
-    with pytest.raises(UserError, match="belongs to a run with other arguments: --flip_prob 0.5 there, 0.25 here"):
-        main_lgssl.main([*OLD_RUN, "--output_dir", str(old_checkpoint), "--flip_prob", "0.25"])
-    main_lgssl.main([*OLD_RUN, "--output_dir", str(old_checkpoint)])
-    assert torch.load(path, weights_only=True)["step"] == 10
+    for option, difference in (("--flip_prob 0.25", "0.5 there, 0.25 here"),
+                               ("--distort_on device", "workers there, device here")):  # fmt: skip
+        expected = f"belongs to a run with other arguments: {option.split()[0]} {difference}"
+        with pytest.raises(UserError, match=expected):
+            main_lgssl.main([*OLD_RUN, "--output_dir", str(old_checkpoint), *option.split()])
+    main_lgssl.main([*OLD_RUN, "--output_dir", str(old_checkpoint), "--distort_on", "workers"])
+    checkpoint = torch.load(path, weights_only=True)
+    assert (checkpoint["step"], checkpoint["args"]["distort_on"]) == (10, "workers")
 
 
 def test_an_unreadable_checkpoint_is_replaced_by_the_one_before(photo_folder, tmp_path, undisturbed, capsys):
@@ -879,8 +909,8 @@ def test_pixels_beyond_the_last_whole_patch_are_left_out(photo_folder, tmp_path,
     assert expected in capsys.readouterr().out
     make_views = ViewBatches.make_views
 
-    def cut_views(batches, key):
-        views, bad_images = make_views(batches, key)
+    def cut_views(batches, key, **options):
+        views, bad_images = make_views(batches, key, **options)
         sides = [view.pixels.shape[-1] // 14 * 14 for view in views]
         cut = [view.pixels[..., :side, :side] for view, side in zip(views, sides, strict=True)]
         return [view._replace(pixels=pixels) for view, pixels in zip(views, cut, strict=True)], bad_images

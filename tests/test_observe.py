@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import subprocess
@@ -162,7 +163,8 @@ def test_pictures_show_the_matched_patches(photo_folder, loss):
         dataset, MultiCrop(global_size=32, local_size=16, local_number=2, geometry="image"), 8, rule, 0
     )
     views, _ = batches.make_views((3, 7, [0]))
-    pictures = training_pictures(vit_micro(8, img_size=32).eval(), batches, (3, 7, [0]))
+    for_device = dataclasses.replace(batches, distorts=False)  # the pictures are distorted nevertheless
+    pictures = training_pictures(vit_micro(8, img_size=32).eval(), for_device, (3, 7, [0]))
     side, height = 164, 164 + LABEL_HEIGHT
     assert pictures["views"].shape == (2 * height, 3 * side, 3)
     assert pictures["attention"].shape == (height, 5 * side, 3)
@@ -192,7 +194,7 @@ def test_pictures_of_a_network_leave_out_pixels_beyond_its_patches(photo_folder)
     multi_crop = MultiCrop(global_size=32, local_size=16, local_number=1, geometry="image")
     batches = ViewBatches(dataset, multi_crop, 14, None, 0)
     attention = training_pictures(vit_micro(14, img_size=32).eval(), batches, (0, 0, [0]))["attention"]
-    covered = cv2.resize(resize(dataset[0][0][None], (28, 28), "bicubic")[0], (160, 160), interpolation=0)
+    covered = cv2.resize(resize(dataset[0][0], (28, 28), "bicubic"), (160, 160), interpolation=0)
     np.testing.assert_array_equal(attention[LABEL_HEIGHT : LABEL_HEIGHT + 160, :160], covered)
 
 

@@ -42,8 +42,8 @@ def test_nohup_works():
 def test_a_run_whose_data_never_come_ends_after_a_signal(monkeypatch, tmp_path, capsys):
     """The last checkpoint stays."""
 
-    def batches_on_device(loader, device):
-        for i, batch in enumerate(original(loader, device)):
+    def batches_on_device(*arguments):
+        for i, batch in enumerate(original(*arguments)):
             if i == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(60)
