@@ -33,7 +33,15 @@ from support.loader import ViewBatches, Workers, batches_on_device
 from support.meters import Meters, measure
 from support.observe import OnlineKNN, environment, fit_all_workers, is_due, training_pictures
 from support.optimizers import build_optimizer, clip_each_gradient
-from support.options import AUTOCAST, argument_parser, may_change, parse_arguments, remarks, set_precision
+from support.options import (
+    AUTOCAST,
+    argument_parser,
+    defaults_of_older_runs,
+    may_change,
+    parse_arguments,
+    remarks,
+    set_precision,
+)
 from support.preemption import EXIT_CODE, PATIENCE, NoData, StopRequest
 from support.report import WATCH_FROM, Report, hide_tensorboard_errors
 from support.resources import set_threads
@@ -236,8 +244,7 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     init_hash = checkpoints.hash_of_file(args.init_weights) if args.init_weights else None
     every = 10 if args.knn_every is None and images.online_knn else args.knn_every or 0
     settings = {**vars(args), "knn_every": every, "init_hash": init_hash}
-    defaults = {**vars(parse_arguments([])), "distort_on": "workers"}  # of runs from before this option
-    earlier = checkpoints.open_output(output_dir, settings, defaults, may_change(settings))
+    earlier = checkpoints.open_output(output_dir, settings, defaults_of_older_runs(), may_change(settings))
     checkpoint, settings["init_hash"] = earlier.checkpoint, earlier.init_hash
     start, made_with = None, recorded_arguments(checkpoint, str(earlier.path)) if checkpoint else {}
     if args.init_weights and not checkpoint:

@@ -25,8 +25,7 @@ import numpy as np
 
 from support.arguments import ArgumentParser
 from support.files import read_json, read_text
-from support.options import argument_parser
-from support.options import parse_arguments as pretraining_arguments
+from support.options import argument_parser, defaults_of_older_runs
 from support.report import read_log
 from utils import UserError, printable, run_main
 
@@ -136,7 +135,7 @@ def settings(runs: Sequence[Run]) -> dict[str, list[Run]]:
     Raises:
         UserError: two runs have the same arguments and the same seed.
     """
-    defaults = {**vars(pretraining_arguments([])), "processes": 1}  # for arguments that an older run did not have
+    defaults = {**defaults_of_older_runs(), "processes": 1}
     groups: dict[Setting, dict[str | None, Run]] = {}  # {setting: {seed: run}}
     for run in runs:
         arguments = {**defaults, **run.arguments}

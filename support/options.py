@@ -163,6 +163,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def defaults_of_older_runs() -> dict[str, Any]:
+    """Return the settings of a run where its record lacks them, because its version did not have the option."""
+    return {**vars(parse_arguments([])), "distort_on": "workers"}
+
+
 def remarks(args: argparse.Namespace) -> list[str]:
     """Return a line for each setting that may surprise: warm-ups that last to the end, and pixels without a patch."""
     lines = []

@@ -138,6 +138,9 @@ def test_labels_name_the_arguments_that_differ(write_run):
     assert labels(mean[0], scales) == {"global_crops_scale [0.4, 1.0]": 1, "global_crops_scale [0.25, 1.0]": 1}
     moved = write_run("moved", seed=1, data_path="other", gone="an option of another version")
     assert labels(mean[0], moved) == {"data_path None": 1, "data_path other": 1}
+    newer = [write_run(place, seed=1, distort_on=place) for place in ("workers", "device")]
+    assert labels(mean[0], newer[0]) == {"loss mean": 2}  # runs from before this option distorted there
+    assert labels(mean[0], newer[1]) == {"distort_on workers": 1, "distort_on device": 1}
     bare = write_run("bare", arguments={})
     assert labels(mean[0], bare) == {"loss mean": 1, str(bare[0]): 1}
     with pytest.raises(UserError, match="mean-0 and .*again are runs of one setting and seed"):
