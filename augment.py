@@ -221,7 +221,7 @@ def distort_batch(pixels: torch.Tensor, parameters: torch.Tensor) -> torch.Tenso
     """Apply `distort` to a view of many images at once, each with its own parameters, on any device.
 
     Colors are truncated to levels after each operation, as in torchvision. Results differ from those of `distort` by
-    less than 2 levels on average, mostly because OpenCV's hue has 256 steps.
+    less than a level on average over a batch, mostly because OpenCV's hue has 256 steps.
 
     Args:
         pixels: uint8 [n, 3, S, S], of any layout in memory.

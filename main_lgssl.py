@@ -107,7 +107,7 @@ def train(args: argparse.Namespace, run: Run, stop: StopRequest) -> signal.Signa
     dtype = AUTOCAST[run.settings["precision"]]
     student_parameters: list[torch.Tensor] = list(student.parameters())
     teacher_parameters: list[torch.Tensor] = list(teacher.parameters())
-    batches = batches_on_device(run.loader, device, run.distort)
+    batches = batches_on_device(run.loader, device, run.distort, stop.waiting_for_data)
     interval_start, interval_steps, stop.waited = time.perf_counter(), 0, 0.0
     for step in range(run.start_step, run.size.total_steps):
         epoch, step_of_epoch = divmod(step, run.size.steps_per_epoch)
@@ -117,8 +117,7 @@ def train(args: argparse.Namespace, run: Run, stop: StopRequest) -> signal.Signa
 
         # Loss and gradients, accumulated over micro-batches
         for micro_step in range(args.accum_steps):
-            with stop.waiting_for_data():
-                batch = next(batches)  # normalized views and their matches, on the device
+            batch = next(batches)  # normalized views and their matches, on the device
             seed_networks(args.seed, step, rank, micro_step)
             with nullcontext() if micro_step == args.accum_steps - 1 else no_sync():
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):

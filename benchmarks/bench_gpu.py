@@ -6,10 +6,10 @@
     python -m benchmarks.bench_gpu --loading    instead: from JPEG files to steps, in about five minutes
 
 The steps are those of the loop in main_lgssl.py, on views that are made in advance; only the beginnings of phases are
-recorded, without waiting for the device. "DINO" is DINO's step in plain PyTorch, see `dino_steps`. Each round runs all
-cases in turn, each as a training of its own. Times are medians over the steps of all rounds, in brackets the range of
-the medians of the rounds. The start-up ends with the request for the first batch and includes compilation and capture;
-that of the first round counts, which finds no compiled code on the disk.
+recorded, without waiting for the device. Views are distorted in advance too. "DINO" is DINO's step in plain PyTorch,
+see `dino_steps`. Each round runs all cases in turn, each as a training of its own. Times are medians over the steps of
+all rounds, in brackets the range of the medians of the rounds. The start-up ends with the request for the first batch
+and includes compilation and capture; that of the first round counts, which finds no compiled code on the disk.
 
 The bound of a phase is max(FLOP / rate of matrix products, bytes / rate of copies), with the rates that this device
 reaches in one large product and one large copy. D is the width of the ViT, N its tokens per view, H the weights of the
@@ -26,8 +26,8 @@ MLP of the head, K the number of prototypes, n_t and n_s the numbers of matched 
 
 With --loading, one training per network takes its batches from each source in turn. Each source has steps that are not
 timed, more than its workers prefetch, and those that are, and all have the same numbers of matched tokens. The step
-alone has views that are made and distorted in advance. "DINO's" workers make the views of each image with torchvision
-and PIL; the step is the same. The files lie in the memory of the system.
+alone has views that are made in advance and not distorted. "DINO's" workers make the views of each image with
+torchvision and PIL; the step is the same. The files lie in the memory of the system.
 """
 
 import contextlib
@@ -55,7 +55,8 @@ from benchmarks.bench_views import PlainBatches, print_stages, write_photographs
 from benchmarks.machine import machine, print_table
 from losses import LOSS_WEIGHTS, LocalGlobalLoss, plain_loss
 from support.arguments import ArgumentParser, number
-from support.loader import PREFETCHED, LoadedBatch, Workers, open_loader
+from support.cuda_graphs import compiled_distortion
+from support.loader import PREFETCHED, LoadedBatch, Workers, fit_workers, open_loader
 from utils import Process, UserError, run_main
 from vision_transformer import ARCHITECTURES, DINOHead, TokenOutput
 
@@ -76,11 +77,11 @@ class Case(NamedTuple):
     loss: str = "mean"  # of main_lgssl.py, or "DINO" for DINO's step
     precision: str = "bf16"  # of main_lgssl.py
     speed: str = "default"  # one of SPEEDS
-    distort_on: str = "workers"  # of main_lgssl.py; there, views that are made in advance are distorted in advance
+    distort_on: str = "workers"  # of main_lgssl.py
 
     def cells(self) -> list:
         """Return the first cells of a row: network, K, loss and precision."""
-        speed = f", {self.speed}" * (self.speed != "default")
+        speed = f", {self.speed}" * (self.speed != "default") + ", with distortion" * (self.distort_on == "device")
         return [f"{self.arch}/{PATCH}, batch {self.batch_size}{speed}", self.K, self.loss, self.precision]
 
 
@@ -89,6 +90,7 @@ LOSS_SIZES = (SMALL.K, OF_DINO.K)
 STEP, ADDED, FASTER, START_UP = "step ms", "minus cls, ms", "times as fast as DINO's step", "start-up s"
 COMPARED = {ADDED: "cls", FASTER: "DINO"}  # the loss that a goal compares with
 GOALS = [  # values are at most the last number, and those of FASTER at least
+    (START_UP, SMALL._replace(distort_on="device"), 30),  # as by default; the first one, which compiles
     (STEP, SMALL, 28),
     (STEP, Case("vit_small", 10), 13),
     (STEP, Case("vit_small", 128), 70),
@@ -98,7 +100,6 @@ GOALS = [  # values are at most the last number, and those of FASTER at least
     (ADDED, SMALL, 4),
     (ADDED, SMALL._replace(K=OF_DINO.K), 12),
     (FASTER, OF_DINO, 2.5),
-    (START_UP, SMALL, 30),
 ]
 CASES = [
     *(case for _, case, _ in GOALS),
@@ -267,7 +268,7 @@ def make_batches(only_cls, batch_size, device, count=BATCHES, distort_on="worker
 
 def measure(case, steps, device) -> Result:
     """Run and time the first steps of a training, after those that warm up."""
-    batches = make_batches(case.loss != "mean", case.batch_size, device)
+    batches = make_batches(case.loss != "mean", case.batch_size, device, distort_on=case.distort_on)
     marks = []  # (phase that begins, timestamp, seconds on the CPU)
 
     def mark(phase):
@@ -292,8 +293,8 @@ def run_steps(case, batches, steps, mark, device) -> None:
     """Warm up and run steps of a training. `mark` is called with each phase that begins, and at last with "end"."""
     on_device = main_lgssl.batches_on_device
 
-    def batches_on_device(_, device, *distort):
-        in_turn = on_device(itertools.cycle(batches), device, *distort)
+    def batches_on_device(_, device, *more):
+        in_turn = on_device(itertools.cycle(batches), device, *more)
         for _ in range(WARM_UP + steps):
             mark("views")
             yield next(in_turn)
@@ -585,7 +586,7 @@ def print_loading(cases, device, counts=(4, 8, 12, 16), steps=48, files=480, rou
 
     Args:
         cases: the trainings, with one batch size and --distort_on device.
-        counts: numbers of workers; DINO's are as many as the last.
+        counts: numbers of workers. Those that do not fit into /dev/shm are left out; DINO's are as many as the last.
         steps: timed steps with each source of batches. Workers may deliver at the same time: a multiple of all counts.
         files, rounds: number of JPEG files, number of measurements of the stages.
     """
@@ -627,7 +628,7 @@ def distortion_ms(batch_size, device) -> dict[str, float]:
     pixels, parameters, *_ = make_batches(False, batch_size, device, distort_on="device")[0]
     views = [of_one_size.to(device) for of_one_size in pixels]
     rows = parameters.to(device).split([len(of_one_size) for of_one_size in views])
-    sides = {"plain": distort_batch, "compiled": torch.compile(distort_batch, dynamic=False)}
+    sides = {"plain": distort_batch, "compiled": compiled_distortion([x.shape for x in views], device)}
     return {
         name: 1e3 * median_seconds(lambda: list(map(distort, views, rows)), device) for name, distort in sides.items()
     }
@@ -638,6 +639,8 @@ def source_rates(case, folder, counts, steps, device) -> dict:
     args = main_lgssl.parse_arguments([*options(case), "--data_path", folder])
     images, on_device = main_lgssl.open_images(args).train, main_lgssl.batches_on_device
     in_advance = make_batches(False, case.batch_size, device, distort_on="device")
+    batch_bytes = 1.25 * sum(pixels.nbytes for pixels in in_advance[0].pixels)  # as in main_lgssl.py
+    counts = [count for count in counts if fit_workers(count, batch_bytes) == Workers(count)] or [1]
     sources = {
         ALONE: itertools.cycle([batch._replace(parameters=None) for batch in in_advance]),
         "memory, distorted on the device": itertools.cycle(in_advance),
@@ -652,9 +655,9 @@ def source_rates(case, folder, counts, steps, device) -> dict:
     sources[PLAIN.format(count)] = plain_loader
     rates = {}
 
-    def batches_on_device(_, device, distort):
+    def batches_on_device(_, device, *more):
         for source, loader in sources.items():
-            batches = on_device(loader, device, distort)
+            batches = on_device(loader, device, *more)
             yield from itertools.islice(batches, WARM_UP + PREFETCHED * getattr(loader, "num_workers", 0))
             start = timestamp(device)
             yield from itertools.islice(batches, steps)

@@ -128,7 +128,7 @@ def measure(arch, patch_size, batch_size, K, steps, side) -> dict:
         optimizer.step()  # allocates the optimizer's state
         return optimizer
 
-    def batches_on_device(loader, device, _):
+    def batches_on_device(loader, device, *_):
         keys = [(0, step, list(range(batch_size))) for step in range(steps)]
         items = [loader.dataset[key] for key in keys]
         geometries = [correspondences(loader.dataset.make_views(key)[0], patch_size) for key in keys]

@@ -70,7 +70,7 @@ def accelerate(
             for block in blocks:
                 block.compile(dynamic=False)
             done.append("compiled blocks")
-            distort = _compiled_distortion(shapes, device) if distorts and on_gpu else distort
+            distort = compiled_distortion(shapes, device) if distorts and on_gpu else distort
     if graphs:
         try:
             capture(teacher, student, shapes, dtype, accumulates)
@@ -83,9 +83,10 @@ def accelerate(
     return distort, " and ".join(done)
 
 
-def _compiled_distortion(shapes: Sequence[tuple[int, ...]], device: torch.device) -> Distort:
+def compiled_distortion(shapes: Sequence[tuple[int, ...]], device: torch.device) -> Distort:
     """Return `distort_batch`, compiled for views of these shapes. If that fails, a warning says so, and it is not."""
-    compiled = torch.compile(distort_batch, dynamic=False)
+    # The blur has a channel per image and color, which would be slow as the last dimension in memory.
+    compiled = torch.compile(distort_batch, dynamic=False, options={"layout_optimization": False})
     try:
         for shape in shapes:
             pixels = torch.zeros(shape, dtype=torch.uint8, device=device).contiguous(memory_format=torch.channels_last)

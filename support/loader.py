@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -248,18 +249,28 @@ def _end_worker(error: BaseException, _: object) -> NoReturn:
 
 
 def batches_on_device(
-    loader: Iterable[LoadedBatch], device: torch.device, distort: Distort = distort_batch
+    loader: Iterable[LoadedBatch],
+    device: torch.device,
+    distort: Distort = distort_batch,
+    waiting: Callable[[], AbstractContextManager] = contextlib.nullcontext,
 ) -> Iterator[Batch]:
     """Yield the batches of a loader on a device, with distorted and normalized views.
 
     Args:
         distort: distorts the views if the workers have not done it.
+        waiting: makes the context in which the loader is waited for.
 
     Raises:
         UserError: a worker died.
     """
     try:
-        for loaded in loader:
+        with waiting():
+            loaded_batches = iter(loader)
+        while True:
+            with waiting():
+                loaded = next(loaded_batches, None)
+            if loaded is None:
+                return
             batch = _to_device(loaded, device, distort)
             del loaded  # frees its shared memory before the next batch arrives
             yield batch

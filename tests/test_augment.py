@@ -189,27 +189,28 @@ def photograph_or_noise(kind, side, rng):
 
 
 NOTHING = augment.Distortion(None, False, 0.0, False)
-LEVELS = {"photograph": 12, "noise": 32}  # the largest difference of a chain of operations
+KINDS, LEVELS = ("photograph", "noise"), 10  # the largest difference of a chain of operations
 
 
-@pytest.mark.parametrize("kind", LEVELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_operation_on_a_batch_is_torchvisions(kind):
     single = [(i, value) for i, low, high in ((0, 0.6, 1.4), (1, 0.6, 1.4), (2, 0.8, 1.2), (3, -0.1, 0.1))
               for value in (low, high)]  # fmt: skip
     drawn = [NOTHING._replace(jitter=(*np.where(np.arange(4) == i, value, (1, 1, 1, 0)), [i])) for i, value in single]
+    drawn += [NOTHING._replace(jitter=(1.4, 1, 1, 0.1, [3, 0]))]  # levels are truncated before they become brighter
     drawn += [NOTHING._replace(sigma=sigma) for sigma in (0.1, 0.3, 1.0, 2.0)]
     drawn += [NOTHING._replace(grayscale=True), NOTHING._replace(solarize=True), NOTHING]
     rng = np.random.default_rng(0)
     images = [photograph_or_noise(kind, 96, rng) for _ in drawn]
     for image, one, found in zip(images, drawn, distort_together(images, drawn), strict=True):
         difference = (found.int() - torchvisions_distort(image, one).int()).abs()
-        assert difference.max() <= 6, one
-        assert difference.float().mean() < 1, one
+        assert difference.max() <= 1, one
+        assert difference.float().mean() < 0.25, one
     assert torch.equal(found, images[-1])  # nothing was drawn
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.sampled_from(list(LEVELS)), st.sampled_from([6, 7, 13, 32, 96]), st.integers(0, 10**6))
+@given(st.sampled_from(KINDS), st.sampled_from([6, 7, 13, 32, 96]), st.integers(0, 10**6))
 def test_a_batch_is_distorted_as_by_torchvision_and_by_the_workers(kind, side, seed):
     """In all orders of the jitter, with all amounts and blurs up to the ends of their ranges."""
     rng = np.random.default_rng(seed)
@@ -227,7 +228,7 @@ def test_a_batch_is_distorted_as_by_torchvision_and_by_the_workers(kind, side, s
     assert found.is_contiguous()
     references = torch.stack([torchvisions_distort(image, one) for image, one in zip(images, drawn, strict=True)])
     difference = (found.int() - references.int()).abs()
-    assert difference.max() <= LEVELS[kind]
+    assert difference.max() <= LEVELS
     assert difference.float().mean() <= 1
     arrays = (np.ascontiguousarray(image.permute(1, 2, 0).numpy()) for image in images)
     of_workers = np.stack([augment.distort(array, one) for array, one in zip(arrays, drawn, strict=True)])

@@ -134,7 +134,7 @@ def test_the_compiled_distortion_is_the_plain_one():
     crop = MultiCrop(global_size=32, local_size=16, local_number=3)
     batches = [ViewBatches(images, crop, 8, None, 0, distorts=False)[0, step, range(6)] for step in range(2)]
     device = torch.device("cpu")
-    distort = cuda_graphs._compiled_distortion([pixels.shape for pixels in batches[0].pixels], device)
+    distort = cuda_graphs.compiled_distortion([pixels.shape for pixels in batches[0].pixels], device)
     assert distort is not distort_batch
     for plain, compiled in zip(
         batches_on_device(batches, device), batches_on_device(batches, device, distort), strict=True
@@ -151,5 +151,5 @@ def test_a_distortion_that_does_not_compile_stays_plain(monkeypatch, capsys):
         return lambda *_: 1 / 0
 
     monkeypatch.setattr(torch, "compile", compile)
-    assert cuda_graphs._compiled_distortion([(2, 3, 8, 8)], torch.device("cpu")) is distort_batch
+    assert cuda_graphs.compiled_distortion([(2, 3, 8, 8)], torch.device("cpu")) is distort_batch
     assert capsys.readouterr().err == "warning: the distortion on the device is not compiled: division by zero\n"

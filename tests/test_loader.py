@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import math
 import multiprocessing
@@ -134,3 +135,27 @@ def test_shared_memory_without_a_limit_takes_all_workers(monkeypatch):
     """As on systems other than Linux."""
     monkeypatch.setattr(loader, "free_shared_memory", lambda: math.inf)
     assert loader.fit_workers(10, 10) == loader.fit_workers(10, 2.5) == (10, 2)
+
+
+def test_only_the_loader_is_waited_for(photo_folder):
+    """What the device does with a batch is not counted as waiting for data."""
+    events, crop = [], MultiCrop(global_size=32, local_size=16, local_number=1)
+    dataset = open_dataset("folder", photo_folder, "train", ResizedArray(64))
+    batches = ViewBatches(dataset, crop, 8, None, 0, distorts=False)
+
+    @contextlib.contextmanager
+    def waiting():
+        events.append("begin")
+        yield
+        events.append("end")
+
+    def load():
+        events.append("load")
+        yield batches[0, 0, [0, 1]]
+
+    def distort(pixels, _):
+        events.append("distort")
+        return pixels
+
+    assert len(list(batches_on_device(load(), torch.device("cpu"), distort, waiting))) == 1
+    assert events == ["begin", "end", "begin", "load", "end", "distort", "distort", "begin", "end"]

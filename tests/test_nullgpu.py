@@ -112,6 +112,12 @@ def test_launches_of_a_step(measured, options):
     assert 0 < measured[options]["steps"][PLAIN]["launches"] <= BUDGETS[options][1], most(measured[options])
 
 
+@pytest.mark.slow
+def test_launches_of_the_distortion_on_the_device(measured):
+    device, workers = (measured[options]["steps"][PLAIN]["launches"] for options in list(BUDGETS)[:2])
+    assert workers < device <= workers + 200
+
+
 def most(result) -> str:
     """Return the places that launch most."""
     return "\n".join(f"{launches:5} {place}" for place, launches in result["lines"][:30])

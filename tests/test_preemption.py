@@ -42,12 +42,15 @@ def test_nohup_works():
 def test_a_run_whose_data_never_come_ends_after_a_signal(monkeypatch, tmp_path, capsys):
     """The last checkpoint stays."""
 
-    def batches_on_device(*arguments):
-        for i, batch in enumerate(original(*arguments)):
-            if i == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(60)
-            yield batch
+    def batches_on_device(loader, *arguments):
+        def broken():
+            for i, batch in enumerate(loader):
+                if i == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(60)
+                yield batch
+
+        return original(broken(), *arguments)
 
     original = main_lgssl.batches_on_device
     monkeypatch.setattr(preemption, "PATIENCE", 1)
