@@ -243,7 +243,8 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     init_hash = checkpoints.hash_of_file(args.init_weights) if args.init_weights else None
     every = 10 if args.knn_every is None and images.online_knn else args.knn_every or 0
     settings = {**vars(args), "knn_every": every, "init_hash": init_hash}
-    earlier = checkpoints.open_output(output_dir, settings, defaults_of_older_runs(), may_change(settings))
+    of_older_runs = defaults_of_older_runs()
+    earlier = checkpoints.open_output(output_dir, settings, of_older_runs, may_change(settings))
     checkpoint, settings["init_hash"] = earlier.checkpoint, earlier.init_hash
     start, made_with = None, recorded_arguments(checkpoint, str(earlier.path)) if checkpoint else {}
     if args.init_weights and not checkpoint:
@@ -256,7 +257,7 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     timeout = datetime.timedelta(seconds=args.dist_timeout)
     rank, world_size, device = process = init_distributed(args.dist_url, timeout)
     settings["precision"] = set_precision(args.precision or made_with.get("precision"), device)
-    distort_on = made_with.get("distort_on", "workers") if checkpoint else args.distort_on
+    distort_on = made_with.get("distort_on", of_older_runs["distort_on"]) if checkpoint else args.distort_on
     settings["distort_on"] = loader.place_of_distortion(distort_on, device)
     lock = checkpoints.lock(output_dir) if rank == 0 else None
     stop.join(timeout)
@@ -287,10 +288,18 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
         size = size._replace(earlier_hash=hash_of_names(images.train, as_text=True))
     start_step = restore(checkpoint, earlier.path, state, size, world_size) if checkpoint else 0
     distort: Distort = distort_batch
-    accelerated, dtype, accumulates = "", AUTOCAST[settings["precision"]], args.accum_steps > 1
+    accelerated = ""
     if start_step < size.total_steps:  # compiled blocks and CUDA graphs: support/cuda_graphs.py
-        choices = {"compiles": args.compile, "graphs": args.cuda_graphs, "distorts": settings["distort_on"] == "device"}
-        distort, accelerated = accelerate(teacher, student, shapes, dtype, accumulates=accumulates, **choices)
+        distort, accelerated = accelerate(
+            teacher,
+            student,
+            shapes,
+            AUTOCAST[settings["precision"]],
+            compiles=args.compile,
+            graphs=args.cuda_graphs,
+            accumulates=args.accum_steps > 1,
+            distorts=settings["distort_on"] == "device",
+        )
     checkpoints.refuse_different_starts(start_step, device)
     steps = range(start_step, size.total_steps)
     run = Run(
@@ -344,7 +353,12 @@ def open_images(args: argparse.Namespace) -> Images:
 
 
 def open_report(args: argparse.Namespace, run: Run, images: Images, *, accelerated: str, started: str) -> Report:
-    """Open the report of a run with its headline, which says `accelerated`, what is fast, and `started`, from where."""
+    """Open the report of a run, and print the headline.
+
+    Args:
+        accelerated: what `accelerate` has done, for the headline; "" if nothing.
+        started: the pretrained weights that the run starts from, for the headline; "" if none.
+    """
     size, (_, world_size, device) = run.size, run.process
     watch_from = min(args.warmup_epochs * size.steps_per_epoch, WATCH_FROM)
     report = Report(Path(args.output_dir), run.start_step, args.epochs, size.steps_per_epoch, watch_from)

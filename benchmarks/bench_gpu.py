@@ -610,14 +610,16 @@ def print_loading(cases, device, counts=(4, 8, 12, 16), steps=48, files=480, rou
         print(f"\n{case.arch}: the step alone takes the images of {needed} workers", end="")
     print("\n")
 
-    def quotient(*keys):
-        return [rates[keys[0]] / rates[keys[1]]] if rates.keys() >= set(keys) else []
+    def quotient(arch, source, other):
+        known = rates.keys() >= {(arch, source), (arch, other)}
+        return [rates[arch, source] / rates[arch, other]] if known else []
 
-    small, tiny = (("vit_small", LOADED.format(12)), ("vit_small", ALONE)), ("vit_tiny", LOADED.format(16))
+    small = quotient("vit_small", LOADED.format(12), ALONE)
+    tiny = quotient("vit_tiny", LOADED.format(16), PLAIN.format(16))
     goals = [
         ("images/s of a worker, --distort_on device", 270, [worker], True),
-        ("vit_small, 12 workers: of the step alone", 0.95, quotient(*small), True),
-        ("vit_tiny, 16 workers: times as fast as DINO's", 3, quotient(tiny, ("vit_tiny", PLAIN.format(16))), True),
+        ("vit_small, 12 workers: of the step alone", 0.95, small, True),
+        ("vit_tiny, 16 workers: times as fast as DINO's", 3, tiny, True),
         ("ms of distort_batch, compiled", 4, [distortion["compiled"]], False),
     ]
     print_table(("goal", "expected", "found", ""), [[goal, *goal_cells(*cells)] for goal, *cells in goals])
@@ -651,8 +653,8 @@ def source_rates(case, folder, counts, steps, device) -> dict:
         loader = main_lgssl.build_loader(args, images, keys, Process(0, 1, device), Workers(count))
         sources[LOADED.format(count)] = loader
     plain = PlainBatches(images.paths, [batch.matches for batch in in_advance])
-    plain_loader = open_loader(plain, Workers(count), device, sampler=loader.sampler, batch_size=None)
-    sources[PLAIN.format(count)] = plain_loader
+    plain_loader = open_loader(plain, Workers(counts[-1]), device, sampler=loader.sampler, batch_size=None)
+    sources[PLAIN.format(counts[-1])] = plain_loader
     rates = {}
 
     def batches_on_device(_, device, *more):

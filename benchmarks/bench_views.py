@@ -44,7 +44,8 @@ def main() -> None:
     cv2.setNumThreads(0)
     print(f"{machine()}; one core, batch {args.batch_size}")
 
-    images = [photo.resize(SIZE, Image.Resampling.LANCZOS) for photo in photographs()]
+    photos = photographs()
+    images = [photo.resize(SIZE, Image.Resampling.LANCZOS) for photo in photos]
     images = [images[i % 2] for i in range(args.batch_size)]
     indices = list(range(args.batch_size))
     resize, plain = ResizedArray(256), plain_multi_crop()
@@ -81,7 +82,7 @@ def main() -> None:
         print_stages(folder, args.batch_size, args.rounds)
         for size in (SIZE, (2000, 1500)):
             path = Path(folder) / f"of {size[0]}.jpg"
-            photographs()[0].resize(size, Image.Resampling.LANCZOS).save(path, quality=90)
+            photos[0].resize(size, Image.Resampling.LANCZOS).save(path, quality=90)
             whole, reduced = (min(seconds_of(lambda: resize(read_image(path, *side)), 10)) for side in ((), (512,)))
             rows.append((f"{size[0]}×{size[1]}", f"{whole * 1e3:.1f}", f"{reduced * 1e3:.1f}"))
     print_table(("JPEG to 256×256", "ms, all pixels", "ms, at reduced size"), rows)

@@ -1,4 +1,4 @@
-"""The backbones made fast: compiled blocks, and CUDA graphs, which start all kernels of a backbone at once.
+"""What is fast on a GPU: compiled blocks and distortion, and CUDA graphs, which start a backbone's kernels at once.
 
 At the batch sizes of the paper, a GPU waits for the CPU, which starts some 2,000 kernels per step. Head, loss and
 optimizer stay outside the graphs, because the number of matched tokens differs from step to step.
@@ -29,7 +29,7 @@ def accelerate(
     accumulates: bool,
     distorts: bool,
 ) -> tuple[Distort, str]:
-    """Compile the blocks of both backbones, and on a GPU capture the backbones in CUDA graphs.
+    """Compile the blocks of both backbones. On a GPU, also compile the distortion, and capture the backbones in graphs.
 
     To be called before DDP wraps the student, and while no other thread uses the GPU. Afterwards, parameters may change
     only in place. If the capture fails, a warning says so, and the backbones run without graphs and compilation.

@@ -166,7 +166,7 @@ class ViewBatches(Dataset[LoadedBatch]):
 
 
 def place_of_distortion(distort_on: str, device: torch.device) -> str:
-    """Return --distort_on, workers or device, where auto stands for what is best for networks on a device."""
+    """Return where views are distorted, "workers" or "device". With "auto", it is the device if that is a GPU."""
     return distort_on if distort_on != "auto" else "device" if device.type == "cuda" else "workers"
 
 
