@@ -31,12 +31,12 @@ Range = tuple[float, float]
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels of the image
 Images = Sequence[np.ndarray] | np.ndarray
 Rng = np.random.Generator
-Distort = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # `distort_batch`, which may be compiled
+Distort = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # `distort_batch`, maybe compiled
 MAX_SIGMA = 2.0  # of the blur, in pixels
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pixel values in [0, 1]
 
 # One random stream per purpose: drawing more numbers from one stream does not shift the others.
-_BATCH_GEOMETRY, _IMAGE_GEOMETRY, _PHOTOMETRY = range(3)
+_BATCH_GEOMETRY, _IMAGE_GEOMETRY, _PHOTOMETRY, _PATCHES = range(4)
 
 
 class View(NamedTuple):
@@ -46,6 +46,7 @@ class View(NamedTuple):
     boxes: np.ndarray  # int64 [G, 4]: top, left, height, width
     flips: np.ndarray  # bool [G]
     parameters: np.ndarray | None  # float32 [B, 38], of the distortion that the pixels are to get; None if they have it
+    patches: np.ndarray | None  # float32 [B, P, 21], the same for patch augmentation; None without it
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ def distortion_row(drawn: Distortion) -> list[float]:
     return [*itertools.chain(*mixes), *hues, *padding, *kernel, *padding, 255.0 if drawn.solarize else 510.0]
 
 
-def distort_batch(pixels: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+def distort_batch(pixels: torch.Tensor, parameters: torch.Tensor, patches: torch.Tensor | None = None) -> torch.Tensor:
     """Apply `distort` to a view of many images at once, each with its own parameters, on any device.
 
     Colors are truncated to levels after each operation, as in torchvision. Results differ from those of `distort` by
@@ -226,6 +227,7 @@ def distort_batch(pixels: torch.Tensor, parameters: torch.Tensor) -> torch.Tenso
     Args:
         pixels: uint8 [n, 3, S, S], of any layout in memory.
         parameters: float32 [n, 38], a `distortion_row` per image.
+        patches: float32 [n, P, 21], the `patch_rows` of each image, for patch augmentation.
 
     Returns:
         uint8 [n, 3, S, S], contiguous
@@ -237,7 +239,8 @@ def distort_batch(pixels: torch.Tensor, parameters: torch.Tensor) -> torch.Tenso
             levels = _rotate_hue(levels, hues)
         levels = _mix_batch(levels, *mixes[:, 3 * i : 3 * i + 3].split(1, 1))
     blurred = _blur(levels, kernels)
-    return torch.minimum(blurred, top - blurred).to(torch.uint8)  # 255 - level is the smaller one from 128 on
+    levels = torch.minimum(blurred, top - blurred).to(torch.uint8)  # 255 - level is the smaller one from 128 on
+    return levels if patches is None else _distort_patches_of_batch(levels, patches)
 
 
 def _mix_batch(levels: torch.Tensor, own: torch.Tensor, gray: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
@@ -274,6 +277,160 @@ def _blur(levels: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
     return blurred.round_()
 
 
+# Patch augmentation takes the same steps for all patches. The jitter is the only operation that all patches have once:
+# brightness, hue, and brightness again, of which a patch has one. Before and after it, the others come in a sequence
+# that contains all their orders: posterization, sharpening and blur.
+_AROUND = "pspbpsp"
+_STEPS = f"{_AROUND}mhm{_AROUND}"
+_ORDERS = [*itertools.permutations("hpsb")]
+_NUMBERS = {"p": 1, "s": 1, "b": 2, "m": 1, "h": 3}  # of each step in a row
+PATCH_ROW_LENGTH = sum(_NUMBERS[step] for step in _STEPS)
+
+
+def _places(order: Sequence[str]) -> list[bool]:
+    """Return at which of _STEPS the operations of a patch take place, in their order."""
+    last, taken = -1, [False] * len(_STEPS)
+    for operation in order:
+        last = _STEPS.index(operation, last + 1)
+        taken[last] = True
+    return taken
+
+
+_PLACES = np.array([_places(order) for order in _ORDERS]).T  # [steps, orders]
+
+
+class PatchDistortion(NamedTuple):
+    """The photometric distortion of n patches, each with its own."""
+
+    places: np.ndarray  # bool [steps, n], at which of _STEPS a patch is changed
+    brightness: np.ndarray  # [n], factors
+    hue: np.ndarray  # [n], in turns
+    sigma: np.ndarray  # [n], of the blur, in pixels
+
+
+def draw_patches(rng: Rng, number: int) -> PatchDistortion:
+    """Draw the distortion of each of a number of patches, as the authors' later code does (arXiv 2310.18651v5).
+
+    Color jitter (brightness 0.1, hue 0.1), blur with σ from 0.1 to 2 pixels, sharpness 2 with probability 0.5, and
+    posterization to 3 bits with probability 0.5, in random order.
+    """
+    order, brightness_first, brightness, hue, sigma, sharpens, posterizes = rng.random((7, number))
+    places = _PLACES[:, (len(_ORDERS) * order).astype(int)]
+    first = len(_AROUND)
+    places[first], places[first + 2] = brightness_first < 0.5, brightness_first >= 0.5
+    for step, operation in enumerate(_STEPS):
+        if operation in "sp":
+            places[step] &= (sharpens if operation == "s" else posterizes) < 0.5
+    return PatchDistortion(places, 0.9 + 0.2 * brightness, 0.2 * hue - 0.1, 0.1 + (MAX_SIGMA - 0.1) * sigma)
+
+
+def _blur_weights(sigma: np.ndarray) -> np.ndarray:
+    """Return the Gaussian weights of a pixel and of those at distance 1 and 2, [n, 3]."""
+    weights = np.exp(-0.5 * (np.arange(3) / sigma[:, None]) ** 2)
+    return weights / (weights @ (1, 2, 2))[:, None]
+
+
+@functools.cache
+def _neighbours(side: int) -> np.ndarray:
+    """Return matrices [3, side, side] that sum the rows of an image at distance 0, 1 and 2, mirroring the edges."""
+    sums = np.zeros((3, side, side), np.float32)
+    for row, shift in itertools.product(range(side), range(-2, 3)):
+        sums[abs(shift), row, side - 1 - abs(side - 1 - abs(row + shift))] += 1
+    return sums
+
+
+def distort_patches(patches: np.ndarray, drawn: PatchDistortion) -> None:
+    """Distort patches in place, each on its own: blur and sharpness do not see beyond its edges.
+
+    Args:
+        patches: uint8 [n, side, side, 3], contiguous, of at least 3 pixels.
+        drawn: the distortion of the n patches.
+    """
+    n, side = patches.shape[:2]
+    rows, line = patches.reshape(n, side, 3 * side), patches.reshape(1, -1, 3)  # OpenCV is slow with short rows
+    for operation, place in zip(_STEPS, drawn.places, strict=True):
+        (own,) = place.nonzero()
+        if not len(own):
+            continue
+        if operation == "p":
+            rows[own] &= 0b11100000
+        elif operation == "s":  # half of the difference to the smoothed patch, whose weights are 5 and eight times 1
+            wide = rows[own].swapaxes(0, 1).reshape(side, -1, 3)
+            sharp = cv2.addWeighted(wide, 22 / 13, cv2.blur(wide, (3, 3)), -9 / 13, 0).reshape(side, -1, 3 * side)
+            rows[own, 1:-1, 3:-3] = sharp[1:-1, :, 3:-3].swapaxes(0, 1)
+        elif operation == "b":
+            weights = _blur_weights(drawn.sigma[own]).astype(np.float32)
+            matrices = (weights @ _neighbours(side).reshape(3, -1)).reshape(-1, side, side)
+            blurred = matrices @ rows[own].astype(np.float32)
+            rows[own] = cv2.convertScaleAbs(blurred.reshape(1, -1)).reshape(blurred.shape)  # rounds
+        elif operation == "m":
+            levels = rows[own].reshape(1, -1)
+            factors = np.round(230 * drawn.brightness[own]).astype(np.uint8).repeat(3 * side**2)
+            rows[own] = cv2.multiply(levels, factors.reshape(levels.shape), None, 1 / 230).reshape(-1, *rows.shape[1:])
+        else:
+            hsv = cv2.cvtColor(line, cv2.COLOR_RGB2HSV_FULL)
+            shift = np.zeros((n, side * side, 3), np.uint8)
+            shift[..., 0] = np.round(256 * drawn.hue).astype(np.int16)[:, None]
+            hsv += shift.reshape(line.shape)
+            cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, line)
+
+
+def patch_rows(drawn: PatchDistortion) -> np.ndarray:
+    """Return the parameters of `distort_batch` for n patches, float32 [n, 21]."""
+    columns = []
+    for operation, place in zip(_STEPS, drawn.places, strict=True):
+        if operation == "p":
+            columns.append(np.where(place, 0b11100000, 0b11111111))
+        elif operation == "s":
+            columns.append(place)
+        elif operation == "b":
+            columns += list((_blur_weights(drawn.sigma)[:, 1:] * place[:, None]).T)
+        elif operation == "m":
+            columns.append(np.where(place, drawn.brightness, 1))
+        else:
+            columns += [6 * drawn.hue * place + channel for channel in (5, 3, 1)]
+    return np.stack(columns, 1).astype(np.float32)
+
+
+def _distort_patches_of_batch(levels: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+    """Apply `distort_patches` to the patches of images, uint8 [n, 3, S, S], with their `patch_rows`, [n, P, 21]."""
+    n, grid = len(levels), math.isqrt(parameters.shape[1])
+    patches = levels.view(n, 3, grid, levels.shape[2] // grid, grid, -1)
+    numbers = parameters.view(n, grid, grid, -1).permute(0, 3, 1, 2)[:, :, :, None, :, None]
+    for operation, own in zip(_STEPS, numbers.split([_NUMBERS[step] for step in _STEPS], 1), strict=True):
+        if operation == "p":
+            patches = patches & own.to(torch.uint8)
+        elif operation == "s":
+            patches = _sharpen(patches, own)
+        elif operation == "b":
+            patches = _blur_rows(patches, *own.split(1, 1))
+        elif operation == "m":
+            patches = (patches * own).clamp_(max=255).to(torch.uint8)
+        else:
+            patches = _rotate_hue(patches, own)
+    return patches.view(levels.shape)
+
+
+def _sharpen(patches: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Double the difference to the smoothed patch, except at its edges, where `where` is 1 and not 0."""
+    levels = patches.float()
+    columns = levels[..., :-2] + levels[..., 1:-1] + levels[..., 2:]
+    sums = columns[:, :, :, :-2] + columns[:, :, :, 1:-1] + columns[:, :, :, 2:]
+    inner = levels[:, :, :, 1:-1, :, 1:-1]
+    change = where * (inner - torch.add(sums, inner, alpha=4).div_(13).round_())
+    return F.pad(change, (1, 1, 0, 0, 1, 1)).add_(levels).clamp_(0, 255).to(torch.uint8)
+
+
+def _blur_rows(patches: torch.Tensor, near: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
+    """Blur the columns of patches with weights of the pixels at distance 1 and 2, mirroring the edges."""
+    side = patches.shape[3]
+    index = torch.arange(-2, side + 2, device=patches.device).abs_()
+    padded = patches.index_select(3, (side - 1) - ((side - 1) - index).abs_()).float()
+    above2, above, own, below, below2 = (padded.narrow(3, i, side) for i in range(5))
+    blurred = torch.addcmul(own * (1 - 2 * near - 2 * far), near, above + below)
+    return torch.addcmul(blurred, far, above2 + below2).round_().to(torch.uint8)
+
+
 @functools.cache
 def _mean_and_std(device: torch.device) -> list[torch.Tensor]:
     """Return MEAN and STD as tensors [3, 1, 1] for pixel values in [0, 255], copied to each device only once."""
@@ -306,7 +463,8 @@ class MultiCrop:
         geometry: "batch" draws each crop and flip once per batch, whose images must have one size (section 4.1.2);
             "image" draws them per image, as DINO does. Photometric distortion is always drawn per image.
         seed: seed of all random numbers.
-        distortion: strength of the photometric distortion, see `distort`.
+        distortion: strength of the photometric distortion, see `draw_distortion`.
+        patch_side: distort each patch of this side, see `draw_patches`; 0: do not.
 
     Raises:
         ValueError: the geometry is unknown.
@@ -321,6 +479,7 @@ class MultiCrop:
     geometry: str = "batch"
     seed: int = 0
     distortion: float = 1.0
+    patch_side: int = 0
 
     def __post_init__(self) -> None:
         if self.geometry not in ("batch", "image"):
@@ -373,10 +532,18 @@ class MultiCrop:
         else:
             geometry = [np.random.default_rng((_IMAGE_GEOMETRY, self.seed, epoch, i)) for i in indices]
         outputs = [pixels for buffer in buffers or self.buffers(len(images)) for pixels in buffer.numpy()]
-        return [
+        views = [
             self._view(images, geometry, photometry, spec, distorts, pixels)
             for spec, pixels in zip(self.view_specs(), outputs, strict=True)
         ]
+        if self.patch_side:
+            rngs = [np.random.default_rng((_PATCHES, self.seed, epoch, i)) for i in indices]
+            images_views = zip(*outputs, strict=True)  # the views of each image
+            rows = [self._augment_patches(own, rng, distorts) for own, rng in zip(images_views, rngs, strict=True)]
+            if not distorts:
+                of_views = map(np.stack, zip(*rows, strict=True))
+                views = [view._replace(patches=own) for view, own in zip(views, of_views, strict=True)]
+        return views
 
     def _view(
         self,
@@ -398,4 +565,19 @@ class MultiCrop:
             crop = cv2.flip(crop, 1) if flips[group] else crop
             pixels[i] = distort(crop, drawn[i]) if distorts else crop
         parameters = None if distorts else np.array([distortion_row(one) for one in drawn], np.float32)
-        return View(torch.from_numpy(pixels).permute(0, 3, 1, 2), np.array(boxes), np.array(flips), parameters)
+        return View(torch.from_numpy(pixels).permute(0, 3, 1, 2), np.array(boxes), np.array(flips), parameters, None)
+
+    def _augment_patches(self, views: Sequence[np.ndarray], rng: Rng, distorts: bool) -> list[np.ndarray]:
+        """Distort the patches of the views [S, S, 3] of one image, or return the `patch_rows` of each view."""
+        side = self.patch_side
+        grids = [len(view) // side for view in views]
+        ends = np.cumsum([grid**2 for grid in grids])
+        drawn = draw_patches(rng, ends[-1])
+        if not distorts:
+            return np.split(patch_rows(drawn), ends[:-1])
+        cut = [view.reshape(grid, side, grid, side, 3).swapaxes(1, 2) for view, grid in zip(views, grids, strict=True)]
+        patches = np.concatenate([view.reshape(-1, side, side, 3) for view in cut])
+        distort_patches(patches, drawn)
+        for view, own in zip(cut, np.split(patches, ends[:-1]), strict=True):
+            view[:] = own.reshape(view.shape)
+        return []

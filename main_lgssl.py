@@ -238,7 +238,8 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     images, output_dir = open_images(args), Path(args.output_dir)
     sizes = [(2, args.global_crops_size), (args.local_crops_number, args.local_crops_size)]
     shapes = [(number * args.batch_size_per_gpu, 3, side, side) for number, side in sizes if number]  # of the views
-    batch_bytes = 1.25 * sum(map(math.prod, shapes))  # a quarter for the matches: patches of 8 pixels need it
+    # A quarter for the matches, half for the parameters of patch augmentation: patches of 8 pixels need it.
+    batch_bytes = (1.75 if args.patch_augmentation else 1.25) * sum(map(math.prod, shapes))
     workers = fit_all_workers(args.num_workers, batch_bytes, images.online_knn)
     init_hash = checkpoints.hash_of_file(args.init_weights) if args.init_weights else None
     every = 10 if args.knn_every is None and images.online_knn else args.knn_every or 0
@@ -299,6 +300,7 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
             graphs=args.cuda_graphs,
             accumulates=args.accum_steps > 1,
             distorts=settings["distort_on"] == "device",
+            patch_side=args.patch_size if args.patch_augmentation else 0,
         )
     checkpoints.refuse_different_starts(start_step, device)
     steps = range(start_step, size.total_steps)
@@ -434,6 +436,7 @@ def build_loader(
         geometry=args.geometry,
         seed=args.seed,
         distortion=args.distortion,
+        patch_side=args.patch_size if args.patch_augmentation else 0,
     )
     rule = None if args.loss == "cls" else args.matching
     skip_bad, (rank, world_size, device) = args.on_bad_image == "skip", process

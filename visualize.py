@@ -121,7 +121,9 @@ def show_matches(args: Namespace, model: OpenedModel | None) -> list[Any]:
 
     patch_size, made_with = (patch_side(model.backbone), model.made_with) if model else (args.patch_size or 16, {})
     crops = {name: getattr(args, name) or made_with.get(name, default) for name, default in CROPS.items()}
-    ArgumentParser(prog="visualize.py matches").check_crops(Namespace(patch_size=patch_size, **crops))
+    augments = args.patch_augmentation or made_with.get("patch_augmentation", False)
+    checked = Namespace(patch_size=patch_size, patch_augmentation=augments, **crops)
+    ArgumentParser(prog="visualize.py matches").check_crops(checked)
     sizes = crops["global_crops_size"], crops["local_crops_size"]
     for name in ("global_crops_size", "local_crops_size"):
         if (count := (crops[name] // patch_size) ** 2) > MAX_PATCHES:
@@ -137,6 +139,8 @@ def show_matches(args: Namespace, model: OpenedModel | None) -> list[Any]:
         flip_prob=made_with.get("flip_prob", 0.5),
         geometry="image",
         seed=args.seed,
+        distortion=made_with.get("distortion", 1.0),
+        patch_side=patch_size if augments else 0,
     )
 
     num_matched, distances = 0, []
@@ -318,6 +322,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
         add(f"--{name}_crops_size", type=natural, help=text)
         text = f"area of the {whose}'s crop as a fraction of the image; default: the pretraining's"
         add(f"--{name}_crops_scale", type=number(float, 1e-6, 1), nargs=2, metavar=("LOW", "HIGH"), help=text)
+    text = "distort each patch of the views on its own; default: as in the pretraining"
+    add("--patch_augmentation", action="store_true", help=text)
     add("--pairs", type=natural, default=1, help="number of pairs of views whose matches are counted; draws the first")
 
     add = add_command(commands, "neighbours", show_neighbours, "the nearest images or patches").add_argument

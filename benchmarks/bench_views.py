@@ -49,11 +49,12 @@ def main() -> None:
     images = [images[i % 2] for i in range(args.batch_size)]
     indices = list(range(args.batch_size))
     resize, plain = ResizedArray(256), plain_multi_crop()
-    multi_crops = {geometry: MultiCrop(geometry=geometry) for geometry in ("batch", "image")}
+    batch, image, patches = MultiCrop(), MultiCrop(geometry="image"), MultiCrop(patch_side=16)
     sides = {
         "torchvision and PIL": lambda step: [plain(image) for image in images],
-        "lgssl, --geometry batch": lambda step: multi_crops["batch"](list(map(resize, images)), indices, 0, step),
-        "lgssl, --geometry image": lambda step: multi_crops["image"](list(map(resize, images)), indices, 0, step),
+        "lgssl, --geometry batch": lambda step: batch(list(map(resize, images)), indices, 0, step),
+        "lgssl, --geometry image": lambda step: image(list(map(resize, images)), indices, 0, step),
+        "lgssl, --patch_augmentation": lambda step: patches(list(map(resize, images)), indices, 0, step),
     }
     seconds = {name: [] for name in sides}
     for step in range(1 + args.rounds):
@@ -67,9 +68,10 @@ def main() -> None:
         ("views", "ms/image", "images/s per core", "faster"),
         [(name, f"{t * 1e3:.2f}", f"{1 / t:.0f}", f"{slowest / t:.1f}×") for name, t in medians.items()],
     )
-    batch, image = medians["lgssl, --geometry batch"], medians["lgssl, --geometry image"]
-    print(f"--geometry image takes {image / batch:.2f} times as long as batch")
-    views = [view.pixels for view in multi_crops["batch"](list(map(resize, images)), indices, 0, 0)]
+    usual, *others = (t for name, t in medians.items() if name.startswith("lgssl"))
+    ratios = [f"{other / usual:.2f}" for other in others]
+    print(f"as long as --geometry batch: --geometry image {ratios[0]} times, --patch_augmentation {ratios[1]} times")
+    views = [view.pixels for view in batch(list(map(resize, images)), indices, 0, 0)]
     by_image = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     pil = [Image.fromarray(view[0].permute(1, 2, 0).numpy()) for view in views]
     own = min(seconds_of(lambda: [normalize(view) for view in views], 10)) / args.batch_size * 1e3

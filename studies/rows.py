@@ -53,7 +53,8 @@ class Study:
 
 METHODS = {"sum": ("Ours, sum", "--loss sum")}
 METHODS |= {f"lambda{x}": (f"Ours, λ = {x}", f"--loss lambda --lambda_cls {x}") for x in (0.9, 0.5, 0.2)}
-DINO_SETTING = "mean-dino-setting"
+DINO_SETTING, PATCHES = "mean-dino-setting", "mean-patches"
+PATCH_LABEL, PATCH_LOSS = "Ours, mean, patch augmentation", "--loss mean --patch_augmentation"
 
 
 def searched_rows(name: str, untrained: str, pixels: str) -> dict[str, Row]:
@@ -70,6 +71,7 @@ def searched_rows(name: str, untrained: str, pixels: str) -> dict[str, Row]:
         "mean": Row("Ours, mean", mean, "--loss mean"),
         **{row: Row(label, mean, options, seeds=3) for row, (label, options) in METHODS.items()},
         DINO_SETTING: Row("Ours, mean", dino, "--loss mean"),
+        PATCHES: Row(PATCH_LABEL, mean, PATCH_LOSS, seeds=3),
     }
 
 
@@ -81,9 +83,10 @@ DIGITS = {
     "dino-image": Row("DINO, crops drawn per image", "digits", "--loss cls --geometry image"),
     "mean": Row("Ours, mean", "digits", f"--loss mean {BATCH}"),
     **{row: Row(label, "digits", f"{options} {BATCH}") for row, (label, options) in METHODS.items()},
+    PATCHES: Row(PATCH_LABEL, "digits", f"{PATCH_LOSS} {BATCH}", seeds=3),
 }
 SEARCHED_TABLES = {
-    "each method with its own best setting": ["untrained", "pixels", "dino", "mean", *METHODS],
+    "each method with its own best setting": ["untrained", "pixels", "dino", "mean", *METHODS, PATCHES],
     "both with DINO's best setting": ["dino", DINO_SETTING],
 }
 STUDIES = {

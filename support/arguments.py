@@ -154,11 +154,16 @@ class ArgumentParser(argparse.ArgumentParser):
     def check_crops(self, args: argparse.Namespace) -> None:
         """Exit unless crop sizes fit the patch size, if it is known, and crop scales are ranges of positive numbers.
 
-        Crop sizes are multiples of the patch size. With `--loss cls`, as in DINO, they may be any larger size.
+        Crop sizes are multiples of the patch size. With `--loss cls`, as in DINO, they may be any larger size, except
+        with `--patch_augmentation`, whose patches have at least 3 pixels.
         """
+        augments = getattr(args, "patch_augmentation", False)
+        if augments and args.patch_size and args.patch_size < 3:
+            self.error(f"--patch_augmentation needs a --patch_size of at least 3, found {args.patch_size}")
+        only_cls = getattr(args, "loss", "") == "cls" and not augments
         for name in ("global_crops_size", "local_crops_size"):
-            size, patch, is_cls = getattr(args, name), args.patch_size, getattr(args, "loss", "") == "cls"
-            if patch and size % patch and not (is_cls and size > patch):
+            size, patch = getattr(args, name), args.patch_size
+            if patch and size % patch and not (only_cls and size > patch):
                 nearest = max(round(size / patch), 1) * patch
                 self.error(f"--{name} {size} is not a multiple of --patch_size {patch}; the nearest is {nearest}")
         for name in ("global_crops_scale", "local_crops_scale"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from augment import ROW_LENGTH, Distort, distort_batch
+from augment import PATCH_ROW_LENGTH, ROW_LENGTH, Distort, distort_batch
 from utils import UserError, first_line, is_first_process, warn
 from vision_transformer import BackboneWithHead, Teacher, VisionTransformer
 
@@ -28,6 +28,7 @@ def accelerate(
     graphs: bool,
     accumulates: bool,
     distorts: bool,
+    patch_side: int = 0,
 ) -> tuple[Distort, str]:
     """Compile the blocks of both backbones. On a GPU, also compile the distortion, and capture the backbones in graphs.
 
@@ -41,6 +42,7 @@ def accelerate(
         graphs: capture graphs, unless activations are recomputed in the backward pass or the device is a CPU.
         accumulates: whether the gradients of several micro-batches are added up.
         distorts: whether the device distorts the views.
+        patch_side: side of the patches that are distorted on their own; 0: none are.
 
     Returns:
         (`distort_batch`, on a GPU compiled if the blocks are; what was done, for the first line of the log)
@@ -70,7 +72,7 @@ def accelerate(
             for block in blocks:
                 block.compile(dynamic=False)
             done.append("compiled blocks")
-            distort = compiled_distortion(shapes, device) if distorts and on_gpu else distort
+            distort = compiled_distortion(shapes, device, patch_side) if distorts and on_gpu else distort
     if graphs:
         try:
             capture(teacher, student, shapes, dtype, accumulates)
@@ -83,14 +85,22 @@ def accelerate(
     return distort, " and ".join(done)
 
 
-def compiled_distortion(shapes: Sequence[tuple[int, ...]], device: torch.device) -> Distort:
-    """Return `distort_batch`, compiled for views of these shapes. If that fails, a warning says so, and it is not."""
+def compiled_distortion(shapes: Sequence[tuple[int, ...]], device: torch.device, patch_side: int = 0) -> Distort:
+    """Return `distort_batch`, compiled for views of these shapes. If that fails, a warning says so, and it is not.
+
+    Args:
+        patch_side: see `accelerate`.
+    """
     # The blur has a channel per image and color, which would be slow as the last dimension in memory.
     compiled = torch.compile(distort_batch, dynamic=False, options={"layout_optimization": False})
     try:
         for shape in shapes:
             pixels = torch.zeros(shape, dtype=torch.uint8, device=device).contiguous(memory_format=torch.channels_last)
-            compiled(pixels, torch.zeros(shape[0], ROW_LENGTH, device=device))
+            rows = torch.zeros(shape[0], ROW_LENGTH, device=device)
+            patches = None
+            if patch_side:
+                patches = torch.zeros(shape[0], (shape[-1] // patch_side) ** 2, PATCH_ROW_LENGTH, device=device)
+            compiled(pixels, rows, patches)
     except Exception as error:  # many kinds
         warn(f"the distortion on the device is not compiled: {first_line(error)}")
         return distort_batch

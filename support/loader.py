@@ -3,13 +3,14 @@
 import atexit
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import multiprocessing.queues
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -42,6 +43,7 @@ class LoadedBatch(NamedTuple):
     parameters: torch.Tensor | None  # [(2+L)*B, 38] of `distort_batch`, view-major; None if the views are distorted
     matches: Matches
     bad_images: BadImages
+    patches: Sequence[torch.Tensor] = ()  # like the pixels, [2B, P, 21] and [L*B, p, 21], if these are to be distorted
 
 
 class Batch(NamedTuple):
@@ -135,7 +137,12 @@ class ViewBatches(Dataset[LoadedBatch]):
         pixels = [buffer.flatten(0, 1).permute(0, 3, 1, 2) for buffer in buffers]
         rows = [view.parameters for view in views if view.parameters is not None]
         parameters = torch.from_numpy(np.concatenate(rows)) if rows else None
-        return LoadedBatch(pixels, parameters, matches, bad_images)
+        patches = [
+            torch.from_numpy(np.concatenate([view.patches for view in of_size]))
+            for of_size in (views[:2], views[2:])
+            if of_size and of_size[0].patches is not None
+        ]
+        return LoadedBatch(pixels, parameters, matches, bad_images, patches)
 
     def make_views(self, key: Key, **options: Any) -> tuple[list[View], BadImages]:
         """Return the views of a batch, and the samples that were skipped. Options are those of `MultiCrop.__call__`."""
@@ -285,5 +292,6 @@ def _to_device(loaded: LoadedBatch, device: torch.device, distort: Distort) -> B
     views = [pixels.to(device, non_blocking=True) for pixels in loaded.pixels]
     if loaded.parameters is not None:
         rows = loaded.parameters.to(device, non_blocking=True).split([len(pixels) for pixels in views])
-        views = [distort(pixels, own) for pixels, own in zip(views, rows, strict=True)]
+        patches = [own.to(device, non_blocking=True) for own in loaded.patches]
+        views = [distort(*parts) for parts in itertools.zip_longest(views, rows, patches)]
     return Batch([normalize(pixels) for pixels in views], loaded.matches.to(device), loaded.bad_images)

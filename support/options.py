@@ -91,6 +91,8 @@ def add_data_arguments(parser: ArgumentParser) -> None:
     add("--flip_prob", type=fraction, default=0.5, help="flip probability; use 0 if mirroring changes the class")
     add("--distortion", type=fraction, default=1.0, help="strength of the photometric distortion, an option of this "
         "repository: 1 is the paper's and DINO's, 0 none")
+    add("--patch_augmentation", action="store_true", help="also distort each patch of all views on its own, as in the "
+        "later version of the paper (arXiv 2310.18651v5)")
     add("--distort_on", choices=("auto", "workers", "device"), default="auto", help="where views are distorted: by the "
         "data-loading workers, or on the device of the networks. auto: as in the resumed run, or the device if it is a "
         "GPU")

@@ -251,6 +251,115 @@ def test_views_for_the_device_have_the_crops_and_draws_of_distorted_ones(images,
         assert not torch.equal(found, own.pixels)
 
 
+def patches_of(kind, side, count):
+    rng = np.random.default_rng(side)
+    return np.stack([photograph_or_noise(kind, side, rng).permute(1, 2, 0).numpy() for _ in range(count)])
+
+
+def torchvisions_patch(patch, drawn, i):
+    """The operations of torchvision on a PIL image, as in the authors' code."""
+    image = Image.fromarray(patch)
+    operations = {
+        "p": lambda x: TF.posterize(x, 3),
+        "s": lambda x: TF.adjust_sharpness(x, 2),
+        "b": lambda x: TF.gaussian_blur(x, [1, 5], [float(drawn.sigma[i])] * 2),
+        "m": lambda x: TF.adjust_brightness(x, float(drawn.brightness[i])),
+        "h": lambda x: TF.adjust_hue(x, float(drawn.hue[i])),
+    }
+    for step, place in zip(augment._STEPS, drawn.places[:, i], strict=True):
+        image = operations[step](image) if place else image
+    return np.array(image)
+
+
+def augmented_together(patches, drawn):
+    """Patches [g * g, side, side, 3], augmented by `distort_batch` as those of one image that nothing else distorts."""
+    side, grid = patches.shape[1], int(len(patches) ** 0.5)
+    image = patches.reshape(grid, grid, side, side, 3).swapaxes(1, 2).reshape(1, grid * side, grid * side, 3)
+    pixels, row = torch.from_numpy(image).permute(0, 3, 1, 2), torch.tensor([augment.distortion_row(NOTHING)])
+    found = augment.distort_batch(pixels, row, torch.from_numpy(augment.patch_rows(drawn))[None])
+    found = found.permute(0, 2, 3, 1).reshape(grid, side, grid, side, 3)
+    return found.numpy().swapaxes(1, 2).reshape(patches.shape)
+
+
+def augmented_by_workers(patches, drawn):
+    augment.distort_patches(patches := patches.copy(), drawn)
+    return patches
+
+
+def difference(a, b):
+    return np.abs(a.astype(int) - b)
+
+
+AUGMENT = (augmented_by_workers, augmented_together)
+
+
+@pytest.mark.parametrize("side", [3, 8, 16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_patches_are_augmented_as_by_torchvision(kind, side):
+    """In all orders. Far differences are those of levels on either side of a step of the posterization."""
+    patches, drawn = patches_of(kind, side, 144), augment.draw_patches(np.random.default_rng(0), 144)
+    references = np.stack([torchvisions_patch(patch, drawn, i) for i, patch in enumerate(patches)])
+    assert difference(patches, references).mean() > 10
+    for augmented in AUGMENT:
+        assert difference(augmented(patches, drawn), references).mean() <= 1.5, augmented
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_operation_on_patches_is_torchvisions(kind):
+    patches, drawn = patches_of(kind, 16, 100), augment.draw_patches(np.random.default_rng(0), 100)
+    for step, operation in enumerate(augment._STEPS):
+        alone = drawn._replace(places=np.arange(len(augment._STEPS))[:, None] == np.full(100, step))
+        references = np.stack([torchvisions_patch(patch, alone, i) for i, patch in enumerate(patches)])
+        for augmented in AUGMENT:
+            found = difference(augmented(patches, alone), references)
+            assert found.max() <= {"p": 0, "h": 24}.get(operation, 1), (operation, augmented)  # hues have 256 steps
+            assert found.mean() < (2 if operation == "h" else 0.6), (operation, augmented)
+    nothing = drawn._replace(places=np.zeros_like(drawn.places))
+    assert np.array_equal(augmented_by_workers(patches, nothing), patches)
+
+
+def test_draws_of_patches_are_those_of_the_authors():
+    drawn = augment.draw_patches(np.random.default_rng(0), 20000)
+    orders = {}
+    for i, place in enumerate(drawn.places.T):
+        steps = [step for step, taken in zip(augment._STEPS, place, strict=True) if taken]
+        assert sorted(steps) in [sorted("mhb" + more) for more in ("", "s", "p", "sp")]
+        orders.setdefault("".join(steps), []).append(i)
+    whole = {name: len(found) / 20000 for name, found in orders.items() if len(name) == 5}
+    assert len(whole) == 48  # 24 orders, brightness before or after hue
+    assert max(whole.values()) < 0.25 / 48 * 1.5
+    assert sum(whole.values()) == pytest.approx(0.25, abs=0.01)  # both sharpened and posterized
+    for letter in "sp":
+        assert sum(len(found) for name, found in orders.items() if letter in name) == pytest.approx(10000, abs=250)
+    for values, low, high in ((drawn.brightness, 0.9, 1.1), (drawn.hue, -0.1, 0.1), (drawn.sigma, 0.1, 2.0)):
+        assert ks_2samp(values, np.linspace(low, high, 20000)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("geometry", ["batch", "image"])
+def test_views_with_patch_augmentation(images, geometry):
+    """They are the usual views, of which each patch is augmented by a function of seed, epoch and image."""
+    usual = small_views(geometry=geometry)(images, [4, 5, 6], 1, 9)
+    crop = small_views(geometry=geometry, patch_side=8)
+    views, plain = crop(images, [4, 5, 6], 1, 9), crop(images, [4, 5, 6], 1, 9, distorts=False)
+    rng = np.random.default_rng((augment._PATCHES, 0, 1, 5))
+    drawn = augment.draw_patches(rng, 2 * 16 + 2 * 4)
+    start = 0
+    for view, before, own in zip(views, usual, plain, strict=True):
+        grid = view.pixels.shape[-1] // 8
+        mine = slice(start, start := start + grid**2)
+        expected = before.pixels[1].permute(1, 2, 0).numpy().reshape(grid, 8, grid, 8, 3).swapaxes(1, 2)
+        expected = augmented_by_workers(
+            expected.reshape(-1, 8, 8, 3), drawn._replace(places=drawn.places[:, mine], **{
+                name: getattr(drawn, name)[mine] for name in ("brightness", "hue", "sigma")}))  # fmt: skip
+        found = view.pixels[1].permute(1, 2, 0).numpy().reshape(grid, 8, grid, 8, 3).swapaxes(1, 2)
+        assert np.array_equal(found.reshape(-1, 8, 8, 3), expected)
+        assert view.patches is None
+        assert own.patches.shape == (3, grid**2, augment.PATCH_ROW_LENGTH)
+        on_device = augment.distort_batch(own.pixels, torch.from_numpy(own.parameters), torch.from_numpy(own.patches))
+        assert difference(on_device.numpy(), view.pixels.numpy()).mean() < 1.5
+    assert start == 40
+
+
 def test_normalize_is_torchvisions(photographs):
     pixels = TF.pil_to_tensor(photographs[0])
     expected = TF.normalize(TF.to_dtype(pixels, torch.float32, scale=True), augment.MEAN, augment.STD)

@@ -17,7 +17,7 @@ def test_the_naive_side_computes_the_same_loss_and_gradients(monkeypatch):
     images = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8).numpy()
     batches = ViewBatches([(image, 0) for image in images], MultiCrop(global_size=32, local_size=16), 8, "paper", 0)
     key = (0, 0, [0, 1, 2])
-    pixels, _, matches, _ = batches[key]
+    pixels, _, matches, *_ = batches[key]
     views = [normalize(x) for x in pixels]
     student = BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24))
     teacher = Teacher(vit_micro(8, img_size=32), DINOHead(96, 24))

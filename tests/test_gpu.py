@@ -175,7 +175,7 @@ def test_a_resumed_run_with_local_views_has_the_same_losses(tmp_path, monkeypatc
     assert_close(resumed, whole, 1e-3)
 
 
-@pytest.mark.parametrize("compiles", [[], ["--compile"]])
+@pytest.mark.parametrize("compiles", [[], ["--compile"], ["--compile", "--patch_augmentation"]])
 def test_a_training_that_distorts_on_the_device_is_that_of_the_workers(tmp_path, capsys, compiles):
     """20 steps and more, on views that differ by less than 2 levels on average."""
     options = ("--precision", "fp32", "--batch_size_per_gpu", 64, *compiles)

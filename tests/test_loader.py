@@ -51,23 +51,24 @@ def test_an_incomplete_step_can_be_shared_out():
 
 
 @pytest.mark.parametrize("distorts", [True, False])
-@pytest.mark.parametrize("geometry", ["batch", "image"])
-def test_views_do_not_depend_on_the_workers(photo_folder, geometry, distorts):
+@pytest.mark.parametrize(("geometry", "patch_side"), [("batch", 0), ("image", 8)])
+def test_views_do_not_depend_on_the_workers(photo_folder, geometry, patch_side, distorts):
     """Also if the main process has used OpenCV's threads, which do not survive a fork."""
     cv2.setNumThreads(2)
     cv2.GaussianBlur(cv2.cvtColor(np.zeros((2000, 2000, 3), np.uint8), cv2.COLOR_RGB2GRAY), (9, 9), 2.0)
     dataset = open_dataset("folder", photo_folder, "train", ResizedArray(64))
-    crop = MultiCrop(global_size=32, local_size=16, local_number=2, geometry=geometry)
+    crop = MultiCrop(global_size=32, local_size=16, local_number=2, geometry=geometry, patch_side=patch_side)
     batches = ViewBatches(dataset, crop, 8, "paper", 0, distorts=distorts)
     keys = [(0, step, [step, 3, 7]) for step in range(4)]
     opened = DataLoader(batches, batch_size=None, sampler=keys, num_workers=2, worker_init_fn=init_worker, timeout=60)
     for key, batch in zip(keys, batches_on_device(opened, torch.device("cpu")), strict=True):
-        pixels, parameters, matches, bad_images = batches[key]
+        pixels, parameters, matches, bad_images, patches = batches[key]
         assert [x.dtype for x in pixels] == [torch.uint8] * 2
         assert (parameters is None) == distorts
+        assert len(patches) == (2 if patch_side and not distorts else 0)
         if not distorts:
             rows = parameters.split([6, 6])  # 2 views of each size of 3 images
-            pixels = [distort_batch(x, own) for x, own in zip(pixels, rows, strict=True)]
+            pixels = [distort_batch(*parts) for parts in zip(pixels, rows, patches or (None, None), strict=True)]
         assert all(torch.equal(normalize(x), y) for x, y in zip(pixels, batch.views, strict=True))
         assert all(torch.equal(x, y) for x, y in zip(matches, batch.matches, strict=True))
         assert bad_images == batch.bad_images == {}
@@ -153,7 +154,7 @@ def test_only_the_loader_is_waited_for(photo_folder):
         events.append("load")
         yield batches[0, 0, [0, 1]]
 
-    def distort(pixels, _):
+    def distort(pixels, *_):
         events.append("distort")
         return pixels
 

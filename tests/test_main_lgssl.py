@@ -490,9 +490,10 @@ def send_at_step_3(name, patch):
     patch.setattr(main_lgssl, "seed_networks", seed_networks)
 
 
-def test_views_distorted_on_the_device_train_as_those_of_the_workers(photo_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("patches", [(), ("--patch_augmentation",)])
+def test_views_distorted_on_the_device_train_as_those_of_the_workers(photo_folder, tmp_path, monkeypatch, patches):
     """21 steps, also if the run is interrupted and resumes."""
-    options = ("--epochs", 7, "--log_every", 1, "--warmup_epochs", 0, "--lr", 0.005)
+    options = ("--epochs", 7, "--log_every", 1, "--warmup_epochs", 0, "--lr", 0.005, *patches)
     device, workers, resumed = (tmp_path / name for name in ("device", "workers", "resumed"))
     train(photo_folder, device, *options, "--distort_on", "device")
     train(photo_folder, workers, *options)
@@ -510,6 +511,9 @@ def test_views_distorted_on_the_device_train_as_those_of_the_workers(photo_folde
         train(photo_folder, resumed, *options, "--distort_on", "workers")
     train(photo_folder, resumed, *options, "--num_workers", 2)  # goes on as it began
     assert_same_run(resumed, device)
+    if patches:
+        with pytest.raises(UserError, match="--patch_augmentation True there, False here"):
+            train(photo_folder, resumed, *options[: -len(patches)])
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
@@ -807,6 +811,7 @@ EFFECTS = {
     "--loss sum": "loss", "--matching nearest": "loss", "--geometry image": "loss", "--seed 7": "loss",
     "--image_size 50": "loss", "--global_crops_scale 0.8 0.9": "loss", "--local_crops_scale 0.6 0.7": "loss",
     "--local_crops_number 3": "loss", "--flip_prob 1": "loss", "--distortion 0.4": "loss",
+    "--patch_augmentation": "loss",
     "--teacher_temp 0.5 --warmup_teacher_temp_epochs 0": "loss",
     "--warmup_teacher_temp 0.5 --warmup_teacher_temp_epochs 3": "loss", "--drop_path_rate 0.5": "loss",
     "--train_images 11": "loss", "--precision bf16": "loss", "--init_weights {other}": "loss",
@@ -880,7 +885,7 @@ def test_defaults_are_the_papers():
         "momentum_teacher": 0.996, "warmup_teacher_temp": 0.04, "teacher_temp": 0.07, "warmup_teacher_temp_epochs": 30,
         "global_crops_size": 224, "local_crops_size": 96, "global_crops_scale": [0.4, 1.0],
         "local_crops_scale": [0.05, 0.4], "local_crops_number": 8, "flip_prob": 0.5, "clip_grad": 3.0,
-        "distortion": 1.0, "train_images": None, "tuning": False,
+        "distortion": 1.0, "patch_augmentation": False, "train_images": None, "tuning": False,
     }  # fmt: skip
     assert {name: args[name] for name in expected} == expected
 
@@ -946,7 +951,8 @@ def test_recipe_of_dino_has_dinos_defaults():
     assert {name: args[name] for name in expected} == expected
     # What main_dino.py does without an option
     fixed = {"loss": "cls", "geometry": "image", "image_size": 0, "global_crops_size": 224, "local_crops_size": 96,
-             "flip_prob": 0.5, "head_hidden_dim": 2048, "accum_steps": 1, "distortion": 1.0}  # fmt: skip
+             "flip_prob": 0.5, "head_hidden_dim": 2048, "accum_steps": 1, "distortion": 1.0,
+             "patch_augmentation": False}  # fmt: skip
     assert {name: args[name] for name in fixed} == fixed
 
 
@@ -969,6 +975,8 @@ def test_a_dino_command_line_works():
         ("--lambda_cls 1.5", "--lambda_cls: found '1.5', expected a number in [0, 1]"),
         ("--global_crops_size 220", "--global_crops_size 220 is not a multiple of --patch_size 16; the nearest is 224"),
         ("--patch_size 14", "--local_crops_size 96 is not a multiple of --patch_size 14; the nearest is 98"),
+        ("--loss cls --patch_size 14 --patch_augmentation", "--local_crops_size 96 is not a multiple of"),
+        ("--patch_size 2 --patch_augmentation", "--patch_augmentation needs a --patch_size of at least 3, found 2"),
         ("--loss cls --patch_size 97", "--local_crops_size 96 is not a multiple of --patch_size 97; the nearest is 97"),
         ("--image_size 0", "--image_size 0 needs --geometry image"),
         ("--accum_steps 2 --use_bn_in_head true", "--accum_steps needs --use_bn_in_head false"),

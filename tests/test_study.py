@@ -16,7 +16,7 @@ import main_lgssl
 import plot_runs
 from studies import __main__ as command
 from studies.report import interval, read_runs, report, search_report
-from studies.rows import DINO_SETTING, SEARCHED, SEARCHES, SPACE, STUDIES, draw, search_of
+from studies.rows import DINO_SETTING, PATCHES, SEARCHED, SEARCHES, SPACE, STUDIES, draw, search_of
 from studies.runs import RUN_COLUMNS, SCRIPTS, Place, append, commands, settings
 from utils import UserError
 
@@ -71,19 +71,20 @@ def test_interval_is_welchs():
 @pytest.mark.parametrize("name", SEARCHES)
 def test_rows_differ_only_in_loss_and_searched_settings(name):
     """All rows see the same images in the same sizes, with the same network and budget."""
-    searched = {*re.findall(r"--(\w+)", " ".join(sum(SPACE.values(), []))), "loss", "lambda_cls", "output_dir"}
+    searched = {*re.findall(r"--(\w+)", " ".join(sum(SPACE.values(), []))), "loss", "lambda_cls"}
+    searched |= {"output_dir", "patch_augmentation"}
     study = STUDIES[name]
     shared = {}
     for row in study.rows:
         args = arguments(study, row, Place(ROOT)).get("main_lgssl.py")
         if args:
             shared[row] = {option: value for option, value in args.items() if option not in searched}
-            assert args["loss"] == {"dino": "cls", "mean": "mean", "sum": "sum", DINO_SETTING: "mean"}.get(
-                row, "lambda"
-            )
+            losses = {"dino": "cls", "mean": "mean", "sum": "sum", DINO_SETTING: "mean", PATCHES: "mean"}
+            assert args["loss"] == losses.get(row, "lambda")
+            assert args["patch_augmentation"] == (row == PATCHES)
             assert args["lambda_cls"] == float(row.removeprefix("lambda") if row.startswith("lambda") else 0.5)
             network = args["global_crops_size"], args["patch_size"], args["arch"]
-    assert len(shared) == 7
+    assert len(shared) == 8
     assert all(settings == shared["dino"] for settings in shared.values())
     untrained = arguments(study, "untrained", Place(ROOT))["eval_knn.py"]
     assert (untrained["crop_size"], untrained["patch_size"], untrained["arch"]) == network
