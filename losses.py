@@ -1,9 +1,9 @@
 """The local-global loss (paper, section 3.4): a weighted cross-entropy between matched tokens.
 
-Let H be the cross-entropy between the teacher's and the student's distribution over K prototypes. Every loss of the
-paper is the sum of `w * H` over all matched token pairs, divided by the number of pairs of views. LOSS_WEIGHTS defines
-w, `plain_loss` is the formula, and `LocalGlobalLoss` is the training criterion, which computes the same sum with less
-time and memory.
+Let H be the cross-entropy between the teacher's and the student's distribution over K prototypes. Every loss is the
+sum of `w * H` over all matched token pairs, divided by the number of pairs of views. LOSS_WEIGHTS defines w,
+`plain_loss` is the formula, and `LocalGlobalLoss` is the training criterion, which computes the same sum with less time
+and memory.
 """
 
 import functools
@@ -31,6 +31,8 @@ LOSS_WEIGHTS = {
     "lambda": lambda is_cls, num_matched, lambda_cls: torch.where(
         is_cls, lambda_cls, (1 - lambda_cls) / (num_matched - 1).clamp(min=1).float()
     ),
+    # The authors' branch QCRI_ImageNet_same_batch_augmentation, in no paper: the patches are summed, not averaged.
+    "lambda_sum": lambda is_cls, num_matched, lambda_cls: torch.where(is_cls, lambda_cls, 1.0 - lambda_cls),
 }
 
 
@@ -88,7 +90,7 @@ class LocalGlobalLoss(nn.Module):
         out_dim: K, number of prototypes.
         grid_tokens: P, number of patches of a teacher view. Used only with `center="position"`.
         loss: a key of LOSS_WEIGHTS.
-        lambda_cls: λ of the loss "lambda", in [0, 1].
+        lambda_cls: λ of the losses "lambda" and "lambda_sum", in [0, 1].
         center: "position" keeps one center per token position, [1+P, K], as the authors' code does; "shared" keeps one
             for all tokens, [1, K], as in Algorithm 1. The loss "cls" always has a single center.
         student_temp: τ_s.

@@ -6,8 +6,9 @@
     python reproduce.py report --output results.md                          tables of the paper's numbers and ours
     python reproduce.py lists IMAGENET --output_dir LISTS                   lists of images for copy detection
 
+`--settings released` takes the settings of the authors' released code, for the rows that have a counterpart there.
 Options after `--` go to main_lgssl.py, for example `-- --precision bf16`. The report names each setting and number of
-images that differs from the paper's.
+images that differs from the paper's, or from the released ones.
 """
 
 import argparse
@@ -35,9 +36,7 @@ from support.report import read_log
 from support.sources import IMAGENET100_CLASSES
 from utils import UserError, run_main
 
-# Total batches of recipes/choices.args and of eval_linear.py on the four GPUs of the released code. They are the same
-# for any number of processes.
-TOTAL_BATCH, LINEAR_BATCH = 160, 512
+SETTINGS = {"paper": "the paper's settings", "released": "the settings of the authors' released code, 100 epochs"}
 
 EVALUATIONS = {"linear": eval_linear, "knn": eval_knn, "copydays": eval_copy_detection}
 EVALUATIONS |= dict.fromkeys(("roxford5k", "rparis6k"), eval_image_retrieval)
@@ -136,33 +135,59 @@ def paper() -> dict[str, Any]:
     return json.loads((ROOT / "recipes" / "paper.json").read_text(encoding="utf-8"))
 
 
+class Plan(NamedTuple):
+    """How a recipe is run. The batches are the same for any number of processes.
+
+    Attributes:
+        processes: number of processes by default.
+        batch, linear_batch: images per step of the pretraining and of the linear evaluation, in all processes.
+        linear_words: further options of the linear evaluation.
+    """
+
+    processes: int
+    batch: int
+    linear_batch: int
+    linear_words: Sequence[str] = ()
+
+
+def plan(recipe: str) -> Plan:
+    """Return how a recipe is run."""
+    gpus = {entry["recipe"]: entry["processes"] for entry in paper()["released"].values()}.get(recipe)
+    if gpus is None:
+        # The total batches of recipes/choices.args and of eval_linear.py on the four GPUs of the released code
+        return Plan(processes=1, batch=160, linear_batch=512)
+    linear_words = "--n_last_blocks 4 --avgpool_patchtokens false".split()
+    return Plan(gpus, gpus * recipe_arguments(recipe).batch_size_per_gpu, gpus * 1500, linear_words)
+
+
+def with_settings(recipe: str, settings: str) -> str | None:
+    """Return the recipe of a row, given that with the paper's settings; None if the released code has no such run."""
+    return recipe if settings == "paper" else paper()["released"].get(recipe, {}).get("recipe")
+
+
 @dataclass
 class Setup:
     """Where data and runs are, and what a user changes.
 
     Attributes:
         data_root, runs: folders.
-        processes: number of processes of each pretraining and evaluation.
+        processes: number of processes of each pretraining and evaluation. Default: the recipe's.
         class_words: option --classes of ImageNet-100. Default: the recipes' file.
         extra: further words for main_lgssl.py.
+        settings: a key of SETTINGS.
     """
 
     data_root: Path
     runs: Path
-    processes: int = 1
+    processes: int | None = None
     class_words: Sequence[str] = ()
     extra: Sequence[str] = ()
+    settings: str = "paper"
 
     def data_words(self, dataset: str) -> list[str | Path]:
         """Return the options that name the images of a data set."""
         path = self.data_root / ("cifar10" if dataset == "cifar10" else "imagenet")
         return ["--data_path", path, *(self.class_words if dataset == "imagenet100" else [])]
-
-    def share(self, total: int, whose: str) -> int:
-        """Return one process's share of a total batch."""
-        if total % self.processes:
-            raise UserError(f"--nproc_per_node {self.processes} does not divide {whose} batch of {total}")
-        return total // self.processes
 
 
 def recipe_arguments(recipe: str) -> argparse.Namespace:
@@ -170,20 +195,29 @@ def recipe_arguments(recipe: str) -> argparse.Namespace:
     return main_lgssl.parse_arguments([f"@{ROOT / 'recipes' / recipe}.args"])
 
 
+def share_of(total: int, processes: int, whose: str) -> int:
+    """Return one process's share of a total batch."""
+    if total % processes:
+        raise UserError(f"--nproc_per_node {processes} does not divide {whose} batch of {total}")
+    return total // processes
+
+
 def pretraining_step(recipe: str, setup: Setup) -> Step:
     """Return the pretraining of a recipe, with the total batch split over processes and micro-batches."""
-    args = recipe_arguments(recipe)
-    share = setup.share(TOTAL_BATCH, "the recipes'")
+    args, planned = recipe_arguments(recipe), plan(recipe)
+    processes = setup.processes or planned.processes
+    share = share_of(planned.batch, processes, "the recipe's")
     batch_size = next(size for size in range(min(args.batch_size_per_gpu, share), 0, -1) if share % size == 0)
     words: list[str | Path | int] = ["main_lgssl.py", f"@recipes/{recipe}.args", *setup.data_words(args.dataset)]
     words += ["--batch_size_per_gpu", batch_size, "--accum_steps", share // batch_size]
     words += ["--output_dir", setup.runs / recipe, *setup.extra]
-    return Step("pretraining", words, setup.runs / recipe / "checkpoint.pth", setup.processes)
+    return Step("pretraining", words, setup.runs / recipe / "checkpoint.pth", processes)
 
 
 def evaluation_steps(recipe: str, names: Iterable[str], setup: Setup) -> list[Step]:
     """Return the evaluations of a recipe. Copy detection is preceded by the step that draws its lists of images."""
-    dataset = recipe_arguments(recipe).dataset
+    dataset, planned = recipe_arguments(recipe).dataset, plan(recipe)
+    processes = setup.processes or planned.processes
     folder, lists, imagenet = setup.runs / recipe, setup.runs / "lists", setup.data_root / "imagenet"
     steps = []
     for name in names:
@@ -192,7 +226,8 @@ def evaluation_steps(recipe: str, names: Iterable[str], setup: Setup) -> list[St
         if name in ("linear", "knn"):
             words = ["--dataset", dataset, *setup.data_words(dataset)]
             if name == "linear":
-                words += ["--batch_size_per_gpu", setup.share(LINEAR_BATCH, "the linear evaluation's")]
+                share = share_of(planned.linear_batch, processes, "the linear evaluation's")
+                words += ["--batch_size_per_gpu", share, *planned.linear_words]
             result = f"{name}_{dataset}.json"
         elif name == "copydays":
             words = ["reproduce.py", "lists", imagenet, "--output_dir", lists, *setup.class_words]
@@ -200,13 +235,13 @@ def evaluation_steps(recipe: str, names: Iterable[str], setup: Setup) -> list[St
             words = ["--data_path", setup.data_root / name, "--distractors_path", lists / "distractors.txt"]
             words += ["--whitening_path", imagenet / "train" if whitened_on_all(recipe) else lists / "whitening.txt"]
         words = [f"{EVALUATIONS[name].__name__}.py", *words, "--pretrained_weights", folder / "checkpoint.pth"]
-        steps.append(Step(name, words, folder / result, setup.processes))
+        steps.append(Step(name, words, folder / result, processes))
     return steps
 
 
 def whitened_on_all(recipe: str) -> bool:
     """Return whether the whitening is learned on all of ImageNet-1K, as for networks trained on it (section 4.3.1)."""
-    return recipe.startswith("imagenet1k")
+    return "imagenet1k" in recipe
 
 
 def evaluations_of(table: dict[str, Any]) -> list[str]:
@@ -257,18 +292,18 @@ def differences(expected: dict[str, Any], actual: dict[str, Any]) -> list[str]:
     ]
 
 
-def remarks(step: Step, result: dict[str, Any], pretraining: dict[str, Any], images: dict[str, int]) -> str:
+def remarks(step: Step, result: dict[str, Any], recipe: str, images: dict[str, int]) -> str:
     """Return how the result of an evaluation differs from the recipe, the protocol and the data set, or "".
 
     Args:
-        pretraining: the recipe's settings.
         images: {split or block of the data set: number of images}.
     """
-    batch_size = result["pretraining"].get("batch_size", TOTAL_BATCH)
-    changed = [] if batch_size == TOTAL_BATCH else [f"a total batch of {batch_size} instead of {TOTAL_BATCH}"]
-    changed += differences(pretraining, result["pretraining"])
-    if step.name == "linear" and result["batch_size"] != LINEAR_BATCH:
-        changed.append(f"{result['batch_size']} images per step instead of {LINEAR_BATCH}")
+    planned = plan(recipe)
+    batch_size = result["pretraining"].get("batch_size", planned.batch)
+    changed = [] if batch_size == planned.batch else [f"a total batch of {batch_size} instead of {planned.batch}"]
+    changed += differences(vars(recipe_arguments(recipe)), result["pretraining"])
+    if step.name == "linear" and result["batch_size"] != planned.linear_batch:
+        changed.append(f"{result['batch_size']} images per step instead of {planned.linear_batch}")
     changed += differences(step.settings(), result["args"])
     for split, count in images.items():
         if (number := result["images"].get(split, 0)) != count:
@@ -282,17 +317,22 @@ def markdown(rows: Iterable[Sequence[str]]) -> list[str]:
     return [lines[0], "|" + "---|" * lines[0].count(" | ") + "---|", *lines[1:]]
 
 
-def report(runs: Path) -> str:
+def report(runs: Path, settings: str = "paper") -> str:
     """Return the tables of the paper with our numbers in Markdown."""
-    lines = ["Each cell: the paper's number / ours (difference).", ""]
+    lines = [f"Each cell: the paper's number / ours with {SETTINGS[settings]} (difference).", ""]
     setup = Setup(Path("DATA"), runs)
     for name, table in paper()["tables"].items():
         rows: list[list[str]] = [["method", *(COLUMNS[column].title for column in table["columns"])]]
         notes: dict[str, int] = {}  # {text: number}
         for row in table["rows"].values():
-            recipe, cells = row["recipe"], [row["method"]]
+            recipe, cells = with_settings(row["recipe"], settings), [row["method"]]
+            if recipe is None:
+                forms = (COLUMNS[column].form for column in table["columns"])
+                cells += [f"{theirs:{form}} / no counterpart" for theirs, form in zip(row["paper"], forms, strict=True)]
+                rows.append(cells)
+                continue
             steps = {step.name: step for step in evaluation_steps(recipe, evaluations_of(table), setup)}
-            pretraining = vars(recipe_arguments(recipe))
+            dataset = recipe_arguments(recipe).dataset
             for column, theirs in zip(table["columns"], row["paper"], strict=True):
                 evaluation, form = COLUMNS[column].evaluation, COLUMNS[column].form
                 result = read_result(steps[evaluation])
@@ -300,10 +340,10 @@ def report(runs: Path) -> str:
                 if ours is None:
                     cells.append(f"{theirs:{form}} / not run")
                     continue
-                images = IMAGES[pretraining["dataset"] if evaluation in ("linear", "knn") else evaluation]
+                images = IMAGES[dataset if evaluation in ("linear", "knn") else evaluation]
                 if evaluation == "copydays" and whitened_on_all(recipe):
                     images = {**images, "whitening": IMAGES["folder"]["train"]}
-                note = remarks(steps[evaluation], result, pretraining, images)
+                note = remarks(steps[evaluation], result, recipe, images)
                 reference = f" [{notes.setdefault(note, len(notes) + 1)}]" if note else ""
                 cells.append(f"{theirs:{form}} / {ours:{form}} ({ours - theirs:+{form}}){reference}")
             rows.append(cells)
@@ -324,6 +364,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         sub = commands.add_parser(name, help=text, description=f"{text.capitalize()}.", epilog=epilog)
         if name != "lists":
             sub.add_argument("--runs", default="runs", type=Path, help="folder of all runs and results")
+            choices = "; ".join(f"{key}: {meaning}" for key, meaning in SETTINGS.items())
+            sub.add_argument("--settings", choices=SETTINGS, default="paper", help=choices)
         return sub.add_argument
 
     command("list", "list the tables and what is done")
@@ -337,7 +379,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default = {"default": "DATA"} if name == "show" else {"required": True}
         add("--data_root", type=Path, **default, help=f"folder of what the rows need of {', '.join(TREE)}")
         add("--classes", help="file of 100 class folders; default: recipes/imagenet100_cmc.txt")
-        add("--nproc_per_node", type=number(int, 1), default=1, help="number of processes, which share the batch")
+        text = "number of processes, which share the batch; default: 1; with --settings released: the authors'"
+        add("--nproc_per_node", type=number(int, 1), help=text)
     add = command("lists", "write the lists of images for copy detection (section 4.3.1)")
     add("imagenet", metavar="IMAGENET", help="ImageNet: class folders, or train and val with class folders")
     add("--classes", default=IMAGENET100_CLASSES, help="file of the class folders to exclude")
@@ -348,7 +391,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     args = parser.parse_with_extra(argv)
     if args.command in ("show", "run"):
-        parser.check_rows(args.row, tables[args.table]["rows"], args.table)
+        rows = tables[args.table]["rows"]
+        parser.check_rows(args.row, rows, args.table)
+        has = [row for row, entry in rows.items() if with_settings(entry["recipe"], args.settings)]
+        if lacking := [row for row in args.row or [] if row not in has]:
+            others = f"these rows of {args.table} have: {', '.join(has)}" if has else f"no row of {args.table} has one"
+            parser.error(f"{args.table}, row {lacking[0]}: no counterpart in the released code; {others}")
     return args
 
 
@@ -357,15 +405,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.command == "lists":
         write_lists(args)
     elif args.command == "list":
-        list_tables(args.runs)
+        list_tables(args.runs, args.settings)
     elif args.command == "report" and args.output is None:
-        print(report(args.runs), end="")
+        print(report(args.runs, args.settings), end="")
     elif args.command == "report":
         make_folder(args.output.parent, "the folder of --output")
-        write_text(report(args.runs), args.output)
+        write_text(report(args.runs, args.settings), args.output)
     else:
         class_words = ["--classes", args.classes] if args.classes else []
-        setup = Setup(args.data_root, args.runs, args.nproc_per_node, class_words, args.extra)
+        setup = Setup(args.data_root, args.runs, args.nproc_per_node, class_words, args.extra, args.settings)
         run_rows(args.table, args.row, setup, only_show=args.command == "show")
 
 
@@ -382,11 +430,14 @@ def write_lists(args: argparse.Namespace) -> None:
 def run_rows(table: str, rows: Sequence[str] | None, setup: Setup, only_show: bool) -> None:
     """Run the steps of some or all rows of a table that are not done, or only print all steps."""
     contents = paper()["tables"][table]
-    steps: dict[str, list[Step]] = {}  # by method
+    steps: dict[str, list[Step]] = {}  # {method: its steps}
     for row in rows or contents["rows"]:
-        recipe = contents["rows"][row]["recipe"]
+        recipe, method = with_settings(contents["rows"][row]["recipe"], setup.settings), contents["rows"][row]["method"]
+        if recipe is None:
+            steps[f"{method}: no counterpart in the released code"] = []
+            continue
         evaluations = evaluation_steps(recipe, evaluations_of(contents), setup)
-        steps[contents["rows"][row]["method"]] = [pretraining_step(recipe, setup), *evaluations]
+        steps[method] = [pretraining_step(recipe, setup), *evaluations]
     if not only_show:
         check_data(itertools.chain(*steps.values()), setup.data_root)
     for method, steps_of_row in steps.items():
@@ -397,15 +448,18 @@ def run_rows(table: str, rows: Sequence[str] | None, setup: Setup, only_show: bo
                 raise UserError(f"{step.name} failed with exit code {code}: fix its error and run this command again")
 
 
-def list_tables(runs: Path) -> None:
+def list_tables(runs: Path, settings: str) -> None:
     """Print each table and row, and what is done of it."""
     for name, table in paper()["tables"].items():
         print(f"{name}: {table['title']}")
         for row, entry in table["rows"].items():
-            steps = evaluation_steps(entry["recipe"], evaluations_of(table), Setup(Path("DATA"), runs))
-            state = [f"pretraining {int(100 * progress(runs / entry['recipe']))}%"]
+            if (recipe := with_settings(entry["recipe"], settings)) is None:
+                print(f"  {row:17} no counterpart")
+                continue
+            steps = evaluation_steps(recipe, evaluations_of(table), Setup(Path("DATA"), runs))
+            state = [f"pretraining {int(100 * progress(runs / recipe))}%"]
             state += [f"{step.name} {'done' if step.done() else '-'}" for step in steps if step.name != "lists"]
-            print(f"  {row:17} {entry['recipe']:29} {', '.join(state)}")
+            print(f"  {row:17} {recipe:38} {', '.join(state)}")
 
 
 def check_data(steps: Iterable[Step], data_root: Path) -> None:

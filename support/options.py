@@ -22,8 +22,9 @@ amount, fraction = number(float, 0), number(float, 0, 1)
 def add_method_arguments(parser: ArgumentParser) -> None:
     """Add the options of loss, networks and teacher."""
     add = parser.add_argument_group("method").add_argument
-    add("--loss", choices=LOSS_WEIGHTS, default="mean", help="loss (section 3.4 of the paper); cls is DINO")
-    add("--lambda_cls", type=fraction, default=0.5, help="λ, weight of the CLS token with --loss lambda")
+    add("--loss", choices=LOSS_WEIGHTS, default="mean", help="loss (section 3.4 of the paper); cls is DINO; "
+        "lambda_sum, of the authors' code and in no paper, sums over patches where lambda averages")
+    add("--lambda_cls", type=fraction, default=0.5, help="λ, weight of the CLS token with --loss lambda and lambda_sum")
     add("--matching", choices=RULES, default="paper", help="paper: section 3.3; released: the same with the "
         "authors' rounding; nearest: the nearest patch")
     add("--geometry", choices=("batch", "image"), help="draw crops and flips once per batch (section 4.1.2) or per "

@@ -344,6 +344,7 @@ def test_weights_are_those_of_section_3_4():
         "mean": [1 / 3, 1 / 3, 1 / 3, 1],
         "sum": [1, 1, 1, 1],
         "lambda": [0.8, 0.1, 0.1, 0.8],
+        "lambda_sum": [0.8, 0.2, 0.2, 0.8],
     }
     for name, weights in expected.items():
         torch.testing.assert_close(LOSS_WEIGHTS[name](is_cls, num_matched, 0.8), torch.tensor(weights).float())

@@ -74,13 +74,15 @@ def naive_loss(student, teacher, views, rule, temperature, loss, center):
                 elif kind == "lambda":
                     weight[0] = lambda_cls
                     weight[1:] = (1 - lambda_cls) / max(len(idx_t) - 1, 1)
+                elif kind == "lambda_sum":
+                    weight[0], weight[1:] = lambda_cls, 1 - lambda_cls
                 logits_of_pair = (student_logits[j][b, idx_s], teacher_logits[i][b, idx_t])
                 total += plain_loss(*logits_of_pair, weight, center[idx_t], temperature)
     return total / (batch * 2 * (len(views) - 1)), torch.cat(teacher_logits).mean(0)
 
 
 @pytest.mark.parametrize("geometry", ["batch", "image"])
-@pytest.mark.parametrize("loss", [("cls", 0), ("mean", 0), ("sum", 0), ("lambda", 0.2)])
+@pytest.mark.parametrize("loss", [("cls", 0), ("mean", 0), ("sum", 0), ("lambda", 0.2), ("lambda_sum", 0.8)])
 def test_loss_gradient_and_center_of_a_batch_equal_algorithm_1(photo_folder, loss, geometry):
     torch.manual_seed(0)
     dataset = open_dataset("folder", photo_folder, "train", ResizedArray(64))

@@ -153,7 +153,7 @@ def test_steps_without_reports_do_not_wait(measured, options):
 
 @pytest.mark.slow
 def test_all_settings_train(run_all):
-    choices = ("cls", "mean", "sum", "lambda"), ("batch", "image"), ("fp32", "bf16", "fp16")
+    choices = ("cls", "mean", "sum", "lambda", "lambda_sum"), ("batch", "image"), ("fp32", "bf16", "fp16")
     commands = [f"{TINY} --loss {x} --geometry {y} --precision {z}" for x, y, z in itertools.product(*choices)]
     others = ["grad_checkpointing", "accum_steps 2", "center shared", "use_bn_in_head true", "norm_last_layer false"]
     others += ["freeze_last_layer 1", "clip_grad 0", "matching nearest", "local_crops_number 0", "cuda_graphs false"]

@@ -7,12 +7,26 @@ from PIL import Image
 
 import main_lgssl
 import reproduce
+from patch_matching import match_patches
 from reproduce import ROOT, paper, recipe_arguments
 from support.folders import listed_images
 from utils import UserError
 
 PAPER_TEXT = ROOT.parent / "shared" / "paper.md"
 RECIPES = sorted({row["recipe"] for table in paper()["tables"].values() for row in table["rows"].values()})
+# The branches' epochs, network, patch size, K, images per GPU, GPUs, loss, λ, geometry, and side of the resized images
+BRANCHES = {
+    "cifar10_vit_tiny32_mean": (100, "tiny", 32, 1000, 80, 2, "mean", None, "image", 0),
+    "cifar10_vit_tiny16_lambda0.9": (100, "tiny", 16, 1000, 130, 3, "lambda", 0.9, "image", 0),
+    "cifar10_vit_tiny16_mean_per_image": (100, "tiny", 16, 1000, 90, 3, "mean", None, "image", 0),
+    "cifar10_vit_tiny16_mean": (100, "tiny", 16, 1000, 40, 2, "mean", None, "batch", 32),
+    "imagenet100_vit_tiny16_mean": (100, "tiny", 16, 1000, 90, 1, "mean", None, "image", 0),
+    "imagenet100_vit_base8_mean": (100, "base", 8, 10000, 6, 4, "mean", None, "batch", 256),
+    "imagenet100_vit_base16_mean_patch_augmentation": (120, "base", 16, 10000, 30, 3, "mean", None, "image", 0),
+    "imagenet1k_vit_base16_lambda_sum0.8": (100, "base", 16, 65536, 4, 4, "lambda_sum", 0.8, "batch", 256),
+    "imagenet1k_vit_base16_mean": (100, "base", 16, 65536, 4, 3, "mean", None, "image", 0),
+}
+RELEASED = [f"released_{name}" for name in BRANCHES]
 TINY = "--global_crops_size 32 --local_crops_size 32 --local_crops_number 2 --out_dim 24 --num_workers 0 --epochs 1"
 
 
@@ -30,6 +44,24 @@ def papers_rows(number):
         if numbers and (re.search("Ours|DINO", text) or number in (7, 8)):  # Tables 7 and 8 do not repeat the method
             rows.append((text, numbers))
     return rows
+
+
+def test_section_3_3_and_figure_2_keep_other_rows():
+    """Views of one box with R and R' rows: which of the R rows are matched, by both rules, and by the text."""
+    cases = [(rows, fewer) for rows in range(1, 15) for fewer in range(1, rows + 1)]
+    differ = set()
+    for rows, fewer in cases:
+        by_text = [1 + i * (rows // fewer) for i in range(fewer)]
+        box = (0, 0, rows * fewer, 1)
+        kept = [match_patches(box, False, (rows, 1), box, False, (fewer, 1), rule)[0] for rule in ("paper", "released")]
+        assert kept[0].tolist() == kept[1].tolist()
+        if kept[0].tolist() != [0, *by_text]:
+            differ.add((rows, fewer))
+        if (rows, fewer) in ((4, 3), (6, 4)):  # rows and columns of Figure 2
+            assert kept[0].tolist() == [0, *((1, 2, 4) if rows == 4 else (1, 2, 4, 6))]
+    assert differ == {(rows, fewer) for rows, fewer in cases if 1 < fewer < rows}
+    texts = " ".join(paper()["contradictions"])
+    assert f"differ in {len(differ)} of the {len(cases)} cases R' ≤ R ≤ 14, all with 1 < R' < R" in texts
 
 
 @pytest.mark.skipif(not PAPER_TEXT.exists(), reason="the paper's text is not here")
@@ -56,7 +88,7 @@ def test_numbers_are_the_papers(number):
 
 def test_recipes_are_what_their_names_say():
     files = {path.stem for path in (ROOT / "recipes").glob("*.args")}
-    assert files == {*RECIPES, "choices", "continue", "digits", "dino", "laptop", "photographs"}
+    assert files == {*RECIPES, *RELEASED, "choices", "continue", "digits", "dino", "laptop", "photographs", "released"}
     assert len(RECIPES) == 22
     for recipe in RECIPES:
         data, arch, patch, loss = re.fullmatch(r"(\w+)_vit_([a-z]+)(\d+)_(\S+)", recipe).groups()
@@ -84,6 +116,37 @@ def test_recipes_are_what_their_names_say():
         assert (args.out_dim, args.lr, args.momentum_teacher, args.matching) == (10000, 5e-4, 0.996, "paper")
 
 
+def test_released_recipes_are_the_branches():
+    page = (ROOT / "docs/reproducing.md").read_text(encoding="utf-8").splitlines()
+    for name, (epochs, arch, patch, out_dim, batch, gpus, loss, lambda_cls, geometry, side) in BRANCHES.items():
+        args = recipe_arguments(f"released_{name}")
+        assert args.dataset == {"imagenet1k": "folder"}.get(data := name.split("_")[0], data)
+        assert (args.epochs, args.arch, args.patch_size, args.out_dim) == (epochs, f"vit_{arch}", patch, out_dim)
+        assert (args.loss, args.geometry, args.image_size) == (loss, geometry, side)
+        assert lambda_cls in (None, args.lambda_cls)
+        assert (args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs) == (0.04, 0.04, 0)
+        assert (args.precision, args.matching, args.center, args.optimizer) == ("fp16", "released", "position", "adamw")
+        assert (args.lr, args.min_lr, args.warmup_epochs, args.batch_size_per_gpu) == (5e-4, 1e-6, 10, batch)
+        assert (args.weight_decay, args.weight_decay_end, args.clip_grad) == (0.04, 0.4, 3)
+        assert (args.freeze_last_layer, args.drop_path_rate, args.momentum_teacher) == (1, 0.1, 0.996)
+        assert args.norm_last_layer
+        assert (args.global_crops_scale, args.local_crops_scale) == ([0.4, 1], [0.05, 0.4])
+        assert (args.local_crops_number, args.global_crops_size, args.local_crops_size) == (8, 224, 96)
+        assert args.patch_augmentation == name.endswith("_patch_augmentation")
+        lines = (ROOT / f"recipes/released_{name}.args").read_text(encoding="utf-8").splitlines()
+        assert re.match(r"# Branch \w.*, (since )?[A-Z][a-z]+ 2023: ", lines[0])
+        comment = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
+        assert (f"{batch} images on each of {gpus} GPUs" if gpus > 1 else f"batches of {batch}") in comment
+        (line,) = (line for line in page if line.startswith(f"| `released_{name}` |"))
+        assert (f"| {batch} × {gpus}" if gpus > 1 else f"| {batch}, GPUs unknown |") in line
+        assert f"| {out_dim:,} |" in line
+    counterparts = paper()["released"]
+    assert set(counterparts) < set(RECIPES)
+    for recipe, entry in counterparts.items():  # the same data, network and loss
+        assert entry == {"recipe": f"released_{recipe}", "processes": BRANCHES[recipe][5]}
+    assert len(BRANCHES) == len(counterparts) + 3  # crops per image, the later version's method, a loss in no table
+
+
 @pytest.mark.parametrize("processes", [1, 2, 4, 8, 16, 160])
 def test_the_batch_is_the_same_on_any_number_of_processes(processes):
     for recipe, largest in (("cifar10_vit_tiny16_mean", 40), ("imagenet100_vit_base8_mean", 10)):
@@ -96,7 +159,7 @@ def test_the_batch_is_the_same_on_any_number_of_processes(processes):
             (step,) = reproduce.evaluation_steps(recipe, ["linear"], setup)
             assert step.settings()["batch_size_per_gpu"] * processes == 512
     setup.processes = 3
-    with pytest.raises(UserError, match="--nproc_per_node 3 does not divide the recipes' batch of 160"):
+    with pytest.raises(UserError, match="--nproc_per_node 3 does not divide the recipe's batch of 160"):
         reproduce.pretraining_step(recipe, setup)
     setup.processes = 5
     with pytest.raises(UserError, match="--nproc_per_node 5 does not divide the linear evaluation's batch of 512"):
@@ -126,6 +189,47 @@ def test_show_prints_the_commands(capsys, tmp_path, monkeypatch):
         if line.startswith("python eval"):
             script, *words = line.split()[1:]
             next(m for m in reproduce.EVALUATIONS.values() if f"{m.__name__}.py" == script).parse_arguments(words)
+
+
+def test_show_prints_the_released_commands(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def shown(words):
+        reproduce.main(f"show {words} --settings released --data_root D --runs R".split())
+        return capsys.readouterr().out.splitlines()
+
+    def commands(recipe, launcher, dataset, data, batches, linear_batch):
+        weights = f"--pretrained_weights R/{recipe}/checkpoint.pth"
+        return [
+            f"{launcher} main_lgssl.py @recipes/{recipe}.args --data_path {data} {batches} --output_dir R/{recipe}",
+            f"{launcher} eval_linear.py --dataset {dataset} --data_path {data} --batch_size_per_gpu {linear_batch} "
+            f"--n_last_blocks 4 --avgpool_patchtokens false {weights}",
+            f"{launcher} eval_knn.py --dataset {dataset} --data_path {data} {weights}",
+        ]
+
+    def on(processes):
+        return f"torchrun --standalone --nproc_per_node={processes}"
+
+    batches = "--batch_size_per_gpu 90 --accum_steps 1"
+    tiny = ("released_imagenet100_vit_tiny16_mean", "python", "imagenet100", "D/imagenet", batches, 1500)
+    assert shown("table3") == [
+        "# table3, DINO (ViT-Tiny/16): no counterpart in the released code",
+        "# table3, Ours (ViT-Tiny/16, mean)",
+        *commands(*tiny),
+        "# table3, DINO (ViT-Small/16): no counterpart in the released code",
+        "# table3, Ours (ViT-Small/16, mean): no counterpart in the released code",
+        "# table3, DINO (ViT-Base/16): no counterpart in the released code",
+        "# table3, Ours (ViT-Base/16, mean): no counterpart in the released code",
+    ]
+    for options, processes, batches, linear_batch in (  # 6 images and 1,500 images on each of 4 GPUs
+        ("", 4, "--batch_size_per_gpu 6 --accum_steps 1", 1500),
+        ("--nproc_per_node 3", 3, "--batch_size_per_gpu 4 --accum_steps 2", 2000),
+    ):
+        base = ("released_imagenet100_vit_base8_mean", on(processes), "imagenet100", "D/imagenet", batches)
+        assert shown(f"table8 --row base-8 {options}")[1:] == commands(*base, linear_batch)
+    assert shown("table7 --row lambda0.9")[1].startswith(f"{on(3)} main_lgssl.py @recipes/released_cifar10_vit_tiny16_")
+    with pytest.raises(UserError, match="--nproc_per_node 5 does not divide the recipe's batch of 24"):
+        shown("table8 --row base-8 --nproc_per_node 5")
 
 
 def write_result(runs, recipe, evaluation, contents, *changes, epoch=None, batch_size=160, **changed):
@@ -173,6 +277,31 @@ def test_report_has_every_row_and_the_differences(tmp_path):
     assert text.count("is 87.51 / 84.44 / 84.91 in Table 1 and 75.29 / 76.38 / 76.24 in Table 6") == 1
 
 
+def test_report_and_list_of_the_released_settings(tmp_path, capsys):
+    knn = {"knn": {"10": {"top1": 80.0}, "20": {"top1": 81.0}}}
+    write_result(tmp_path, "cifar10_vit_tiny16_mean", "knn", knn)
+    released = "released_cifar10_vit_tiny16_mean"
+    write_result(tmp_path, released, "knn", {"knn": {"10": {"top1": 70.0}, "20": {"top1": 71.0}}}, batch_size=80)
+    write_result(tmp_path, released, "linear", {"top1": 60.0, "batch_size": 512}, batch_size=40, precision="bf16")
+    own, theirs = (reproduce.report(tmp_path, settings) for settings in reproduce.SETTINGS)
+    assert "Each cell: the paper's number / ours with the paper's settings (difference).\n" in own
+    assert "| Ours (ViT-Tiny/16, mean) | 78.10 / not run | 82.51 / 80.00 (-2.51) | 82.41 / 81.00 (-1.41) |" in own
+    first, *lines = theirs.splitlines()
+    settings = "the settings of the authors' released code, 100 epochs"
+    assert first == f"Each cell: the paper's number / ours with {settings} (difference)."
+    cells = "78.10 / 60.00 (-18.10) [1] | 82.51 / 70.00 (-12.51) | 82.41 / 71.00 (-11.41)"
+    assert f"| Ours (ViT-Tiny/16, mean) | {cells} |" in lines
+    note = "[1] linear: a total batch of 40 instead of 80, --precision bf16 instead of fp16, "
+    assert note + "512 images per step instead of 3000." in lines
+    cells = "78.58 / no counterpart | 78.86 / no counterpart | 78.52 / no counterpart"
+    assert f"| Ours (ViT-Tiny/16, sum) | {cells} |" in lines
+    reproduce.main(["list", "--runs", str(tmp_path), "--settings", "released"])
+    listed = capsys.readouterr().out.splitlines()
+    assert f"  mean              {released}       pretraining 0%, linear done, knn done" in listed
+    assert "  sum               no counterpart" in listed
+    assert sum(line.endswith("no counterpart") for line in listed) == 41 - sum("released_" in line for line in listed)
+
+
 def test_list_says_what_is_done(tmp_path, capsys):
     recipe = "cifar10_vit_tiny16_dino"
     folder = tmp_path / recipe
@@ -184,7 +313,7 @@ def test_list_says_what_is_done(tmp_path, capsys):
     write_result(tmp_path, recipe, "knn", {"knn": {}}, "--nb_knn", "5")  # another number of neighbours
     reproduce.main(["list", "--runs", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    line = "  dino              cifar10_vit_tiny16_dino       pretraining 25%, linear done, knn -"
+    line = "  dino              cifar10_vit_tiny16_dino                pretraining 25%, linear done, knn -"
     assert lines.count(line) == 2  # in tables 1 and 6
     assert sum("vit" in line for line in lines if line.startswith("  ")) == 41
 
@@ -233,6 +362,11 @@ def test_bad_input_is_named(tmp_path, capsys):
             reproduce.main([*words.split(), "--runs", str(tmp_path / "runs")])
         return str(error.value) + capsys.readouterr().err
 
+    released = "show table3 --settings released --row"
+    text = "table3, row dino-tiny: no counterpart in the released code; these rows of table3 have: mean-tiny"
+    assert text in message(f"{released} dino-tiny")
+    text = "table1, row sum: no counterpart in the released code; no row of table1 has one"
+    assert text in message("run table1 --settings released --row sum --data_root D")
     assert "table3 has no row mean, expected some of dino-tiny, mean-tiny" in message("show table3 --row mean")
     assert "the following arguments are required: --data_root" in message("run table3")
     for split in ("train", "val"):
@@ -247,7 +381,7 @@ def test_bad_input_is_named(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, *RELEASED])
 def test_every_recipe_takes_a_step(photo_folder, tmp_path, monkeypatch, recipe):
     monkeypatch.setattr(main_lgssl.checkpoints, "save_run", lambda *_: None)  # twice 1.4 GB of ViT-Base
     options = f"{TINY} --dataset folder --data_path {photo_folder} --batch_size_per_gpu 12 --accum_steps 1"
