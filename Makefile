@@ -20,10 +20,11 @@ demo: .venv/installed
 	$(PY) visualize.py map --dataset digits --pretrained_weights $(RUN)/checkpoint.pth --output $(RUN)/map.png
 	@echo "log $(RUN)/log.txt, checkpoint $(RUN)/checkpoint.pth, figures $(RUN)/matches.png and map.png, curves: .venv/bin/tensorboard --logdir runs"
 
-# The pictures in README.md and docs/visualizing.md
+# The pictures in README.md, docs/visualizing.md and docs/reproducing.md
 pictures: .venv/installed-dev
 	$(PY) main_lgssl.py @recipes/photographs.args --output_dir runs/photographs
 	$(PY) visualize.py matches coffee --seed 51 $(PHOTOGRAPHS) --output assets/matches.png
+	$(PY) visualize.py matches coffee --seed 51 --patch_augmentation --output assets/patch_augmentation.png
 	$(PY) visualize.py attention $(PHOTOGRAPHS) --output assets/attention.png
 	$(PY) visualize.py features china flower chelsea coffee --image_size 320 $(PHOTOGRAPHS) --output assets/features.png
 	$(PY) visualize.py neighbours china flower rocket --patch 175 235 --k 12 --image_size 320 $(PHOTOGRAPHS) --output assets/neighbours.png

@@ -81,7 +81,7 @@ WRITTEN = {
     "docs/export.md": ["features.npz", "EXPORT/config.json", "EXPORT_ONNX/model.onnx"],
     "docs/options.md": ["DINO/checkpoint.pth"],
     "docs/performance.md": [],
-    "docs/reproducing.md": ["results.md", "LISTS/whitening.txt"],
+    "docs/reproducing.md": ["results.md", "LISTS/whitening.txt", "assets/patch_augmentation.png"],
     "docs/robustness.md": [],
     "docs/study.md": [],
     "docs/warm_start.md": ["OUT/knn_folder.json", "CONTINUED/checkpoint.pth", "CONTINUED/knn_folder.json"],
