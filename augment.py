@@ -277,9 +277,9 @@ def _blur(levels: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
     return blurred.round_()
 
 
-# Patch augmentation takes the same steps for all patches. The jitter is the only operation that all patches have once:
-# brightness, hue, and brightness again, of which a patch has one. Before and after it, the others come in a sequence
-# that contains all their orders: posterization, sharpening and blur.
+# Patch augmentation takes the same steps for all patches, and a patch is changed at some of them. The steps are h, hue;
+# m, brightness before or after it; p, posterization; s, sharpening; b, blur. The last three may come before or after the
+# jitter, in steps that contain all their orders.
 _AROUND = "pspbpsp"
 _STEPS = f"{_AROUND}mhm{_AROUND}"
 _ORDERS = [*itertools.permutations("hpsb")]
@@ -354,7 +354,7 @@ def distort_patches(patches: np.ndarray, drawn: PatchDistortion) -> None:
             continue
         if operation == "p":
             rows[own] &= 0b11100000
-        elif operation == "s":  # half of the difference to the smoothed patch, whose weights are 5 and eight times 1
+        elif operation == "s":  # 2 * pixel - smoothed, where smoothed = (9 * (mean of 3 by 3) + 4 * pixel) / 13
             wide = rows[own].swapaxes(0, 1).reshape(side, -1, 3)
             sharp = cv2.addWeighted(wide, 22 / 13, cv2.blur(wide, (3, 3)), -9 / 13, 0).reshape(side, -1, 3 * side)
             rows[own, 1:-1, 3:-3] = sharp[1:-1, :, 3:-3].swapaxes(0, 1)
@@ -412,7 +412,7 @@ def _distort_patches_of_batch(levels: torch.Tensor, parameters: torch.Tensor) ->
 
 
 def _sharpen(patches: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """Double the difference to the smoothed patch, except at its edges, where `where` is 1 and not 0."""
+    """Double the difference between patches and their smoothed copies if `where` is 1, except at the edges."""
     levels = patches.float()
     columns = levels[..., :-2] + levels[..., 1:-1] + levels[..., 2:]
     sums = columns[:, :, :, :-2] + columns[:, :, :, 1:-1] + columns[:, :, :, 2:]
