@@ -277,9 +277,9 @@ def _blur(levels: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
     return blurred.round_()
 
 
-# Patch augmentation takes the same steps for all patches, and a patch is changed at some of them. The steps are h, hue;
-# m, brightness before or after it; p, posterization; s, sharpening; b, blur. The last three may come before or after the
-# jitter, in steps that contain all their orders.
+# Patch augmentation takes the same steps for all patches, and changes a patch at some of them: h, hue; m, brightness
+# before or after it; p, posterization; s, sharpening; b, blur. The last three come before or after the jitter, in steps
+# that contain all their orders.
 _AROUND = "pspbpsp"
 _STEPS = f"{_AROUND}mhm{_AROUND}"
 _ORDERS = [*itertools.permutations("hpsb")]

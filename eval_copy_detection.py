@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 
 from support import evaluation
-from support.arguments import number
+from support.arguments import DEFAULT_CLASSES, number
 from support.evaluation import features_of_all
 from support.features import whole_transform
 from support.folders import ImageFolder, class_name, has_image_name, listed_folders, listed_images
 from support.images import ImageList
-from support.sources import IMAGENET100_CLASSES, add_intensity_range
+from support.sources import add_intensity_range, class_file
 from utils import UserError, init_distributed, run_main, warn
 from vision_transformer import VisionTransformer
 
@@ -69,14 +69,14 @@ def copydays(root: str | Path) -> tuple[dict[str, list[Path]], dict[str, list[li
 
 
 def copydays_lists(
-    root: Path, num_whitening: int, num_distractors: int, seed: int = 0, classes: Path = IMAGENET100_CLASSES
+    root: Path, num_whitening: int, num_distractors: int, seed: int = 0, classes: str | Path = DEFAULT_CLASSES
 ) -> tuple[list[str], list[str]]:
     """Draw the two disjoint sets of images of the paper's section 4.3.1 from ImageNet without ImageNet-100's classes.
 
     Args:
         root: ImageNet's training images in class folders, or the folder that holds `train` and `val`.
         seed: equal seeds draw equal lists from equal images.
-        classes: file with the class folders to exclude.
+        classes: the class folders to exclude, see `sources.class_file`.
 
     Returns:
         (whitening, distractors): lists of absolute paths
@@ -85,7 +85,7 @@ def copydays_lists(
         UserError: a class is missing, or there are too few images.
     """
     folder = ImageFolder(root)
-    excluded = {class_name(path.name) for path in listed_folders(Path(folder.root), classes)}
+    excluded = {class_name(path.name) for path in listed_folders(folder.parts, class_file(classes))}
     labeled = zip(folder.paths, folder.labels, strict=True)
     paths = [path for path, label in labeled if label >= 0 and folder.classes[label] not in excluded]
     count = num_whitening + num_distractors

@@ -243,7 +243,7 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     workers = fit_all_workers(args.num_workers, batch_bytes, images.online_knn)
     init_hash = checkpoints.hash_of_file(args.init_weights) if args.init_weights else None
     every = 10 if args.knn_every is None and images.online_knn else args.knn_every or 0
-    settings = {**vars(args), "knn_every": every, "init_hash": init_hash}
+    settings = {**vars(args), "classes": images.classes, "knn_every": every, "init_hash": init_hash}
     of_older_runs = defaults_of_older_runs()
     earlier = checkpoints.open_output(output_dir, settings, of_older_runs, may_change(settings))
     checkpoint, settings["init_hash"] = earlier.checkpoint, earlier.init_hash
@@ -336,12 +336,14 @@ class Images(NamedTuple):
     online_knn: OnlineKNN | None
     no_knn: str  # why there is no online k-NN
     found: str = ""  # what the training images are
+    classes: str | Path | None = None  # see `DataSpec`
 
 
 def open_images(args: argparse.Namespace) -> Images:
     """Open the training images and, if they have labels, the online k-NN."""
     min_side = 2 * args.image_size or None  # decode large JPEGs at reduced size; pixels change by less than one level
-    spec = data_spec(args)
+    resumes_list = args.dataset == "imagenet100" and not args.classes
+    spec = data_spec(args, checkpoints.recorded_settings(Path(args.output_dir)) if resumes_list else None)
     train = build_dataset(spec, transform=ResizedArray(args.image_size), min_side=min_side)
     knn, no_knn = None, "--knn_every 0"
     if args.knn_every != 0:
@@ -351,7 +353,7 @@ def open_images(args: argparse.Namespace) -> Images:
             if args.knn_every:
                 raise UserError(f"--knn_every {args.knn_every}: {error}") from error
             no_knn = str(error)
-    return Images(train, knn, no_knn, train.describe())
+    return Images(train, knn, no_knn, train.describe(), spec.classes)
 
 
 def open_report(args: argparse.Namespace, run: Run, images: Images, *, accelerated: str, started: str) -> Report:

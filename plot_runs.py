@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from support.arguments import ArgumentParser
+from support.arguments import ArgumentParser, with_class_list
 from support.files import read_json, read_text
 from support.options import argument_parser, defaults_of_older_runs
 from support.report import read_log
@@ -87,7 +87,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{log} has no finished epoch yet, or no finite number of {', '.join(NAMES)}: omit this folder")
     if path.exists():
         processes = [start.get("processes", 1) for start in read_log(starts)] if starts.exists() else []
-        run.arguments = {**read_json(path), "processes": max(processes, default=1)}
+        run.arguments = {**with_class_list(read_json(path)), "processes": max(processes, default=1)}
         run.seed, run.out_dim = str(run.arguments.get("seed")), str(run.arguments.get("out_dim", "unknown"))
     return run
 

@@ -7,6 +7,7 @@
     python reproduce.py lists IMAGENET --output_dir LISTS                   lists of images for copy detection
 
 `--settings released` takes the settings of the authors' released code, for the rows that have a counterpart there.
+ImageNet-100 is --classes, by default the list that the authors link; results with another list do not count as done.
 Options after `--` go to main_lgssl.py, for example `-- --precision bf16`. The report names each setting and number of
 images that differs from the paper's, or from the released ones.
 """
@@ -15,6 +16,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -29,21 +31,22 @@ import eval_image_retrieval
 import eval_knn
 import eval_linear
 import main_lgssl
-from support.arguments import ROOT, ArgumentParser, number
+from support.arguments import CLASS_LISTS, DEFAULT_CLASSES, ROOT, ArgumentParser, class_list, number, with_class_list
 from support.files import make_folder, read_json, write_text
 from support.options import may_change
 from support.report import read_log
-from support.sources import IMAGENET100_CLASSES
+from support.sources import class_file
 from utils import UserError, run_main
 
 SETTINGS = {"paper": "the paper's settings", "released": "the settings of the authors' released code, 100 epochs"}
 
 EVALUATIONS = {"linear": eval_linear, "knn": eval_knn, "copydays": eval_copy_detection}
 EVALUATIONS |= dict.fromkeys(("roxford5k", "rparis6k"), eval_image_retrieval)
-# Numbers of images behind the paper's numbers, per data set.
+# Numbers of images behind the paper's numbers, per data set; and those of another list of ImageNet-100.
 IMAGES = {
     "cifar10": {"train": 50000, "val": 10000},
-    "imagenet100": {"train": 126689, "val": 5000},
+    "imagenet100": {"train": 130000, "val": 5000},
+    "imagenet100 cmc": {"train": 126689, "val": 5000},
     "folder": {"train": 1281167, "val": 50000},
     "copydays": {"original": 157, "strong": 229, "distractors": 10000, "whitening": 20000},
     "roxford5k": {"queries": 70, "database": 4993},
@@ -52,8 +55,9 @@ IMAGES = {
 # Files and folders of the data sets below --data_root.
 TREE = "cifar10/cifar-10-batches-py/data_batch_1 imagenet/train imagenet/val copydays/original copydays/strong".split()
 TREE += "roxford5k/gnd_roxford5k.pkl roxford5k/jpg rparis6k/gnd_rparis6k.pkl rparis6k/jpg".split()
+KAGGLES = {"imagenet/train": "imagenet/train.X1", "imagenet/val": "imagenet/val.X"}  # enough for ImageNet-100 alone
 # Arguments that depend on the location of the data or on the number of processes. They are not settings of a run.
-PLACES = "data_path whitening_path distractors_path classes pretrained_weights output_dir".split()
+PLACES = "data_path whitening_path distractors_path pretrained_weights output_dir".split()
 PLACES += "batch_size_per_gpu accum_steps num_workers use_cuda".split()
 
 
@@ -94,12 +98,14 @@ class Step:
         words: the script and its options.
         result: file that the command writes.
         processes: number of processes of the command.
+        trained_on: list of ImageNet-100 that the weights of an evaluation were trained on, None for other images.
     """
 
     name: str
     words: Sequence[str | Path | int]
     result: Path
     processes: int = 1
+    trained_on: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments that pretraining or evaluation parse from the words."""
@@ -114,7 +120,12 @@ class Step:
             run = self.result.parent
             return progress(run) == 1.0 and not differences(self.settings(), read_json(run / "args.json"))
         result = read_result(self)
-        return bool(result) and not differences(self.settings(), result["args"])
+        return bool(result) and self.fits(result)
+
+    def fits(self, result: dict[str, Any]) -> bool:
+        """Return whether the result of an evaluation has these settings, and weights that were trained on this list."""
+        trained_on = differences({"classes": self.trained_on}, result["pretraining"])
+        return not trained_on and not differences(self.settings(), result["args"])
 
     def line(self) -> str:
         """Return the command as a user types it, and whether it is done."""
@@ -172,7 +183,7 @@ class Setup:
     Attributes:
         data_root, runs: folders.
         processes: number of processes of each pretraining and evaluation. Default: the recipe's.
-        class_words: option --classes of ImageNet-100. Default: the recipes' file.
+        classes: list of ImageNet-100, see `sources.class_file`.
         extra: further words for main_lgssl.py.
         settings: a key of SETTINGS.
     """
@@ -180,14 +191,18 @@ class Setup:
     data_root: Path
     runs: Path
     processes: int | None = None
-    class_words: Sequence[str] = ()
+    classes: str = DEFAULT_CLASSES
     extra: Sequence[str] = ()
     settings: str = "paper"
 
     def data_words(self, dataset: str) -> list[str | Path]:
         """Return the options that name the images of a data set."""
         path = self.data_root / ("cifar10" if dataset == "cifar10" else "imagenet")
-        return ["--data_path", path, *(self.class_words if dataset == "imagenet100" else [])]
+        return ["--data_path", path, *(["--classes", self.classes] if dataset == "imagenet100" else [])]
+
+    def lists(self) -> Path:
+        """Return the folder of the lists for copy detection, which exclude the classes."""
+        return self.runs / f"lists-{re.sub(r'[^A-Za-z0-9]+', '_', self.classes)}"
 
 
 def recipe_arguments(recipe: str) -> argparse.Namespace:
@@ -218,7 +233,8 @@ def evaluation_steps(recipe: str, names: Iterable[str], setup: Setup) -> list[St
     """Return the evaluations of a recipe. Copy detection is preceded by the step that draws its lists of images."""
     dataset, planned = recipe_arguments(recipe).dataset, plan(recipe)
     processes = setup.processes or planned.processes
-    folder, lists, imagenet = setup.runs / recipe, setup.runs / "lists", setup.data_root / "imagenet"
+    folder, lists, imagenet = setup.runs / recipe, setup.lists(), setup.data_root / "imagenet"
+    trained_on = setup.classes if dataset == "imagenet100" else None
     steps = []
     for name in names:
         result = f"{name}.json"
@@ -230,12 +246,12 @@ def evaluation_steps(recipe: str, names: Iterable[str], setup: Setup) -> list[St
                 words += ["--batch_size_per_gpu", share, *planned.linear_words]
             result = f"{name}_{dataset}.json"
         elif name == "copydays":
-            words = ["reproduce.py", "lists", imagenet, "--output_dir", lists, *setup.class_words]
+            words = ["reproduce.py", "lists", imagenet, "--output_dir", lists, "--classes", setup.classes]
             steps.append(Step("lists", words, lists / "distractors.txt"))
             words = ["--data_path", setup.data_root / name, "--distractors_path", lists / "distractors.txt"]
             words += ["--whitening_path", imagenet / "train" if whitened_on_all(recipe) else lists / "whitening.txt"]
         words = [f"{EVALUATIONS[name].__name__}.py", *words, "--pretrained_weights", folder / "checkpoint.pth"]
-        steps.append(Step(name, words, folder / result, processes))
+        steps.append(Step(name, words, folder / result, processes, trained_on))
     return steps
 
 
@@ -249,11 +265,14 @@ def evaluations_of(table: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(COLUMNS[column].evaluation for column in table["columns"]))
 
 
-def progress(run: Path) -> float:
-    """Return the share of its epochs that a pretraining has finished."""
+def progress(run: Path, classes: str | None = None) -> float:
+    """Return the share of its epochs that a pretraining, if classes are given with these, has finished."""
     log = run / "log.txt"
     entries = read_log(log) if log.is_file() and (run / "checkpoint.pth").is_file() else []
-    return (entries[-1]["epoch"] + 1) / read_json(run / "args.json")["epochs"] if entries else 0.0
+    settings = read_json(run / "args.json") if entries else {}
+    if not settings or (classes and differences({"classes": classes}, settings)):
+        return 0.0
+    return (entries[-1]["epoch"] + 1) / settings["epochs"]
 
 
 def read_result(step: Step) -> dict[str, Any]:
@@ -265,7 +284,7 @@ def read_result(step: Step) -> dict[str, Any]:
     results = [read_json(file) for file in files if file.is_file()]
     results = [r for r in results if isinstance(r.get("pretraining"), dict) and isinstance(r.get("args"), dict)]
     finished = [r for r in results if r["pretraining"].get("epoch") == r["pretraining"].get("epochs")]
-    expected = [r for r in finished if not differences(step.settings(), r["args"])]
+    expected = [r for r in finished if step.fits(r)]
     return next(iter(expected + finished), {})
 
 
@@ -284,12 +303,24 @@ def differences(expected: dict[str, Any], actual: dict[str, Any]) -> list[str]:
     Paths are not settings, nor is a precision that the machine decides. Settings that `actual` lacks are newer than its
     version, which worked as by default.
     """
+    expected, actual = with_lists(expected), with_lists(actual)
     ignored = {*may_change(expected), *PLACES}
     return [
         f"--{name} {actual[name]} instead of {'its default' if value is None else value}"
         for name, value in expected.items()
         if name not in ignored and actual.get(name, value) != value
     ]
+
+
+def with_lists(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments with the list of ImageNet-100, for copy detection the one that its distractors exclude.
+
+    It is in the name of their folder. A folder `lists`, by an earlier version, excludes cmc.
+    """
+    folder, hyphen, classes = Path(str(arguments.get("distractors_path"))).parent.name.partition("-")
+    if folder == "lists":
+        arguments = {**arguments, "classes": classes if hyphen else "cmc"}
+    return with_class_list(arguments)
 
 
 def remarks(step: Step, result: dict[str, Any], recipe: str, images: dict[str, int]) -> str:
@@ -301,14 +332,15 @@ def remarks(step: Step, result: dict[str, Any], recipe: str, images: dict[str, i
     planned = plan(recipe)
     batch_size = result["pretraining"].get("batch_size", planned.batch)
     changed = [] if batch_size == planned.batch else [f"a total batch of {batch_size} instead of {planned.batch}"]
-    changed += differences(vars(recipe_arguments(recipe)), result["pretraining"])
+    pretraining = {**vars(recipe_arguments(recipe)), "classes": step.trained_on}
+    changed += differences(pretraining, result["pretraining"])
     if step.name == "linear" and result["batch_size"] != planned.linear_batch:
         changed.append(f"{result['batch_size']} images per step instead of {planned.linear_batch}")
     changed += differences(step.settings(), result["args"])
     for split, count in images.items():
         if (number := result["images"].get(split, 0)) != count:
             changed.append(f"{number} {split} images instead of {count}")
-    return f"{step.name}: {', '.join(changed)}." if changed else ""
+    return f"{step.name}: {', '.join(dict.fromkeys(changed))}." if changed else ""
 
 
 def markdown(rows: Iterable[Sequence[str]]) -> list[str]:
@@ -317,10 +349,11 @@ def markdown(rows: Iterable[Sequence[str]]) -> list[str]:
     return [lines[0], "|" + "---|" * lines[0].count(" | ") + "---|", *lines[1:]]
 
 
-def report(runs: Path, settings: str = "paper") -> str:
-    """Return the tables of the paper with our numbers in Markdown."""
+def report(runs: Path, settings: str = "paper", classes: str = DEFAULT_CLASSES) -> str:
+    """Return the tables of the paper with our numbers in Markdown. For the arguments, see `Setup`."""
     lines = [f"Each cell: the paper's number / ours with {SETTINGS[settings]} (difference).", ""]
-    setup = Setup(Path("DATA"), runs)
+    lines += [f"ImageNet-100: the classes in {class_file(classes).name}, unless a note names others.", ""]
+    setup = Setup(Path("DATA"), runs, classes=classes)
     for name, table in paper()["tables"].items():
         rows: list[list[str]] = [["method", *(COLUMNS[column].title for column in table["columns"])]]
         notes: dict[str, int] = {}  # {text: number}
@@ -340,7 +373,8 @@ def report(runs: Path, settings: str = "paper") -> str:
                 if ours is None:
                     cells.append(f"{theirs:{form}} / not run")
                     continue
-                images = IMAGES[dataset if evaluation in ("linear", "knn") else evaluation]
+                data = dataset if evaluation in ("linear", "knn") else evaluation
+                images = IMAGES.get(f"{data} {with_class_list(result['args']).get('classes')}", IMAGES[data])
                 if evaluation == "copydays" and whitened_on_all(recipe):
                     images = {**images, "whitening": IMAGES["folder"]["train"]}
                 note = remarks(steps[evaluation], result, recipe, images)
@@ -366,6 +400,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             sub.add_argument("--runs", default="runs", type=Path, help="folder of all runs and results")
             choices = "; ".join(f"{key}: {meaning}" for key, meaning in SETTINGS.items())
             sub.add_argument("--settings", choices=SETTINGS, default="paper", help=choices)
+        text = "the classes of ImageNet-100, which the lists for copy detection exclude: "
+        text += f"{', '.join(CLASS_LISTS)} or a file of class folders"
+        sub.add_argument("--classes", type=class_list, default=DEFAULT_CLASSES, help=text)
         return sub.add_argument
 
     command("list", "list the tables and what is done")
@@ -378,12 +415,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         add("--row", nargs="+", help="rows of the table as printed by `list`; default: all")
         default = {"default": "DATA"} if name == "show" else {"required": True}
         add("--data_root", type=Path, **default, help=f"folder of what the rows need of {', '.join(TREE)}")
-        add("--classes", help="file of 100 class folders; default: recipes/imagenet100_cmc.txt")
         text = "number of processes, which share the batch; default: 1; with --settings released: the authors'"
         add("--nproc_per_node", type=number(int, 1), help=text)
     add = command("lists", "write the lists of images for copy detection (section 4.3.1)")
     add("imagenet", metavar="IMAGENET", help="ImageNet: class folders, or train and val with class folders")
-    add("--classes", default=IMAGENET100_CLASSES, help="file of the class folders to exclude")
     add("--output_dir", default=".", type=Path, help="folder of whitening.txt and distractors.txt")
     add("--whitening", type=number(int, 1), default=20000, help="number of images in whitening.txt")
     add("--distractors", type=number(int, 1), default=10000, help="number of images in distractors.txt")
@@ -405,15 +440,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.command == "lists":
         write_lists(args)
     elif args.command == "list":
-        list_tables(args.runs, args.settings)
+        list_tables(args.runs, args.settings, args.classes)
     elif args.command == "report" and args.output is None:
-        print(report(args.runs, args.settings), end="")
+        print(report(args.runs, args.settings, args.classes), end="")
     elif args.command == "report":
         make_folder(args.output.parent, "the folder of --output")
-        write_text(report(args.runs, args.settings), args.output)
+        write_text(report(args.runs, args.settings, args.classes), args.output)
     else:
-        class_words = ["--classes", args.classes] if args.classes else []
-        setup = Setup(args.data_root, args.runs, args.nproc_per_node, class_words, args.extra, args.settings)
+        setup = Setup(args.data_root, args.runs, args.nproc_per_node, args.classes, args.extra, args.settings)
         run_rows(args.table, args.row, setup, only_show=args.command == "show")
 
 
@@ -448,16 +482,17 @@ def run_rows(table: str, rows: Sequence[str] | None, setup: Setup, only_show: bo
                 raise UserError(f"{step.name} failed with exit code {code}: fix its error and run this command again")
 
 
-def list_tables(runs: Path, settings: str) -> None:
-    """Print each table and row, and what is done of it."""
+def list_tables(runs: Path, settings: str, classes: str) -> None:
+    """Print each table and row, and what is done of it. For the arguments, see `Setup`."""
+    setup = Setup(Path("DATA"), runs, classes=classes)
     for name, table in paper()["tables"].items():
         print(f"{name}: {table['title']}")
         for row, entry in table["rows"].items():
             if (recipe := with_settings(entry["recipe"], settings)) is None:
                 print(f"  {row:17} no counterpart")
                 continue
-            steps = evaluation_steps(recipe, evaluations_of(table), Setup(Path("DATA"), runs))
-            state = [f"pretraining {int(100 * progress(runs / recipe))}%"]
+            steps = evaluation_steps(recipe, evaluations_of(table), setup)
+            state = [f"pretraining {int(100 * progress(runs / recipe, steps[-1].trained_on))}%"]
             state += [f"{step.name} {'done' if step.done() else '-'}" for step in steps if step.name != "lists"]
             print(f"  {row:17} {recipe:38} {', '.join(state)}")
 
@@ -468,8 +503,10 @@ def check_data(steps: Iterable[Step], data_root: Path) -> None:
         # The retrieval benchmarks get `data_root` itself and are named like their folders.
         paths = [Path(word) for word in step.words[1:] if isinstance(word, Path)]
         folders = {step.name, *(path.name for path in paths if path.parent == data_root)}
+        others = KAGGLES if "--classes" in step.words and step.name != "lists" else {}
         for path in TREE:
-            if path.split("/")[0] in folders and not (data_root / path).exists() and not step.done():
+            exists = any((data_root / place).exists() for place in (path, others.get(path, path)))
+            if path.split("/")[0] in folders and not exists and not step.done():
                 raise UserError(f"no {data_root / path}: expected below {data_root} {', '.join(TREE)}")
 
 

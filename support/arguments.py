@@ -1,9 +1,11 @@
 """Command lines: argument files, one-line errors and types of options."""
 
 import argparse
+import contextlib
 import difflib
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -14,6 +16,9 @@ from support.files import read_text
 from utils import UserError, print_error
 
 ROOT = Path(__file__).parent.parent
+# ImageNet-100: {short name of a list of classes: its file}
+CLASS_LISTS = {name: ROOT / "recipes" / f"imagenet100_{name}.txt" for name in ("kaggle", "cmc")}
+DEFAULT_CLASSES = "kaggle"
 MAX_DEPTH, MAX_CHARACTERS = 10, 2**20  # of the argument files of a command
 
 
@@ -43,6 +48,23 @@ def number(kind: type[int] | type[float], low: float = -math.inf, high: float | 
 
     parse.metavar = "N" if kind is int else "X"  # type: ignore[attr-defined]
     return parse
+
+
+def class_list(text: str) -> str:
+    """Return the short name of a file in CLASS_LISTS, and any other text as it is. An argparse type."""
+    for name, file in CLASS_LISTS.items():
+        with contextlib.suppress(OSError, ValueError):  # no such file
+            if os.path.samefile(text, file):
+                return name
+    return text
+
+
+def with_class_list(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return recorded settings that name the list of ImageNet-100. Versions that record none had the list cmc."""
+    classes = settings.get("classes", "")
+    if classes is None and settings.get("dataset") == "imagenet100":
+        classes = "cmc"
+    return {**settings, "classes": class_list(classes)} if classes and isinstance(classes, str) else settings
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -138,6 +160,7 @@ class ArgumentParser(argparse.ArgumentParser):
         """Turn the settings in the `args.json` of a run into a command line. A setting that is None is left out."""
         if not isinstance(settings, dict):
             raise ValueError("expected a JSON object")
+        settings = with_class_list(settings)
         if unknown := [n for n in settings if n not in {a.dest for a in self._actions} and n != "init_hash"]:
             raise ValueError(f"unknown option {unknown[0]}")
         words = []

@@ -1,5 +1,6 @@
 """Checkpoints of a run: saving, resuming, and refusing to resume another run."""
 
+import contextlib
 import errno
 import hashlib
 import math
@@ -14,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from support.files import atomic_write, make_folder, read_json
-from support.weights import load_file, plain_arguments
+from support.weights import load_file, plain_arguments, recorded_arguments
 from utils import UserError, all_gather, first_line, warn
 
 try:
@@ -195,6 +196,16 @@ def hash_of_file(path: str) -> str | None:
             return digest.hexdigest()
     except OSError:
         return None
+
+
+def recorded_settings(output_dir: Path) -> Settings:
+    """Return the settings that an earlier run has recorded in its folder; {} without a file that can be read."""
+    path = output_dir / "args.json"
+    with contextlib.suppress(UserError):
+        return recorded_arguments({"args": read_json(path)}, path)
+    with contextlib.suppress(UserError):  # in `open_output`
+        return recorded_arguments(*load_latest(output_dir / "checkpoint.pth"))
+    return {}
 
 
 def open_output(output_dir: Path, settings: Settings, defaults: Settings, may_change: Collection[str]) -> Earlier:

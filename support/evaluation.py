@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from support.arguments import ArgumentParser, bool_flag, number
+from support.arguments import ArgumentParser, bool_flag, number, with_class_list
 from support.features import Network, RawPixels, eval_transform, extract_features, whole_transform
 from support.files import make_folder, read_json, write_text
 from support.images import ImageList, LabeledImages
@@ -144,7 +144,7 @@ def check_image_side(side: int, backbone: VisionTransformer) -> None:
 def open_classification(
     args: argparse.Namespace, augmented: bool = False
 ) -> tuple[VisionTransformer | RawPixels, dict[str, Any], int, dict[str, LabeledImages]]:
-    """Open the network and the images of a classification from parsed options.
+    """Open the network and the images of a classification from parsed options, and write the list of classes to these.
 
     --pretrained_weights pixels opens RawPixels, which subtract the mean of the training images, on images that are not
     cropped.
@@ -165,7 +165,9 @@ def open_classification(
     else:
         network, made_with, img_size = open_model(model_spec(args), args.crop_size)
         transform = eval_transform(img_size)
-    splits = open_splits(data_spec(args, made_with), {"train": transform, "val": transform})
+    spec = data_spec(args, made_with)
+    args.classes = spec.classes
+    splits = open_splits(spec, {"train": transform, "val": transform})
     train = splits["train"]
     if args.pretrained_weights == "pixels":
         network = RawPixels(sum(train[i][0] for i in range(len(train))) / len(train))
@@ -447,7 +449,9 @@ def earlier_result(path: Path) -> dict[str, Any]:
     elif path.with_suffix(".pth").exists():
         contents = load_file(path.with_suffix(".pth"))
     parts = [contents.get(name, {}) for name in ("args", "pretraining", "protocol", "images")]
-    return contents if all(isinstance(part, dict) for part in parts) else {"network": "unknown"}
+    if not all(isinstance(part, dict) for part in parts):
+        return {"network": "unknown"}
+    return contents | {name: with_class_list(contents[name]) for name in {"args", "pretraining"} & set(contents)}
 
 
 def differences(earlier: dict[str, Any], contents: dict[str, Any]) -> list[str]:

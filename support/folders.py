@@ -2,11 +2,12 @@
 
 import csv
 import io
+import itertools
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from support.decoding import image_suffixes
@@ -20,6 +21,7 @@ LISTS, BLANKS = (".txt", ".csv", ".tsv"), " \t\r"
 # Columns of images and of classes, in lower case
 IMAGES = "filename file_name file filepath file_path path image image_name image_path image_file img img_path".split()
 LABELS = "label labels class class_name class_label category category_name target".split()
+PARTS = {"train": [f"train.X{i}" for i in range(1, 5)], "val": ["val.X"]}  # of the splits of Kaggle's ImageNet-100
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # names of splits in other layouts
 
 
@@ -46,6 +48,7 @@ class ImageFolder(ImageList):
 
     Attributes:
         root: folder that is read, `train` or `val` if the folder has both.
+        parts: folders in it with the class folders, see `parts_of_split`; `root` itself except for Kaggle's parts.
         classes: names of the class folders, which hold at least one image, see `class_name`. Sorted, or in the order of
             their file.
         labels: label of each image, -1 if it is not in a class folder.
@@ -56,28 +59,32 @@ class ImageFolder(ImageList):
         root = Path(root)
         if not os.path.isdir(root):
             raise UserError(f"no folder {root}: --data_path takes a folder of images, or a list of images")
-        self.has_splits = (root / "train").is_dir() and (root / "val").is_dir()
-        self.root = root = root / split if self.has_splits else root
-        _, subfolders, names = next(walk(root), ("", [], []))
-        folders = [root / name for name in subfolders]
-        refuse_other_splits(root, folders)
-        if classes_file is not None:
-            folders, names = listed_folders(root, classes_file), []
+        self.parts = parts_of_split(root, split)
+        self.has_splits = self.parts != [root]
+        self.root = root = self.parts[0] if len(self.parts) == 1 else root
         self.found = seen = Counter[str]()
-        names = sorted(image_names(names, seen))
+        folders, names, prefix = [], [], str(root / "x")[:-1]
+        for part in self.parts:
+            _, subfolders, files = next(walk(part), ("", [], []))
+            below, start = [part / name for name in subfolders], str(part / "x")[:-1].removeprefix(prefix)
+            refuse_other_splits(part, below)
+            if classes_file is None:
+                folders += below
+                names += sorted(start + name for name in image_names(files, seen))
+        if classes_file is not None:
+            folders = listed_folders(self.parts, classes_file)
         labels = [-1] * len(names)
-        counts: dict[str, int] = {}  # images per class
-        prefix = str(root / "x")[:-1]
-        others = set(map(os.path.realpath, [root, *folders]))
+        counts: dict[tuple[Path, str], int] = {}  # images per part and class
+        others = set(map(os.path.realpath, [*self.parts, *folders]))
         for folder in folders:
             found = walk(folder, others)
             paths = [os.path.join(top, name) for top, _, files in found for name in image_names(files, seen)]
             if paths:
-                if (name := class_name(folder.name)) in counts:
-                    twice = f"the class {printable(name)} in composed and in decomposed Unicode"
-                    raise UserError(f"{root} has {twice}: join the two folders")
+                if (key := (folder.parent, class_name(folder.name))) in counts:
+                    twice = f"the class {printable(key[1])} in composed and in decomposed Unicode"
+                    raise UserError(f"{folder.parent} has {twice}: join the two folders")
                 names += [path.removeprefix(prefix) for path in sorted(paths)]
-                counts[name] = len(paths)
+                counts[key] = len(paths)
             elif classes_file is not None:
                 raise UserError(f"the class folder {folder}, which {classes_file} lists, has no images")
         if not names:
@@ -85,31 +92,43 @@ class ImageFolder(ImageList):
             expected = f"expected files that end in {' '.join(image_suffixes())}"
             raise UserError(f"no images below {root}, found {others_found}: {expected}")
         # Not sorted by the names on the disk, whose order depends on how they are encoded
-        self.classes = list(counts) if classes_file is not None else sorted(counts)
+        found_classes = dict.fromkeys(name for _, name in counts)
+        self.classes = list(found_classes) if classes_file is not None else sorted(found_classes)
         numbers = {name: i for i, name in enumerate(self.classes)}
-        for name, count in counts.items():
+        for (_, name), count in counts.items():
             labels += [numbers[name]] * count
         self.paths, self.labels = Paths(names, prefix), labels
         self.classes_from = " from folder names" if counts else ""
 
 
-def listed_folders(root: Path, classes_file: str | Path) -> list[Path]:
-    """Return the class folders in `root` that a file lists, one name per line.
+def parts_of_split(root: Path, split: str) -> list[Path]:
+    """Return the folders with the class folders of a split: `train` or `val`, Kaggle's PARTS, or else `root` itself."""
+    if (root / "train").is_dir() and (root / "val").is_dir():
+        return [root / split]
+    is_kaggles = all((root / name).is_dir() for name in itertools.chain(*PARTS.values()))
+    return [root / name for name in PARTS[split]] if is_kaggles else [root]
+
+
+def listed_folders(parts: Sequence[Path], classes_file: str | Path) -> list[Path]:
+    """Return the class folders in `parts` that a file lists, one name per line.
 
     Raises:
         UserError: the file cannot be read, is empty, or names a folder that is missing or is listed twice.
     """
-    on_disk = {class_name(name): name for name in os.listdir(root)}
+    on_disk: dict[str, list[Path]] = {}
+    for part in parts:
+        for name in os.listdir(part):
+            on_disk.setdefault(class_name(name), []).append(part / name)
     names = [class_name(line.rstrip("/")) for line in read_lines(classes_file)]
-    names = [on_disk.get(name, name) for name in names]
-    missing = [name for name in names if name == ".." or Path(name).name != name or not os.path.isdir(root / name)]
-    if missing:
+    found = [[folder for folder in on_disk.get(name, []) if os.path.isdir(folder)] for name in names]
+    if missing := [name for name, folders in zip(names, found, strict=True) if not folders]:
         counts = f"{len(missing)} of the {len(names)} class folders in {classes_file}"
-        raise UserError(f"{root} lacks {counts}, the first is {printable(missing[0])}")
+        root = parts[0] if len(parts) == 1 else parts[0].parent
+        raise UserError(f"{root} lacks {counts}, the first is {printable(missing[0])}; see --classes")
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise UserError(f"{classes_file} lists the class {printable(name)} twice, expected each class once")
-    return [root / name for name in names]
+    return list(itertools.chain(*found))
 
 
 def refuse_other_splits(root: Path, folders: list[Path]) -> None:
@@ -121,7 +140,8 @@ def refuse_other_splits(root: Path, folders: list[Path]) -> None:
     splits = [name for name, word in words.items() if word in SPLITS]
     both = len({words[name] in ("train", "training") for name in splits}) == 2
     if both or (splits and len(splits) == len(folders)):
-        expected = "expected train and val with the same class folders, or the class folders themselves"
+        expected = "expected train and val with the same class folders, or Kaggle's train.X1 to train.X4 and val.X, "
+        expected += "or the class folders themselves"
         raise UserError(f"{root} has {', '.join(splits)}, {expected}: rename them, or give one of them as --data_path")
 
 

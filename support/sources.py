@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from support.arguments import number
+from support.arguments import CLASS_LISTS, DEFAULT_CLASSES, class_list, number
 from support.decoding import read_image
 from support.folders import ImageFolder, open_folder
 from support.hf import HuggingFaceImages
@@ -21,7 +21,6 @@ from support.images import ArrayImages, ImageList, LabeledImages
 from support.torchvision_sets import open_torchvision
 from utils import UserError, printable
 
-IMAGENET100_CLASSES = Path(__file__).parent.parent / "recipes" / "imagenet100_cmc.txt"
 # {name: a photograph that a package ships}
 PHOTOGRAPHS = {
     Path(place).stem: place
@@ -48,7 +47,9 @@ def add_source_arguments(add: Callable, layout: str, free: Callable | None = Non
     kinds += "hf and the last three need no --data_path"
     add("--dataset", type=dataset_name, default="folder", help=f"source of images: {kinds}")
     free("--data_path", help=layout)
-    add("--classes", help="file with the class folders to use, one per line; imagenet100 has its own list")
+    add("--classes", type=class_list, help="file with the class folders to use, one per line; or a list of "
+        f"ImageNet-100, {' or '.join(CLASS_LISTS)}. Default for imagenet100: that of the resumed run; evaluations: the "
+        f"pretraining's; or {DEFAULT_CLASSES}")  # fmt: skip
     add("--image_column", help="column of the images, for hf and CSV lists. Default: the only one")
     add("--label_column", help="column of the labels, for hf and CSV lists. Default: the only one with class names, or "
         "by its name, as label")  # fmt: skip
@@ -85,7 +86,7 @@ class DataSpec:
             "photographs": crops of photographs that scikit-learn and scikit-image ship.
         data_path: folder of the images. If it has subfolders `train` and `val`, only the subfolder of the split is
             read.
-        classes: file with one class folder per line. Default: no restriction; for "imagenet100" its own list.
+        classes: see `class_file`. Default: no restriction; for "imagenet100" the list DEFAULT_CLASSES.
         image_column, label_column: see `hf.HuggingFaceImages` and `folders.read_table`.
         download: let torchvision download the data set if it is missing.
         train_images: number of training images to use, drawn once. None: all.
@@ -108,7 +109,8 @@ def data_spec(args: argparse.Namespace, made_with: dict[str, Any] | None = None)
     """Return the data set that parsed options name.
 
     Args:
-        made_with: return value of `evaluation.open_model`. The pretraining's intensity range is the default.
+        made_with: recorded arguments of a pretraining, see `evaluation.open_model`, or of the run that is resumed. Its
+            intensity range and its list of ImageNet-100 are the defaults.
 
     Raises:
         UserError: --train_images has no effect on the split that is opened.
@@ -116,9 +118,18 @@ def data_spec(args: argparse.Namespace, made_with: dict[str, Any] | None = None)
     if getattr(args, "split", None) == "val" and args.train_images and not args.tuning:
         raise UserError("--train_images has no effect with --split val: use --split train, or omit --train_images")
     spec = DataSpec(**{field.name: getattr(args, field.name) for field in fields(DataSpec)})
-    if made_with and "intensity_range" in find_kind(spec.dataset)[0].options:
+    made_with = made_with or {}
+    if "intensity_range" in find_kind(spec.dataset)[0].options:
         spec = replace(spec, intensity_range=spec.intensity_range or made_with.get("intensity_range"))
+    if spec.dataset == "imagenet100" and not spec.classes:
+        recorded = made_with.get("classes") if made_with.get("dataset") == spec.dataset else None
+        spec = replace(spec, classes=recorded or DEFAULT_CLASSES)
     return spec
+
+
+def class_file(classes: str | Path) -> Path:
+    """Return a file with one class folder per line, given it or a short name in CLASS_LISTS."""
+    return CLASS_LISTS.get(str(classes), Path(classes))
 
 
 def build_dataset(
@@ -145,6 +156,8 @@ def build_dataset(
     options = {option: getattr(spec, option) for option in kind.options if option != "intensity_range"}
     if name:
         options["name"] = name
+    if spec.classes:
+        options["classes"] = class_file(spec.classes)
     opened = "train" if spec.tuning else split
     images = kind.open(split=opened, **options)
     if not len(images):
@@ -179,7 +192,7 @@ def drawn(total: int, spec: DataSpec, split: str) -> list[int]:
 
 def open_imagenet100(split: str, data_path: str | Path, classes: str | Path | None) -> ImageList:
     """Open a folder of ImageNet, restricted to the 100 classes in its list."""
-    return ImageFolder(data_path, split, classes or IMAGENET100_CLASSES)
+    return ImageFolder(data_path, split, classes or class_file(DEFAULT_CLASSES))
 
 
 def solar_cells(split: str) -> ImageList:

@@ -16,6 +16,7 @@ import timm
 import torch
 from safetensors.torch import load_file as load_safetensors
 
+from support.arguments import with_class_list
 from support.files import read_json
 from utils import NO_MEMORY, UserError, first_line
 from vision_transformer import (
@@ -86,6 +87,8 @@ def short_repr(value: Any) -> str:
 def plain_arguments(args: Any, path: str | Path) -> dict[str, Any]:
     """Return the arguments that a file records, a dictionary or DINO's Namespace, as a dictionary.
 
+    See `with_class_list` for those of older versions.
+
     Raises:
         UserError: they are of another kind, or hold anything but numbers, texts, and lists and dictionaries of these. A
             list of lists is refused too: a small file can hold one of 2^60 values.
@@ -98,7 +101,7 @@ def plain_arguments(args: Any, path: str | Path) -> dict[str, Any]:
         items = items if isinstance(items, list | tuple) else [items]
         if not isinstance(name, str) or not all(map(_is_plain, items)):
             raise UserError(f"{path} records the argument {short_repr(value)}, expected plain numbers and texts")
-    return args
+    return with_class_list(args)
 
 
 def _is_plain(value: Any) -> bool:
@@ -120,6 +123,7 @@ RECORDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(("global_crops_scale", "local_crops_scale"), (_is_pair, "two numbers")),
     "intensity_range": (lambda value: value is None or _is_pair(value), "two numbers"),
+    "classes": (lambda value: value is None or isinstance(value, str), "a file of classes"),
     "flip_prob": (lambda value: isinstance(value, int | float) and 0 <= value <= 1, "a number in [0, 1]"),
 }
 

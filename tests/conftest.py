@@ -23,6 +23,7 @@ from digits_run import RUN, torchrun
 from PIL import Image, ImageEnhance, ImageFilter
 from sklearn.datasets import load_sample_image
 
+from support.arguments import CLASS_LISTS
 from support.sources import DataSpec, build_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +96,16 @@ def photo_folder(tmp_path_factory, photographs):
                 left, top = int(rng.integers(300)), int(rng.integers(150))
                 photo.crop((left, top, left + 300, top + 240)).save(root / split / name / f"{i}.jpg")
     return root
+
+
+@pytest.fixture
+def small_lists(tmp_path_factory, monkeypatch):
+    """Let the lists of ImageNet-100 hold the classes of `photo_folder`, in another order each."""
+    folder = tmp_path_factory.mktemp("lists")
+    for name, text in (("kaggle", "china\nflower\n"), ("cmc", "flower\nchina\n")):
+        (folder / f"{name}.txt").write_text(text)
+        monkeypatch.setitem(CLASS_LISTS, name, folder / f"{name}.txt")
+    return folder
 
 
 def cuttings(photos, count, seed, side=150):

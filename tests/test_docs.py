@@ -175,7 +175,7 @@ def workplace(tmp_path, monkeypatch, photo_folder, copydays_folder, retrieval_fo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sources, "CROPS", {"train": 2, "val": 1})
     # ImageNet with the classes that are excluded, and two more
-    lines = (ROOT / "recipes/imagenet100_cmc.txt").read_text().split()
+    lines = (ROOT / "recipes/imagenet100_kaggle.txt").read_text().split()
     for name in [*lines[:2], "n0", "n1"]:
         (tmp_path / "imagenet" / name).mkdir(parents=True)
         for i in range(3):

@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
 import eval_knn
+import extract_features
 from utils import UserError
 from vision_transformer import vit_micro
 
@@ -62,6 +64,38 @@ def test_each_evaluation_has_a_file_of_its_own(run_of, tmp_path, photo_folder, m
     (new,) = set(run_of(checkpoint)) - set(results)
     assert new == f"knn_folder_{run_of(checkpoint)[new]['network'][:8]}.json"
     assert len(run_of(earlier)) == 2 + len(names)
+
+
+def test_the_list_of_imagenet100_is_that_of_the_weights(run_of, small_lists, tmp_path, photo_folder):
+    """cmc if they were trained on ImageNet-100 by an older version, which recorded none, and kaggle for others."""
+    weights, words = tmp_path / "checkpoint.pth", ("--dataset", "imagenet100")
+    (tmp_path / "mine.txt").write_text("flower\nchina\n")
+
+    def lists_of(*more, **args):
+        torch.manual_seed(0)
+        args = {"arch": "vit_micro", "patch_size": 8, "global_crops_size": 32, **args}
+        torch.save({"teacher": vit_micro(8, img_size=32).state_dict(), "args": args}, weights)
+        return {name: result["args"]["classes"] for name, result in run_of(weights, *words, *more).items()}
+
+    assert lists_of() == lists_of(dataset="folder", classes="cmc") == {"knn_imagenet100.json": "kaggle"}
+    mine = f"{tmp_path}/mine.txt"
+    for classes, expected in ((str(small_lists / "cmc.txt"), "cmc"), ("kaggle", "kaggle"), (mine, mine), (None, "cmc")):
+        (tmp_path / "knn_imagenet100.json").unlink()
+        old = {"dataset": "imagenet100", "classes": classes}
+        assert lists_of(**old) == {"knn_imagenet100.json": expected}
+    (result,) = run_of(weights, *words).values()
+    assert result["pretraining"]["classes"] == "cmc"
+    for name in ("args", "pretraining"):  # by an older version
+        result[name]["classes"] = None
+    (tmp_path / "knn_imagenet100.json").write_text(json.dumps(result))
+    found = lists_of("--classes", "kaggle", **old)
+    assert found == {"knn_imagenet100.json": None, "knn_imagenet100_classes-kaggle.json": "kaggle"}
+    assert lists_of(**old) == {**found, "knn_imagenet100.json": "cmc"}  # is the same evaluation
+    features = ["--data_path", photo_folder, *words, "--pretrained_weights", weights, "--num_workers", 0, "--output"]
+    extract_features.main(list(map(str, [*features, tmp_path / "f.npz"])))
+    with np.load(tmp_path / "f.npz") as file:
+        assert file["classes"].tolist() == ["flower", "china"]
+        assert json.loads(str(file["made_with"]))["classes"] == "cmc"
 
 
 def test_a_result_of_an_earlier_version_is_of_the_same_weights(run_of, tmp_path):

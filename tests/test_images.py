@@ -23,12 +23,13 @@ from torchvision.transforms import InterpolationMode
 import eval_knn
 import main_lgssl
 from support import sources
+from support.checkpoints import hash_of_names
 from support.decoding import image_size, image_suffixes, read_image
 from support.evaluation import check_splits, open_splits
 from support.features import eval_transform, to_pixels
 from support.folders import listed_images
 from support.images import ImageList, ResizedArray
-from support.sources import IMAGENET100_CLASSES, DataSpec, data_spec
+from support.sources import DataSpec, data_spec
 from utils import UserError
 
 
@@ -295,9 +296,69 @@ def test_subset_by_a_list_of_classes(tmp_path, gradient):
     subset = open_dataset("folder", tmp_path, "val", classes=tmp_path / "list.txt")
     assert [Path(path).parent.name for path in subset.paths] == ["n03", "n01"]
     assert subset.classes == ["n03", "n01"]
-    with pytest.raises(UserError, match="lacks 100 of the 100 class folders .* the first is n01558993"):
-        open_dataset("imagenet100", tmp_path)
-    assert len(set(IMAGENET100_CLASSES.read_text().split())) == 100
+    for words, first in (({}, "n01440764"), ({"classes": "cmc"}, "n01558993")):
+        with pytest.raises(UserError, match=f"train lacks 100 of the 100 class folders .* the first is {first}"):
+            open_dataset("imagenet100", tmp_path, **words)
+
+
+def test_imagenet100_has_two_lists(tmp_path, monkeypatch):
+    lists = {name: (ROOT / f"recipes/imagenet100_{name}.txt").read_text().split() for name in ("kaggle", "cmc")}
+    assert [len(set(names)) for names in (*lists.values(), lists["kaggle"] + lists["cmc"])] == [100, 100, 192]
+    for name in {*lists["kaggle"], *lists["cmc"]}:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").touch()
+    assert open_dataset("imagenet100", tmp_path).classes == lists["kaggle"]
+    for name, names in lists.items():
+        file = ROOT / f"recipes/imagenet100_{name}.txt"
+        for classes in (name, file):
+            assert open_dataset("imagenet100", tmp_path, classes=classes).classes == names
+            assert open_dataset("folder", tmp_path, classes=classes).classes == names
+        (tmp_path / f"{name}.txt").symlink_to(file)
+        monkeypatch.chdir(ROOT)
+        for path in (name, file, f"recipes/{file.name}", tmp_path / f"{name}.txt"):
+            assert main_lgssl.parse_arguments(["--classes", str(path)]).classes == name
+    assert main_lgssl.parse_arguments(["--classes", "recipes/paper.json"]).classes == "recipes/paper.json"
+
+
+@pytest.fixture
+def kaggle(tmp_path, gradient):
+    """Return a folder as Kaggle's archive of ImageNet-100 unpacks, with classes in one part and in two."""
+    train = "X1/n2 X2/n1 X2/n3 X3/n4 X4/n1 X4/n5".split()
+    for name in [f"train.{name}/{i}" for name in train for i in range(2)] + [f"val.X/n{i}/1" for i in range(1, 6)]:
+        save(tmp_path / "K" / f"{name}.JPEG", gradient)
+    (tmp_path / "K/Labels.json").write_text("{}")
+    return tmp_path / "K"
+
+
+def test_the_parts_of_kaggle_are_one_data_set(kaggle, tmp_path, monkeypatch):
+    names = [f"n{i}" for i in range(1, 6)]
+    splits = open_splits(DataSpec("folder", kaggle), {"train": None, "val": None})
+    for split, files in (("train", kaggle.glob("train.X*/*/*")), ("val", kaggle.glob("val.X/*/*"))):
+        images = splits[split]
+        assert (sorted(map(Path, images.paths)), images.classes) == (sorted(files), names)
+        assert [names[label] for label in images.labels] == [Path(path).parent.name for path in images.paths]
+    found = main_lgssl.open_images(main_lgssl.parse_arguments(["--data_path", str(kaggle)]))
+    assert found.found == f"12 images (12 JPEG) in 5 classes from folder names; train split of {kaggle}"
+    assert found.online_knn.labels["val"].bincount().tolist() == [1] * 5
+    hashes = [hash_of_names(splits["train"])]
+    for here, root in ((kaggle, "."), (tmp_path, "./K/"), (kaggle / "val.X", "..")):
+        monkeypatch.chdir(here)
+        hashes.append(hash_of_names(open_dataset("folder", root)))
+    assert len(set(hashes)) == 1
+    (tmp_path / "list").write_text("n5\nn1\n")
+    for split, counts in (("train", [2, 4]), ("val", [1, 1])):
+        some = open_dataset("imagenet100", kaggle, split, classes=tmp_path / "list")
+        assert (some.classes, np.bincount(some.labels).tolist()) == (["n5", "n1"], counts)
+    (tmp_path / "list").write_text("n6\nn1\n")
+    with pytest.raises(UserError, match=f"^{kaggle} lacks 1 of the 2 class folders in .*, the first is n6; see --cl"):
+        open_dataset("imagenet100", kaggle, classes=tmp_path / "list")
+
+
+@pytest.mark.parametrize("missing", ["val.X", "train.X3"])
+def test_parts_of_kaggle_that_lack_one_are_refused(kaggle, missing):
+    (kaggle / missing).rename(kaggle.parent / "x")
+    with pytest.raises(UserError, match="K has train.X1, train.X2, .* Kaggle's train.X1 to train.X4 and val.X, or"):
+        open_dataset("folder", kaggle)
 
 
 def test_digits_are_a_fixed_split_of_all_images():

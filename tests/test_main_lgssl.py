@@ -1,4 +1,5 @@
 import functools
+import hashlib
 import json
 import math
 import os
@@ -667,6 +668,37 @@ def test_other_images_are_not_resumed(photo_folder, tmp_path, monkeypatch):
     (tmp_path / "moved/china/9.jpg").unlink()
     with pytest.raises(UserError, match="was trained on 12 images, found 11"):
         train(tmp_path / "moved", tmp_path / "run", "--epochs", 1)
+
+
+def test_a_run_keeps_its_list_of_imagenet100(photo_folder, small_lists, tmp_path):
+    """Also one of an older version, which recorded none and took cmc, with args.json and without."""
+    run, words = tmp_path / "checkpoint.pth", ("--dataset", "imagenet100", "--epochs", 1)
+
+    def recorded(*more):
+        checkpoint = train(photo_folder, tmp_path, *words, *more)
+        names = [f"/{name}/{i}.jpg" for name in ("china", "flower") for i in range(6)]
+        orders = {"\n".join(names): "kaggle", "\n".join(names[6:] + names[:6]): "cmc"}
+        used = {hashlib.sha256(order.encode()).hexdigest(): name for order, name in orders.items()}
+        found = {used[checkpoint["images"][1]], json.loads((tmp_path / "args.json").read_text())["classes"]}
+        return " ".join({*found, checkpoint["args"]["classes"] or "cmc"})
+
+    for name, more in (("kaggle", ()), ("cmc", ("--classes", small_lists / "cmc.txt"))):
+        shutil.rmtree(tmp_path)
+        assert recorded(*more) == name
+        (tmp_path / "args.json").write_text("{")
+        assert [recorded(), recorded()] == [name, name]  # is finished
+    checkpoint, args = torch.load(run, weights_only=True), json.loads((tmp_path / "args.json").read_text())
+    torch.save({**checkpoint, "args": {**checkpoint["args"], "classes": None}}, run)
+    (tmp_path / "args.json").write_text(json.dumps({**args, "classes": None}))
+    assert parse_arguments([f"@{tmp_path}/args.json"]).classes == "cmc"
+    assert recorded() == "cmc"
+    (tmp_path / "args.json").unlink()
+    assert recorded() == "cmc"
+    with pytest.raises(UserError, match="other arguments: --classes cmc there, kaggle here"):
+        train(photo_folder, tmp_path, *words, "--classes", "kaggle")
+    run.unlink()  # stopped in its first epoch
+    (tmp_path / "args.json").write_text(json.dumps({**args, "classes": None}))
+    assert recorded() == "cmc"
 
 
 def test_another_total_batch_is_not_resumed(photo_folder, tmp_path):

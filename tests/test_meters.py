@@ -21,7 +21,7 @@ def test_quantities_are_those_of_a_naive_computation(rule):
     student = BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24)).eval()
     teacher = Teacher(vit_micro(8, img_size=32), DINOHead(96, 24), average_patches=rule is not None)
     batches = ViewBatches(images, MultiCrop(global_size=32, local_size=16, local_number=2), 8, rule, 0)
-    crops, _, matches, _ = batches[0, 0, list(range(10))]
+    crops, _, matches, *_ = batches[0, 0, list(range(10))]
     crops = [normalize(crop) for crop in crops]
     criterion = LocalGlobalLoss(24, 16, "mean" if rule else "cls")
     criterion.center.normal_(std=0.1, generator=torch.Generator().manual_seed(1))

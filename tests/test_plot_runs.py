@@ -147,6 +147,13 @@ def test_labels_name_the_arguments_that_differ(write_run):
         labels(*mean, write_run("again"))
 
 
+def test_older_runs_on_imagenet100_have_the_list_cmc(write_run):
+    lists = {"old": None, "cmc": "cmc", "kaggle": "kaggle"}
+    runs = [write_run(name, dataset="imagenet100", classes=lists[name], seed=i)[0] for i, name in enumerate(lists)]
+    groups = plot_runs.settings([plot_runs.read_run(run) for run in runs])
+    assert {label: len(group) for label, group in groups.items()} == {"classes cmc": 2, "classes kaggle": 1}
+
+
 def test_names_stand_in_the_figure_and_the_table(write_run, drawn, capsys):
     """In the order of the settings' first runs."""
     runs = [write_run(f"r{i}", loss=loss, seed=i)[0] for i, loss in enumerate(("cls", "mean", "cls", "sum"))]

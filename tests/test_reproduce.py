@@ -27,6 +27,7 @@ BRANCHES = {
     "imagenet1k_vit_base16_mean": (100, "base", 16, 65536, 4, 3, "mean", None, "image", 0),
 }
 RELEASED = [f"released_{name}" for name in BRANCHES]
+IMAGENET = "D/imagenet --classes kaggle"
 TINY = "--global_crops_size 32 --local_crops_size 32 --local_crops_number 2 --out_dim 24 --num_workers 0 --epochs 1"
 
 
@@ -181,8 +182,9 @@ def test_show_prints_the_commands(capsys, tmp_path, monkeypatch):
     ]
     reproduce.main(f"show table5 --row mean-cifar10 mean-imagenet1k --data_root D --runs {tmp_path}".split())
     output = capsys.readouterr().out
-    assert output.count(f"python reproduce.py lists D/imagenet --output_dir {tmp_path}/lists") == 2
-    assert output.count(f"--whitening_path {tmp_path}/lists/whitening.txt") == 1
+    lists = f"{tmp_path}/lists-kaggle"
+    assert output.count(f"python reproduce.py lists D/imagenet --output_dir {lists} --classes kaggle") == 2
+    assert output.count(f"--whitening_path {lists}/whitening.txt") == 1
     assert output.count("--whitening_path D/imagenet/train") == 1
     assert output.count("python eval_image_retrieval.py --data_path D --dataset rparis6k") == 2
     for line in output.splitlines():  # each script parses its command
@@ -211,7 +213,7 @@ def test_show_prints_the_released_commands(capsys, tmp_path, monkeypatch):
         return f"torchrun --standalone --nproc_per_node={processes}"
 
     batches = "--batch_size_per_gpu 90 --accum_steps 1"
-    tiny = ("released_imagenet100_vit_tiny16_mean", "python", "imagenet100", "D/imagenet", batches, 1500)
+    tiny = ("released_imagenet100_vit_tiny16_mean", "python", "imagenet100", IMAGENET, batches, 1500)
     assert shown("table3") == [
         "# table3, DINO (ViT-Tiny/16): no counterpart in the released code",
         "# table3, Ours (ViT-Tiny/16, mean)",
@@ -225,7 +227,7 @@ def test_show_prints_the_released_commands(capsys, tmp_path, monkeypatch):
         ("", 4, "--batch_size_per_gpu 6 --accum_steps 1", 1500),
         ("--nproc_per_node 3", 3, "--batch_size_per_gpu 4 --accum_steps 2", 2000),
     ):
-        base = ("released_imagenet100_vit_base8_mean", on(processes), "imagenet100", "D/imagenet", batches)
+        base = ("released_imagenet100_vit_base8_mean", on(processes), "imagenet100", IMAGENET, batches)
         assert shown(f"table8 --row base-8 {options}")[1:] == commands(*base, linear_batch)
     assert shown("table7 --row lambda0.9")[1].startswith(f"{on(3)} main_lgssl.py @recipes/released_cifar10_vit_tiny16_")
     with pytest.raises(UserError, match="--nproc_per_node 5 does not divide the recipe's batch of 24"):
@@ -333,9 +335,72 @@ def test_other_classes_reach_all_steps(tmp_path, capsys):
     reproduce.main(f"show table5 --row mean-imagenet100 --classes C --runs {tmp_path}".split())
     lines = capsys.readouterr().out.splitlines()
     assert sum("--classes C" in line for line in lines) == 2  # only pretraining and lists use these classes
+    assert sum(f"{tmp_path}/lists-C" in line for line in lines) == 2
+    folders = {
+        reproduce.Setup(Path(), Path("R"), 1, name).lists() for name in ("kaggle", "cmc", "C", "D/C", "../C.txt")
+    }
+    assert (len(folders), {folder.parent for folder in folders}) == (5, {Path("R")})
+    file = ROOT / "recipes/imagenet100_cmc.txt"
+    reproduce.main(f"show table3 --row mean-tiny --classes {file} --runs {tmp_path}".split())
+    assert capsys.readouterr().out.count("--classes cmc") == 3
 
 
-def test_lists_for_copy_detection_are_disjoint_and_without_the_classes(tmp_path, capsys):
+@pytest.mark.parametrize("recorded", [None, "cmc"])
+def test_results_with_another_list_of_imagenet100_are_not_done(tmp_path, capsys, recorded):
+    """None: by an older version, where distractors were in the folder `lists`."""
+    recipe, folder = "imagenet100_vit_tiny16_mean", tmp_path / "imagenet100_vit_tiny16_mean"
+    images = {"train": 126689, "val": 5000}
+    write_result(tmp_path, recipe, "linear", {"top1": 50.0, "batch_size": 512, "images": images}, classes=recorded)
+    write_result(tmp_path, recipe, "roxford5k", {"map": {"medium": 0.1, "hard": 0.1}}, classes=recorded)
+    write_result(tmp_path, "cifar10_vit_tiny16_mean", "copydays", {"map": {"strong": 0.6}})
+    copies, linear = tmp_path / "cifar10_vit_tiny16_mean/copydays.json", folder / "linear_imagenet100.json"
+    for file, name, value in ((linear, "classes", recorded),
+                              (copies, "distractors_path", f"X/lists{'-cmc' if recorded else ''}/x.txt")):  # fmt: skip
+        result = json.loads(file.read_text())
+        file.write_text(json.dumps({**result, "args": {**result["args"], name: value}}))
+    settings = {**vars(recipe_arguments(recipe)), "classes": recorded}
+    (folder / "args.json").write_text(json.dumps(settings, default=str))
+    (folder / "log.txt").write_text('{"epoch": 199}\n')
+    (folder / "checkpoint.pth").touch()
+
+    def states(classes):
+        reproduce.main(["list", "--runs", str(tmp_path), "--classes", classes])
+        lines = capsys.readouterr().out.splitlines()
+        rows = [re.split(r"  +", line.strip())[2] for line in lines if recipe in line or "mean-cifar10" in line]
+        setup = reproduce.Setup(Path("DATA"), tmp_path, classes=classes)
+        assert reproduce.pretraining_step(recipe, setup).done() == ("100%" in rows[0])
+        return rows
+
+    none = "roxford5k -, rparis6k -"
+    other = ["pretraining 0%, linear -, knn -", "pretraining 0%, copydays -, " + none]
+    assert states("kaggle") == [other[0], other[1], other[1], other[0]]
+    first = "pretraining 100%, linear done, knn -"
+    assert states("cmc") == [first, "pretraining 0%, copydays done, " + none,
+                             "pretraining 100%, copydays -, roxford5k done, rparis6k -", first]  # fmt: skip
+    text, own = reproduce.report(tmp_path), reproduce.report(tmp_path, classes="cmc")
+    assert "ImageNet-100: the classes in imagenet100_kaggle.txt, unless a note names others." in text
+    assert "[1] linear: --classes cmc instead of kaggle.\n" in text  # its number of images is that of cmc
+    for name in ("roxford5k", "copydays"):
+        assert f"] {name}: --classes cmc instead of kaggle.\n" in text
+    assert "ImageNet-100: the classes in imagenet100_cmc.txt, unless" in own
+    assert "--classes" not in own
+
+
+def test_the_folder_of_kaggle_is_enough_for_imagenet100(tmp_path):
+    for name in ("train.X1", "val.X"):
+        (tmp_path / "imagenet" / name).mkdir(parents=True)
+    setup = reproduce.Setup(tmp_path, tmp_path / "runs")
+
+    def steps(recipe, *names):
+        return [reproduce.pretraining_step(recipe, setup), *reproduce.evaluation_steps(recipe, names, setup)]
+
+    reproduce.check_data(steps("imagenet100_vit_tiny16_mean", "linear", "knn"), tmp_path)
+    for others in (steps("imagenet1k_vit_base16_mean"), steps("imagenet100_vit_tiny16_mean", "copydays")):
+        with pytest.raises(UserError, match=f"no {tmp_path}/imagenet/train: expected below"):
+            reproduce.check_data(others, tmp_path)
+
+
+def test_lists_for_copy_detection_are_disjoint_and_without_the_classes(tmp_path, capsys, small_lists):
     for name in ("n1", "n2", "n3"):
         (tmp_path / "train" / name).mkdir(parents=True)
         for i in range(20):
@@ -344,7 +409,8 @@ def test_lists_for_copy_detection_are_disjoint_and_without_the_classes(tmp_path,
     (tmp_path / "classes.txt").write_text("n2\n")
     words = [str(tmp_path), "--classes", str(tmp_path / "classes.txt"), "--whitening", "25", "--distractors"]
     texts = []
-    for folder, more in (("a", []), ("b", []), ("c", ["--seed", "1"])):
+    (small_lists / "cmc.txt").write_text("n2\n")
+    for folder, more in (("a", []), ("b", ["--classes", "cmc"]), ("c", ["--seed", "1"])):
         reproduce.main(["lists", *words, "12", "--output_dir", str(tmp_path / folder), *more])
         texts.append([(tmp_path / folder / f"{name}.txt").read_text() for name in ("whitening", "distractors")])
     assert texts[0] == texts[1] != texts[2]
@@ -393,7 +459,7 @@ def test_every_recipe_takes_a_step(photo_folder, tmp_path, monkeypatch, recipe):
 @pytest.fixture
 def data_root(tmp_path, copydays_folder, retrieval_folder):
     """Return a folder with all data sets except CIFAR-10 in their real layouts. ImageNet has 2 + 1 images per class."""
-    for name in (ROOT / "recipes" / "imagenet100_cmc.txt").read_text().split():
+    for name in (ROOT / "recipes" / "imagenet100_kaggle.txt").read_text().split():
         for split, count in (("train", 2), ("val", 1)):
             folder = tmp_path / "data/imagenet" / split / name
             folder.mkdir(parents=True)
@@ -404,10 +470,10 @@ def data_root(tmp_path, copydays_folder, retrieval_folder):
     for name in ("roxford5k", "rparis6k"):
         (tmp_path / "data" / name).symlink_to(retrieval_folder / name)
     # Stands for the lists that reproduce.py draws from the full ImageNet
-    (tmp_path / "runs/lists").mkdir(parents=True)
+    (tmp_path / "runs/lists-kaggle").mkdir(parents=True)
     for name in ("whitening", "distractors"):
         paths = (copydays_folder / name).glob("*.jpg")
-        (tmp_path / f"runs/lists/{name}.txt").write_text("".join(f"{path}\n" for path in paths))
+        (tmp_path / f"runs/lists-kaggle/{name}.txt").write_text("".join(f"{path}\n" for path in paths))
     return tmp_path / "data"
 
 
