@@ -285,6 +285,7 @@ _STEPS = f"{_AROUND}mhm{_AROUND}"
 _ORDERS = [*itertools.permutations("hpsb")]
 _NUMBERS = {"p": 1, "s": 1, "b": 2, "m": 1, "h": 3}  # of each step in a row
 PATCH_ROW_LENGTH = sum(_NUMBERS[step] for step in _STEPS)
+_CHUNK = 128  # patches that are distorted at once, in memory that is small enough to be used again
 
 
 def _places(order: Sequence[str]) -> list[bool]:
@@ -347,32 +348,32 @@ def distort_patches(patches: np.ndarray, drawn: PatchDistortion) -> None:
         drawn: the distortion of the n patches.
     """
     n, side = patches.shape[:2]
-    rows, line = patches.reshape(n, side, 3 * side), patches.reshape(1, -1, 3)  # OpenCV is slow with short rows
+    rows = patches.reshape(n, side, 3 * side)
     for operation, place in zip(_STEPS, drawn.places, strict=True):
-        (own,) = place.nonzero()
-        if not len(own):
-            continue
-        if operation == "p":
-            rows[own] &= 0b11100000
-        elif operation == "s":  # 2 * pixel - smoothed, where smoothed = (9 * (mean of 3 by 3) + 4 * pixel) / 13
-            wide = rows[own].swapaxes(0, 1).reshape(side, -1, 3)
-            sharp = cv2.addWeighted(wide, 22 / 13, cv2.blur(wide, (3, 3)), -9 / 13, 0).reshape(side, -1, 3 * side)
-            rows[own, 1:-1, 3:-3] = sharp[1:-1, :, 3:-3].swapaxes(0, 1)
-        elif operation == "b":
-            weights = _blur_weights(drawn.sigma[own]).astype(np.float32)
-            matrices = (weights @ _neighbours(side).reshape(3, -1)).reshape(-1, side, side)
-            blurred = matrices @ rows[own].astype(np.float32)
-            rows[own] = cv2.convertScaleAbs(blurred.reshape(1, -1)).reshape(blurred.shape)  # rounds
-        elif operation == "m":
-            levels = rows[own].reshape(1, -1)
-            factors = np.round(230 * drawn.brightness[own]).astype(np.uint8).repeat(3 * side**2)
-            rows[own] = cv2.multiply(levels, factors.reshape(levels.shape), None, 1 / 230).reshape(-1, *rows.shape[1:])
-        else:
-            hsv = cv2.cvtColor(line, cv2.COLOR_RGB2HSV_FULL)
-            shift = np.zeros((n, side * side, 3), np.uint8)
-            shift[..., 0] = np.round(256 * drawn.hue).astype(np.int16)[:, None]
-            hsv += shift.reshape(line.shape)
-            cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, line)
+        (changed,) = place.nonzero()
+        for start in range(0, len(changed), _CHUNK):
+            own = changed[start : start + _CHUNK]
+            levels = rows[own]
+            line = levels.reshape(1, -1, 3)  # OpenCV is slow with short rows
+            if operation == "p":
+                levels &= 0b11100000
+            elif operation == "s":  # 2 * pixel - smoothed, where smoothed = (9 * (mean of 3 by 3) + 4 * pixel) / 13
+                wide = levels.swapaxes(0, 1).reshape(side, -1, 3)
+                sharp = cv2.addWeighted(wide, 22 / 13, cv2.blur(wide, (3, 3)), -9 / 13, 0).reshape(side, -1, 3 * side)
+                levels[:, 1:-1, 3:-3] = sharp[1:-1, :, 3:-3].swapaxes(0, 1)
+            elif operation == "b":
+                weights = _blur_weights(drawn.sigma[own]).astype(np.float32)
+                matrices = (weights @ _neighbours(side).reshape(3, -1)).reshape(-1, side, side)
+                blurred = matrices @ levels.astype(np.float32)
+                levels = cv2.convertScaleAbs(blurred.reshape(1, -1)).reshape(levels.shape)  # rounds
+            elif operation == "m":
+                factors = np.round(230 * drawn.brightness[own]).astype(np.uint8).repeat(3 * side**2)
+                cv2.multiply(line, factors.reshape(line.shape), line, 1 / 230)
+            else:
+                hsv = cv2.cvtColor(line, cv2.COLOR_RGB2HSV_FULL)
+                hsv[0, :, 0] += np.round(256 * drawn.hue[own]).astype(np.int16).astype(np.uint8).repeat(side**2)
+                cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, line)
+            rows[own] = levels
 
 
 def patch_rows(drawn: PatchDistortion) -> np.ndarray:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from augment import Distort, MultiCrop, distort_batch
+from augment import PATCH_ROW_LENGTH, Distort, MultiCrop, distort_batch
 from losses import LocalGlobalLoss, teacher_temperature
 from support import checkpoints, loader
 from support.checkpoints import RunSize, hash_of_names, restore
@@ -238,8 +238,9 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     images, output_dir = open_images(args), Path(args.output_dir)
     sizes = [(2, args.global_crops_size), (args.local_crops_number, args.local_crops_size)]
     shapes = [(number * args.batch_size_per_gpu, 3, side, side) for number, side in sizes if number]  # of the views
-    # A quarter for the matches, half for the parameters of patch augmentation: patches of 8 pixels need it.
-    batch_bytes = (1.75 if args.patch_augmentation else 1.25) * sum(map(math.prod, shapes))
+    # A quarter for the matches: patches of 8 pixels need it. Patch augmentation has parameters for each patch.
+    of_patch = 4 * PATCH_ROW_LENGTH / (3 * (args.patch_size or 16) ** 2) if args.patch_augmentation else 0
+    batch_bytes = (1.25 + of_patch) * sum(map(math.prod, shapes))
     workers = fit_all_workers(args.num_workers, batch_bytes, images.online_knn)
     init_hash = checkpoints.hash_of_file(args.init_weights) if args.init_weights else None
     every = 10 if args.knn_every is None and images.online_knn else args.knn_every or 0
