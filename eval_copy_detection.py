@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 
 from support import evaluation
-from support.arguments import DEFAULT_CLASSES, number
+from support.arguments import DEFAULT_CLASSES, class_file, number
 from support.evaluation import features_of_all
 from support.features import whole_transform
 from support.folders import ImageFolder, class_name, has_image_name, listed_folders, listed_images
 from support.images import ImageList
-from support.sources import add_intensity_range, class_file
+from support.sources import add_intensity_range
 from utils import UserError, init_distributed, run_main, warn
 from vision_transformer import VisionTransformer
 
@@ -76,7 +76,7 @@ def copydays_lists(
     Args:
         root: ImageNet's training images in class folders, or the folder that holds `train` and `val`.
         seed: equal seeds draw equal lists from equal images.
-        classes: the class folders to exclude, see `sources.class_file`.
+        classes: the class folders to exclude, see `arguments.class_file`.
 
     Returns:
         (whitening, distractors): lists of absolute paths

@@ -16,7 +16,6 @@ import argparse
 import itertools
 import json
 import math
-import re
 import shlex
 import subprocess
 import sys
@@ -31,11 +30,20 @@ import eval_image_retrieval
 import eval_knn
 import eval_linear
 import main_lgssl
-from support.arguments import CLASS_LISTS, DEFAULT_CLASSES, ROOT, ArgumentParser, class_list, number, with_class_list
+from support.arguments import (
+    CLASS_LISTS,
+    DEFAULT_CLASSES,
+    ROOT,
+    ArgumentParser,
+    class_file,
+    class_list,
+    number,
+    with_class_list,
+)
+from support.checkpoints import hash_of_file
 from support.files import make_folder, read_json, write_text
 from support.options import may_change
 from support.report import read_log
-from support.sources import class_file
 from utils import UserError, run_main
 
 SETTINGS = {"paper": "the paper's settings", "released": "the settings of the authors' released code, 100 epochs"}
@@ -183,7 +191,7 @@ class Setup:
     Attributes:
         data_root, runs: folders.
         processes: number of processes of each pretraining and evaluation. Default: the recipe's.
-        classes: list of ImageNet-100, see `sources.class_file`.
+        classes: list of ImageNet-100, see `arguments.class_file`.
         extra: further words for main_lgssl.py.
         settings: a key of SETTINGS.
     """
@@ -200,9 +208,16 @@ class Setup:
         path = self.data_root / ("cifar10" if dataset == "cifar10" else "imagenet")
         return ["--data_path", path, *(["--classes", self.classes] if dataset == "imagenet100" else [])]
 
-    def lists(self) -> Path:
-        """Return the folder of the lists for copy detection, which exclude the classes."""
-        return self.runs / f"lists-{re.sub(r'[^A-Za-z0-9]+', '_', self.classes)}"
+    def name_of_list(self) -> str:
+        """Return a name of the list of ImageNet-100 for folders, which differs between files of one name."""
+        if self.classes in CLASS_LISTS:
+            return self.classes
+        return f"{Path(self.classes).stem}-{(hash_of_file(self.classes) or 'missing')[:8]}"
+
+    def folder(self, recipe: str) -> Path:
+        """Return the folder of a run and its results. Of ImageNet-100, each list has its own."""
+        is_imagenet100 = recipe_arguments(recipe).dataset == "imagenet100"
+        return self.runs / (f"{recipe}-{self.name_of_list()}" if is_imagenet100 else recipe)
 
 
 def recipe_arguments(recipe: str) -> argparse.Namespace:
@@ -210,10 +225,10 @@ def recipe_arguments(recipe: str) -> argparse.Namespace:
     return main_lgssl.parse_arguments([f"@{ROOT / 'recipes' / recipe}.args"])
 
 
-def share_of(total: int, processes: int, whose: str) -> int:
-    """Return one process's share of a total batch."""
+def share_of(total: int, processes: int, what: str) -> int:
+    """Return one process's share of the total batch of `what`."""
     if total % processes:
-        raise UserError(f"--nproc_per_node {processes} does not divide {whose} batch of {total}")
+        raise UserError(f"--nproc_per_node {processes} does not divide the batch of {what}, {total}")
     return total // processes
 
 
@@ -221,19 +236,20 @@ def pretraining_step(recipe: str, setup: Setup) -> Step:
     """Return the pretraining of a recipe, with the total batch split over processes and micro-batches."""
     args, planned = recipe_arguments(recipe), plan(recipe)
     processes = setup.processes or planned.processes
-    share = share_of(planned.batch, processes, "the recipe's")
+    share, folder = share_of(planned.batch, processes, recipe), setup.folder(recipe)
     batch_size = next(size for size in range(min(args.batch_size_per_gpu, share), 0, -1) if share % size == 0)
     words: list[str | Path | int] = ["main_lgssl.py", f"@recipes/{recipe}.args", *setup.data_words(args.dataset)]
     words += ["--batch_size_per_gpu", batch_size, "--accum_steps", share // batch_size]
-    words += ["--output_dir", setup.runs / recipe, *setup.extra]
-    return Step("pretraining", words, setup.runs / recipe / "checkpoint.pth", processes)
+    words += ["--output_dir", folder, *setup.extra]
+    return Step("pretraining", words, folder / "checkpoint.pth", processes)
 
 
 def evaluation_steps(recipe: str, names: Iterable[str], setup: Setup) -> list[Step]:
     """Return the evaluations of a recipe. Copy detection is preceded by the step that draws its lists of images."""
     dataset, planned = recipe_arguments(recipe).dataset, plan(recipe)
     processes = setup.processes or planned.processes
-    folder, lists, imagenet = setup.runs / recipe, setup.lists(), setup.data_root / "imagenet"
+    folder, imagenet = setup.folder(recipe), setup.data_root / "imagenet"
+    lists = setup.runs / f"lists-{setup.name_of_list()}"
     trained_on = setup.classes if dataset == "imagenet100" else None
     steps = []
     for name in names:
@@ -242,7 +258,7 @@ def evaluation_steps(recipe: str, names: Iterable[str], setup: Setup) -> list[St
         if name in ("linear", "knn"):
             words = ["--dataset", dataset, *setup.data_words(dataset)]
             if name == "linear":
-                share = share_of(planned.linear_batch, processes, "the linear evaluation's")
+                share = share_of(planned.linear_batch, processes, f"the linear evaluation of {recipe}")
                 words += ["--batch_size_per_gpu", share, *planned.linear_words]
             result = f"{name}_{dataset}.json"
         elif name == "copydays":
@@ -265,14 +281,11 @@ def evaluations_of(table: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(COLUMNS[column].evaluation for column in table["columns"]))
 
 
-def progress(run: Path, classes: str | None = None) -> float:
-    """Return the share of its epochs that a pretraining, if classes are given with these, has finished."""
+def progress(run: Path) -> float:
+    """Return the share of its epochs that a pretraining has finished."""
     log = run / "log.txt"
     entries = read_log(log) if log.is_file() and (run / "checkpoint.pth").is_file() else []
-    settings = read_json(run / "args.json") if entries else {}
-    if not settings or (classes and differences({"classes": classes}, settings)):
-        return 0.0
-    return (entries[-1]["epoch"] + 1) / settings["epochs"]
+    return (entries[-1]["epoch"] + 1) / read_json(run / "args.json")["epochs"] if entries else 0.0
 
 
 def read_result(step: Step) -> dict[str, Any]:
@@ -353,12 +366,12 @@ def report(runs: Path, settings: str = "paper", classes: str = DEFAULT_CLASSES) 
     """Return the tables of the paper with our numbers in Markdown. For the arguments, see `Setup`."""
     lines = [f"Each cell: the paper's number / ours with {SETTINGS[settings]} (difference).", ""]
     lines += [f"ImageNet-100: the classes in {class_file(classes).name}, unless a note names others.", ""]
-    setup = Setup(Path("DATA"), runs, classes=classes)
+    setup = Setup(Path("DATA"), runs, classes=classes, settings=settings)
     for name, table in paper()["tables"].items():
         rows: list[list[str]] = [["method", *(COLUMNS[column].title for column in table["columns"])]]
         notes: dict[str, int] = {}  # {text: number}
         for row in table["rows"].values():
-            recipe, cells = with_settings(row["recipe"], settings), [row["method"]]
+            recipe, cells = with_settings(row["recipe"], setup.settings), [row["method"]]
             if recipe is None:
                 forms = (COLUMNS[column].form for column in table["columns"])
                 cells += [f"{theirs:{form}} / no counterpart" for theirs, form in zip(row["paper"], forms, strict=True)]
@@ -484,15 +497,15 @@ def run_rows(table: str, rows: Sequence[str] | None, setup: Setup, only_show: bo
 
 def list_tables(runs: Path, settings: str, classes: str) -> None:
     """Print each table and row, and what is done of it. For the arguments, see `Setup`."""
-    setup = Setup(Path("DATA"), runs, classes=classes)
+    setup = Setup(Path("DATA"), runs, classes=classes, settings=settings)
     for name, table in paper()["tables"].items():
         print(f"{name}: {table['title']}")
         for row, entry in table["rows"].items():
-            if (recipe := with_settings(entry["recipe"], settings)) is None:
+            if (recipe := with_settings(entry["recipe"], setup.settings)) is None:
                 print(f"  {row:17} no counterpart")
                 continue
             steps = evaluation_steps(recipe, evaluations_of(table), setup)
-            state = [f"pretraining {int(100 * progress(runs / recipe, steps[-1].trained_on))}%"]
+            state = [f"pretraining {int(100 * progress(setup.folder(recipe)))}%"]
             state += [f"{step.name} {'done' if step.done() else '-'}" for step in steps if step.name != "lists"]
             print(f"  {row:17} {recipe:38} {', '.join(state)}")
 

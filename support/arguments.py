@@ -51,18 +51,23 @@ def number(kind: type[int] | type[float], low: float = -math.inf, high: float | 
 
 
 def class_list(text: str) -> str:
-    """Return the short name of a file in CLASS_LISTS, and any other text as it is. An argparse type."""
+    """Return the short name of a file in CLASS_LISTS, the absolute path of another file, and other text as it is."""
     for name, file in CLASS_LISTS.items():
         with contextlib.suppress(OSError, ValueError):  # no such file
             if os.path.samefile(text, file):
                 return name
-    return text
+    return os.path.abspath(text) if text not in CLASS_LISTS and os.path.isfile(text) else text
+
+
+def class_file(classes: str | Path) -> Path:
+    """Return a file with one class folder per line, given it or a short name in CLASS_LISTS."""
+    return CLASS_LISTS.get(str(classes), Path(classes))
 
 
 def with_class_list(settings: dict[str, Any]) -> dict[str, Any]:
     """Return recorded settings that name the list of ImageNet-100. Versions that record none had the list cmc."""
-    classes = settings.get("classes", "")
-    if classes is None and settings.get("dataset") == "imagenet100":
+    classes = settings.get("classes")
+    if not classes and settings.get("dataset") == "imagenet100":
         classes = "cmc"
     return {**settings, "classes": class_list(classes)} if classes and isinstance(classes, str) else settings
 
@@ -161,6 +166,8 @@ class ArgumentParser(argparse.ArgumentParser):
         if not isinstance(settings, dict):
             raise ValueError("expected a JSON object")
         settings = with_class_list(settings)
+        if settings.get("dataset") == "imagenet100" and settings["classes"] == DEFAULT_CLASSES:
+            settings = {**settings, "classes": None}  # another --dataset may follow
         if unknown := [n for n in settings if n not in {a.dest for a in self._actions} and n != "init_hash"]:
             raise ValueError(f"unknown option {unknown[0]}")
         words = []

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+from support.arguments import CLASS_LISTS
 from support.decoding import image_suffixes
 from support.files import read_text
 from support.hf import choose, refuse
@@ -105,8 +106,11 @@ def parts_of_split(root: Path, split: str) -> list[Path]:
     """Return the folders with the class folders of a split: `train` or `val`, Kaggle's PARTS, or else `root` itself."""
     if (root / "train").is_dir() and (root / "val").is_dir():
         return [root / split]
-    is_kaggles = all((root / name).is_dir() for name in itertools.chain(*PARTS.values()))
-    return [root / name for name in PARTS[split]] if is_kaggles else [root]
+    there = {name: (root / name).is_dir() for name in itertools.chain(*PARTS.values())}
+    if any(there.values()) and not all(there.values()):
+        lacking = ", ".join(name for name, is_there in there.items() if not is_there)
+        raise UserError(f"{root} lacks {lacking}: expected all of Kaggle's ImageNet-100, {', '.join(there)}")
+    return [root / name for name in PARTS[split]] if all(there.values()) else [root]
 
 
 def listed_folders(parts: Sequence[Path], classes_file: str | Path) -> list[Path]:
@@ -119,7 +123,10 @@ def listed_folders(parts: Sequence[Path], classes_file: str | Path) -> list[Path
     for part in parts:
         for name in os.listdir(part):
             on_disk.setdefault(class_name(name), []).append(part / name)
-    names = [class_name(line.rstrip("/")) for line in read_lines(classes_file)]
+    try:
+        names = [class_name(line.rstrip("/")) for line in read_lines(classes_file)]
+    except UserError as error:
+        raise UserError(f"{error}; --classes takes {', '.join(CLASS_LISTS)} or a file of class folders") from error
     found = [[folder for folder in on_disk.get(name, []) if os.path.isdir(folder)] for name in names]
     if missing := [name for name, folders in zip(names, found, strict=True) if not folders]:
         counts = f"{len(missing)} of the {len(names)} class folders in {classes_file}"
@@ -140,8 +147,7 @@ def refuse_other_splits(root: Path, folders: list[Path]) -> None:
     splits = [name for name, word in words.items() if word in SPLITS]
     both = len({words[name] in ("train", "training") for name in splits}) == 2
     if both or (splits and len(splits) == len(folders)):
-        expected = "expected train and val with the same class folders, or Kaggle's train.X1 to train.X4 and val.X, "
-        expected += "or the class folders themselves"
+        expected = "expected train and val with the same class folders, or the class folders themselves"
         raise UserError(f"{root} has {', '.join(splits)}, {expected}: rename them, or give one of them as --data_path")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from support.arguments import CLASS_LISTS, DEFAULT_CLASSES, class_list, number
+from support.arguments import CLASS_LISTS, DEFAULT_CLASSES, class_file, class_list, number
 from support.decoding import read_image
 from support.folders import ImageFolder, open_folder
 from support.hf import HuggingFaceImages
@@ -86,7 +86,7 @@ class DataSpec:
             "photographs": crops of photographs that scikit-learn and scikit-image ship.
         data_path: folder of the images. If it has subfolders `train` and `val`, only the subfolder of the split is
             read.
-        classes: see `class_file`. Default: no restriction; for "imagenet100" the list DEFAULT_CLASSES.
+        classes: see `arguments.class_file`. Default: no restriction; for "imagenet100" the list DEFAULT_CLASSES.
         image_column, label_column: see `hf.HuggingFaceImages` and `folders.read_table`.
         download: let torchvision download the data set if it is missing.
         train_images: number of training images to use, drawn once. None: all.
@@ -127,11 +127,6 @@ def data_spec(args: argparse.Namespace, made_with: dict[str, Any] | None = None)
     return spec
 
 
-def class_file(classes: str | Path) -> Path:
-    """Return a file with one class folder per line, given it or a short name in CLASS_LISTS."""
-    return CLASS_LISTS.get(str(classes), Path(classes))
-
-
 def build_dataset(
     spec: DataSpec, split: str = "train", transform: Callable | None = None, min_side: int | None = None
 ) -> LabeledImages:
@@ -163,6 +158,8 @@ def build_dataset(
     if not len(images):
         raise UserError(f"--dataset {spec.dataset} has no {opened} images")
     images.transform, images.total = transform, len(images)
+    if spec.classes:
+        images.classes_from = f" of the list {printable(spec.classes)}"
     part = f"{opened} split" if images.has_splits else "all"
     images.source = f"{part} of {printable(spec.data_path or spec.dataset)}"
     if opened == "train" and (spec.train_images or spec.tuning):

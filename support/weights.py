@@ -123,7 +123,6 @@ RECORDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(("global_crops_scale", "local_crops_scale"), (_is_pair, "two numbers")),
     "intensity_range": (lambda value: value is None or _is_pair(value), "two numbers"),
-    "classes": (lambda value: value is None or isinstance(value, str), "a file of classes"),
     "flip_prob": (lambda value: isinstance(value, int | float) and 0 <= value <= 1, "a number in [0, 1]"),
 }
 

@@ -160,10 +160,10 @@ def test_the_batch_is_the_same_on_any_number_of_processes(processes):
             (step,) = reproduce.evaluation_steps(recipe, ["linear"], setup)
             assert step.settings()["batch_size_per_gpu"] * processes == 512
     setup.processes = 3
-    with pytest.raises(UserError, match="--nproc_per_node 3 does not divide the recipe's batch of 160"):
-        reproduce.pretraining_step(recipe, setup)
+    with pytest.raises(UserError, match="--nproc_per_node 3 does not divide the batch of cifar10_vit_tiny16_mean, 160"):
+        reproduce.pretraining_step("cifar10_vit_tiny16_mean", setup)
     setup.processes = 5
-    with pytest.raises(UserError, match="--nproc_per_node 5 does not divide the linear evaluation's batch of 512"):
+    with pytest.raises(UserError, match="--nproc_per_node 5 does not divide the batch of the linear evaluation of "):
         reproduce.evaluation_steps(recipe, ["linear"], setup)
 
 
@@ -201,9 +201,10 @@ def test_show_prints_the_released_commands(capsys, tmp_path, monkeypatch):
         return capsys.readouterr().out.splitlines()
 
     def commands(recipe, launcher, dataset, data, batches, linear_batch):
-        weights = f"--pretrained_weights R/{recipe}/checkpoint.pth"
+        folder = f"R/{recipe}-kaggle"
+        weights = f"--pretrained_weights {folder}/checkpoint.pth"
         return [
-            f"{launcher} main_lgssl.py @recipes/{recipe}.args --data_path {data} {batches} --output_dir R/{recipe}",
+            f"{launcher} main_lgssl.py @recipes/{recipe}.args --data_path {data} {batches} --output_dir {folder}",
             f"{launcher} eval_linear.py --dataset {dataset} --data_path {data} --batch_size_per_gpu {linear_batch} "
             f"--n_last_blocks 4 --avgpool_patchtokens false {weights}",
             f"{launcher} eval_knn.py --dataset {dataset} --data_path {data} {weights}",
@@ -230,7 +231,7 @@ def test_show_prints_the_released_commands(capsys, tmp_path, monkeypatch):
         base = ("released_imagenet100_vit_base8_mean", on(processes), "imagenet100", IMAGENET, batches)
         assert shown(f"table8 --row base-8 {options}")[1:] == commands(*base, linear_batch)
     assert shown("table7 --row lambda0.9")[1].startswith(f"{on(3)} main_lgssl.py @recipes/released_cifar10_vit_tiny16_")
-    with pytest.raises(UserError, match="--nproc_per_node 5 does not divide the recipe's batch of 24"):
+    with pytest.raises(UserError, match="does not divide the batch of released_imagenet100_vit_base8_mean, 24"):
         shown("table8 --row base-8 --nproc_per_node 5")
 
 
@@ -332,14 +333,20 @@ def test_a_pretraining_is_done_only_with_its_settings(tmp_path):
 
 
 def test_other_classes_reach_all_steps(tmp_path, capsys):
-    reproduce.main(f"show table5 --row mean-imagenet100 --classes C --runs {tmp_path}".split())
+    (tmp_path / "D").mkdir()
+    for name in ("C.txt", "D/C.txt"):
+        (tmp_path / name).write_text(name)
+    file = tmp_path / "C.txt"
+    reproduce.main(f"show table5 --row mean-imagenet100 --classes {file} --runs {tmp_path}".split())
     lines = capsys.readouterr().out.splitlines()
-    assert sum("--classes C" in line for line in lines) == 2  # only pretraining and lists use these classes
-    assert sum(f"{tmp_path}/lists-C" in line for line in lines) == 2
-    folders = {
-        reproduce.Setup(Path(), Path("R"), 1, name).lists() for name in ("kaggle", "cmc", "C", "D/C", "../C.txt")
-    }
-    assert (len(folders), {folder.parent for folder in folders}) == (5, {Path("R")})
+    assert sum(f"--classes {file}" in line for line in lines) == 2  # only pretraining and lists use these classes
+    assert sum(f"{tmp_path}/lists-C-" in line for line in lines) == 2
+    assert sum(f"{tmp_path}/imagenet100_vit_tiny16_mean-C-" in line for line in lines) == 4
+    setups = [reproduce.Setup(Path(), Path("R"), 1, str(tmp_path / name)) for name in ("C.txt", "D/C.txt")]
+    setups += [reproduce.Setup(Path(), Path("R"), 1, name) for name in ("kaggle", "cmc")]
+    folders = {setup.folder("imagenet100_vit_tiny16_mean") for setup in setups}
+    assert (len(folders), {folder.parent for folder in folders}) == (4, {Path("R")})
+    assert {setup.folder("cifar10_vit_tiny16_mean") for setup in setups} == {Path("R/cifar10_vit_tiny16_mean")}
     file = ROOT / "recipes/imagenet100_cmc.txt"
     reproduce.main(f"show table3 --row mean-tiny --classes {file} --runs {tmp_path}".split())
     assert capsys.readouterr().out.count("--classes cmc") == 3
@@ -348,7 +355,7 @@ def test_other_classes_reach_all_steps(tmp_path, capsys):
 @pytest.mark.parametrize("recorded", [None, "cmc"])
 def test_results_with_another_list_of_imagenet100_are_not_done(tmp_path, capsys, recorded):
     """None: by an older version, where distractors were in the folder `lists`."""
-    recipe, folder = "imagenet100_vit_tiny16_mean", tmp_path / "imagenet100_vit_tiny16_mean"
+    recipe, folder = "imagenet100_vit_tiny16_mean", tmp_path / "imagenet100_vit_tiny16_mean-kaggle"
     images = {"train": 126689, "val": 5000}
     write_result(tmp_path, recipe, "linear", {"top1": 50.0, "batch_size": 512, "images": images}, classes=recorded)
     write_result(tmp_path, recipe, "roxford5k", {"map": {"medium": 0.1, "hard": 0.1}}, classes=recorded)
@@ -368,16 +375,16 @@ def test_results_with_another_list_of_imagenet100_are_not_done(tmp_path, capsys,
         lines = capsys.readouterr().out.splitlines()
         rows = [re.split(r"  +", line.strip())[2] for line in lines if recipe in line or "mean-cifar10" in line]
         setup = reproduce.Setup(Path("DATA"), tmp_path, classes=classes)
-        assert reproduce.pretraining_step(recipe, setup).done() == ("100%" in rows[0])
+        assert reproduce.pretraining_step(recipe, setup).done() == (classes == "cmc")
         return rows
 
-    none = "roxford5k -, rparis6k -"
-    other = ["pretraining 0%, linear -, knn -", "pretraining 0%, copydays -, " + none]
-    assert states("kaggle") == [other[0], other[1], other[1], other[0]]
-    first = "pretraining 100%, linear done, knn -"
-    assert states("cmc") == [first, "pretraining 0%, copydays done, " + none,
-                             "pretraining 100%, copydays -, roxford5k done, rparis6k -", first]  # fmt: skip
-    text, own = reproduce.report(tmp_path), reproduce.report(tmp_path, classes="cmc")
+    first, none = "pretraining 100%, linear {0}, knn -", "copydays {0}, roxford5k -, rparis6k -"
+    rows = [first, f"pretraining 0%, {none}", "pretraining 100%, copydays -, roxford5k {0}, rparis6k -", first]
+    assert states("kaggle") == [row.format("-") for row in rows]
+    text = reproduce.report(tmp_path)
+    folder.rename(tmp_path / f"{recipe}-cmc")
+    assert states("cmc") == [row.format("done") for row in rows]
+    own = reproduce.report(tmp_path, classes="cmc")
     assert "ImageNet-100: the classes in imagenet100_kaggle.txt, unless a note names others." in text
     assert "[1] linear: --classes cmc instead of kaggle.\n" in text  # its number of images is that of cmc
     for name in ("roxford5k", "copydays"):
