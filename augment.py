@@ -328,6 +328,7 @@ def draw_patches(rng: Rng, number: int) -> PatchDistortion:
 def _blur_weights(sigma: np.ndarray) -> np.ndarray:
     """Return the Gaussian weights of a pixel and of those at distance 1 and 2, [n, 3]."""
     weights = np.exp(-0.5 * (np.arange(3) / sigma[:, None]) ** 2)
+    weights[weights < 1e-6] = 0  # products with numbers that are nearly 0 are slow
     return weights / (weights @ (1, 2, 2))[:, None]
 
 
@@ -349,6 +350,11 @@ def distort_patches(patches: np.ndarray, drawn: PatchDistortion) -> None:
     """
     n, side = patches.shape[:2]
     rows = patches.reshape(n, side, 3 * side)
+    weights, sums = _blur_weights(drawn.sigma).astype(np.float32), _neighbours(side).reshape(3, -1)
+    factors = np.round(230 * drawn.brightness).astype(np.uint8)
+    hues = np.zeros((n, 1, side, 3), np.uint8)
+    hues[..., 0] = np.round(256 * drawn.hue).astype(np.int16)[:, None, None]
+    floats, blurred = np.empty((2, min(n, _CHUNK), side, 3 * side), np.float32)  # allocated once
     for operation, place in zip(_STEPS, drawn.places, strict=True):
         (changed,) = place.nonzero()
         for start in range(0, len(changed), _CHUNK):
@@ -362,16 +368,15 @@ def distort_patches(patches: np.ndarray, drawn: PatchDistortion) -> None:
                 sharp = cv2.addWeighted(wide, 22 / 13, cv2.blur(wide, (3, 3)), -9 / 13, 0).reshape(side, -1, 3 * side)
                 levels[:, 1:-1, 3:-3] = sharp[1:-1, :, 3:-3].swapaxes(0, 1)
             elif operation == "b":
-                weights = _blur_weights(drawn.sigma[own]).astype(np.float32)
-                matrices = (weights @ _neighbours(side).reshape(3, -1)).reshape(-1, side, side)
-                blurred = matrices @ levels.astype(np.float32)
-                levels = cv2.convertScaleAbs(blurred.reshape(1, -1)).reshape(levels.shape)  # rounds
+                floats[: len(own)] = levels
+                matrices = (weights[own] @ sums).reshape(-1, side, side)
+                result = np.matmul(matrices, floats[: len(own)], out=blurred[: len(own)])
+                levels = cv2.convertScaleAbs(result.reshape(1, -1)).reshape(levels.shape)  # rounds
             elif operation == "m":
-                factors = np.round(230 * drawn.brightness[own]).astype(np.uint8).repeat(3 * side**2)
-                cv2.multiply(line, factors.reshape(line.shape), line, 1 / 230)
+                cv2.multiply(line, factors[own].repeat(3 * side**2).reshape(line.shape), line, 1 / 230)
             else:
                 hsv = cv2.cvtColor(line, cv2.COLOR_RGB2HSV_FULL)
-                hsv[0, :, 0] += np.round(256 * drawn.hue[own]).astype(np.int16).astype(np.uint8).repeat(side**2)
+                hsv += hues[own].repeat(side, 1).reshape(line.shape)
                 cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, line)
             rows[own] = levels
 
