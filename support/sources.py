@@ -123,7 +123,7 @@ def data_spec(args: argparse.Namespace, made_with: dict[str, Any] | None = None)
         spec = replace(spec, intensity_range=spec.intensity_range or made_with.get("intensity_range"))
     if spec.dataset == "imagenet100" and not spec.classes:
         recorded = made_with.get("classes") if made_with.get("dataset") == spec.dataset else None
-        spec = replace(spec, classes=recorded or DEFAULT_CLASSES)
+        spec = replace(spec, classes=recorded if recorded and isinstance(recorded, str) else DEFAULT_CLASSES)
     return spec
 
 
