@@ -266,15 +266,20 @@ def _rotate_hue(levels: torch.Tensor, hues: torch.Tensor) -> torch.Tensor:
 def _blur(levels: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
     """Blur with a kernel per image, [n, 13, 1, 1], mirroring the edges. Return whole levels as floats."""
     n, channels, side, _ = levels.shape
-    period = max(2 * side - 2, 1)
-    index = torch.arange(-_RADIUS, side + _RADIUS, device=levels.device).abs_() % period
-    index = torch.minimum(index, period - index)
+    index = _mirrored(side, _RADIUS, levels.device)
     weights = kernels[:, None, :, 0, 0].expand(-1, channels, -1).reshape(n * channels, 1, 1, -1)
     blurred = levels.float()
     for axis, kernel in ((3, weights), (2, weights.transpose(2, 3))):
         padded = blurred.index_select(axis, index).flatten(0, 1)[None]
         blurred = F.conv2d(padded, kernel, groups=n * channels).view(levels.shape)
     return blurred.round_()
+
+
+def _mirrored(side: int, radius: int, device: torch.device) -> torch.Tensor:
+    """Return the indices from -radius to side + radius - 1, mirrored at the first and at the last of `side` pixels."""
+    period = max(2 * side - 2, 1)
+    index = torch.arange(-radius, side + radius, device=device).abs_() % period
+    return torch.minimum(index, period - index)
 
 
 # Patch augmentation takes the same steps for all patches, and changes a patch at some of them: h, hue; m, brightness
@@ -335,9 +340,9 @@ def _blur_weights(sigma: np.ndarray) -> np.ndarray:
 @functools.cache
 def _neighbours(side: int) -> np.ndarray:
     """Return matrices [3, side, side] that sum the rows of an image at distance 0, 1 and 2, mirroring the edges."""
-    sums = np.zeros((3, side, side), np.float32)
+    sums, mirrored = np.zeros((3, side, side), np.float32), np.pad(np.arange(side), 2, mode="reflect")
     for row, shift in itertools.product(range(side), range(-2, 3)):
-        sums[abs(shift), row, side - 1 - abs(side - 1 - abs(row + shift))] += 1
+        sums[abs(shift), row, mirrored[2 + row + shift]] += 1
     return sums
 
 
@@ -430,8 +435,7 @@ def _sharpen(patches: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 def _blur_rows(patches: torch.Tensor, near: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
     """Blur the columns of patches with weights of the pixels at distance 1 and 2, mirroring the edges."""
     side = patches.shape[3]
-    index = torch.arange(-2, side + 2, device=patches.device).abs_()
-    padded = patches.index_select(3, (side - 1) - ((side - 1) - index).abs_()).float()
+    padded = patches.index_select(3, _mirrored(side, 2, patches.device)).float()
     above2, above, own, below, below2 = (padded.narrow(3, i, side) for i in range(5))
     blurred = torch.addcmul(own * (1 - 2 * near - 2 * far), near, above + below)
     return torch.addcmul(blurred, far, above2 + below2).round_().to(torch.uint8)
@@ -582,8 +586,11 @@ class MultiCrop:
         if not distorts:
             return np.split(patch_rows(drawn), ends[:-1])
         cut = [view.reshape(grid, side, grid, side, 3).swapaxes(1, 2) for view, grid in zip(views, grids, strict=True)]
-        patches = np.concatenate([view.reshape(-1, side, side, 3) for view in cut])
+        patches = np.empty((ends[-1], side, side, 3), np.uint8)
+        pairs = [(view, own.reshape(view.shape)) for view, own in zip(cut, np.split(patches, ends[:-1]), strict=True)]
+        for view, own in pairs:
+            own[:] = view
         distort_patches(patches, drawn)
-        for view, own in zip(cut, np.split(patches, ends[:-1]), strict=True):
-            view[:] = own.reshape(view.shape)
+        for view, own in pairs:
+            view[:] = own
         return []

@@ -93,13 +93,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if path.exists():
         raise UserError(f"{path} already exists and is not overwritten: remove it, or give another --output")
     backbone, pretraining, crop_size = evaluation.open_model(evaluation.model_spec(args), args.crop_size)
-    spec = data_spec(args, pretraining)
-    dataset = build_dataset(spec, args.split, eval_transform(crop_size))
+    dataset = build_dataset(data_spec(args, pretraining), args.split, eval_transform(crop_size))
     paths = [f"{args.split}/{i}" for i in range(len(dataset))]
     if isinstance(dataset, ImageList):
         root = args.data_path if args.data_path and os.path.isdir(args.data_path) else dataset.root
         paths = [os.path.relpath(file, root) for file in dataset.paths]
-    settings = {**vars(args), "classes": spec.classes, "crop_size": crop_size, "pretraining": pretraining}
+    settings = {**vars(args), "crop_size": crop_size, "pretraining": pretraining}
     settings |= {"arch": WIDTHS.get(backbone.embed_dim), "patch_size": backbone.patch_embed.patch_size[0]}
     made_with = json.dumps(settings, default=str)
     make_folder(path.parent, "the folder of --output")

@@ -244,7 +244,7 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     workers = fit_all_workers(args.num_workers, batch_bytes, images.online_knn)
     init_hash = checkpoints.hash_of_file(args.init_weights) if args.init_weights else None
     every = 10 if args.knn_every is None and images.online_knn else args.knn_every or 0
-    settings = {**vars(args), "classes": images.classes, "knn_every": every, "init_hash": init_hash}
+    settings = {**vars(args), "knn_every": every, "init_hash": init_hash}
     of_older_runs = defaults_of_older_runs()
     earlier = checkpoints.open_output(output_dir, settings, of_older_runs, may_change(settings))
     checkpoint, settings["init_hash"] = earlier.checkpoint, earlier.init_hash
@@ -337,7 +337,6 @@ class Images(NamedTuple):
     online_knn: OnlineKNN | None
     no_knn: str  # why there is no online k-NN
     found: str = ""  # what the training images are
-    classes: str | Path | None = None  # see `DataSpec`
 
 
 def open_images(args: argparse.Namespace) -> Images:
@@ -354,7 +353,7 @@ def open_images(args: argparse.Namespace) -> Images:
             if args.knn_every:
                 raise UserError(f"--knn_every {args.knn_every}: {error}") from error
             no_knn = str(error)
-    return Images(train, knn, no_knn, train.describe(), spec.classes)
+    return Images(train, knn, no_knn, train.describe())
 
 
 def open_report(args: argparse.Namespace, run: Run, images: Images, *, accelerated: str, started: str) -> Report:

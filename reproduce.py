@@ -220,8 +220,9 @@ class Setup:
         return self.runs / (f"{recipe}-{self.name_of_list()}" if is_imagenet100 else recipe)
 
 
+@cache
 def recipe_arguments(recipe: str) -> argparse.Namespace:
-    """Return the arguments of a recipe."""
+    """Return the arguments of a recipe, which are not to be changed."""
     return main_lgssl.parse_arguments([f"@{ROOT / 'recipes' / recipe}.args"])
 
 

@@ -144,7 +144,7 @@ def check_image_side(side: int, backbone: VisionTransformer) -> None:
 def open_classification(
     args: argparse.Namespace, augmented: bool = False
 ) -> tuple[VisionTransformer | RawPixels, dict[str, Any], int, dict[str, LabeledImages]]:
-    """Open the network and the images of a classification from parsed options, and write the list of classes to these.
+    """Open the network and the images of a classification from parsed options.
 
     --pretrained_weights pixels opens RawPixels, which subtract the mean of the training images, on images that are not
     cropped.
@@ -165,9 +165,7 @@ def open_classification(
     else:
         network, made_with, img_size = open_model(model_spec(args), args.crop_size)
         transform = eval_transform(img_size)
-    spec = data_spec(args, made_with)
-    args.classes = spec.classes
-    splits = open_splits(spec, {"train": transform, "val": transform})
+    splits = open_splits(data_spec(args, made_with), {"train": transform, "val": transform})
     train = splits["train"]
     if args.pretrained_weights == "pixels":
         network = RawPixels(sum(train[i][0] for i in range(len(train))) / len(train))

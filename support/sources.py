@@ -106,7 +106,7 @@ class DataSpec:
 
 
 def data_spec(args: argparse.Namespace, made_with: dict[str, Any] | None = None) -> DataSpec:
-    """Return the data set that parsed options name.
+    """Return the data set that parsed options name, and write the list of ImageNet-100 to them, for the record.
 
     Args:
         made_with: recorded arguments of a pretraining, see `evaluation.open_model`, or of the run that is resumed. Its
@@ -123,7 +123,8 @@ def data_spec(args: argparse.Namespace, made_with: dict[str, Any] | None = None)
         spec = replace(spec, intensity_range=spec.intensity_range or made_with.get("intensity_range"))
     if spec.dataset == "imagenet100" and not spec.classes:
         recorded = made_with.get("classes") if made_with.get("dataset") == spec.dataset else None
-        spec = replace(spec, classes=recorded if recorded and isinstance(recorded, str) else DEFAULT_CLASSES)
+        args.classes = recorded if recorded and isinstance(recorded, str) else DEFAULT_CLASSES
+        spec = replace(spec, classes=args.classes)
     return spec
 
 
