@@ -123,7 +123,7 @@ def train(args: argparse.Namespace, run: Run, stop: StopRequest) -> signal.Signa
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
                     with torch.no_grad():
                         teacher_out = teacher(batch.views[:1], batch.matches.teacher_row)  # both global views
-                    student_out = ddp_student(batch.views, batch.matches.student_row)
+                    student_out = ddp_student(batch.views, batch.matches.student_row, batch.matches.student_kinds())
                     loss = criterion(student_out, teacher_out, batch.matches, scheduled["teacher_temp"])
                     loss = loss / args.accum_steps
                 # Multiply by NaN so that DDP's averaging makes every rank skip this step.
@@ -392,6 +392,7 @@ def build_networks(args: argparse.Namespace) -> tuple[BackboneWithHead, Teacher,
             use_bn=args.use_bn_in_head,
             norm_last_layer=args.norm_last_layer,
             hidden_dim=args.head_hidden_dim,
+            patch_mlp=args.patch_head == "separate",
         )
 
     torch.manual_seed(args.seed)

@@ -32,6 +32,8 @@ class Matches(NamedTuple):
     # num_matched is 0: padding.
     teacher_idx: torch.Tensor  # [M, Ns] m-th match of each student token, as an index into teacher_row
     num_matched: torch.Tensor  # [M, Ns] number of tokens matched in the same pair of views, including CLS
+    student_cls: torch.Tensor  # [B * V] indices into student_row of the CLS tokens
+    student_patch: torch.Tensor  # [Ns - B * V] indices into student_row of the patch tokens
     teacher_count: torch.Tensor  # [B] number of teacher tokens per image
     student_count: torch.Tensor  # [B] number of student tokens per image
 
@@ -39,6 +41,10 @@ class Matches(NamedTuple):
         """Move the index tensors to a device. The two counts stay on the CPU, where they determine tensor shapes."""
         indices = {name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:-2]}
         return self._replace(**indices)
+
+    def student_kinds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the indices into `student_row` of (CLS tokens, patch tokens)."""
+        return self.student_cls, self.student_patch
 
     def is_cls(self) -> torch.Tensor:
         """Return booleans [M, Ns]: whether the match is CLS with CLS. Each pair of views of an image has one."""
@@ -128,7 +134,9 @@ def match_views(
     teacher_row, teacher_position, teacher_count, teacher_idx = listed(
         pairs.teacher_view, pairs.teacher_token, tokens[:teacher_views].sum()
     )
-    student_row, _, student_count, student_idx = listed(pairs.student_view, pairs.student_token, tokens.sum())
+    student_row, student_position, student_count, student_idx = listed(
+        pairs.student_view, pairs.student_token, tokens.sum()
+    )
 
     # Arrange the pairs as m-th matches of their student tokens.
     num_matches = np.bincount(student_idx)  # per student token
@@ -145,6 +153,8 @@ def match_views(
         student_row=torch.from_numpy(student_row),
         teacher_idx=torch.from_numpy(table[0]),
         num_matched=torch.from_numpy(table[1]),
+        student_cls=torch.from_numpy(np.flatnonzero(student_position == 0)),
+        student_patch=torch.from_numpy(np.flatnonzero(student_position)),
         teacher_count=torch.from_numpy(teacher_count),
         student_count=torch.from_numpy(student_count),
     )

@@ -186,6 +186,7 @@ class DINOHead(nn.Module):
         use_bn: use batch norm after the hidden layers.
         norm_last_layer: fix the norm of each prototype to 1 instead of learning it.
         hidden_dim, bottleneck_dim: widths of the MLP.
+        patch_mlp: add a second MLP, for patch tokens. Both share the prototypes.
     """
 
     def __init__(
@@ -196,30 +197,64 @@ class DINOHead(nn.Module):
         norm_last_layer: bool = True,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
+        patch_mlp: bool = False,
     ) -> None:
         super().__init__()
         self.use_bn = use_bn
-        layers: list[nn.Module] = []
-        for width in (in_dim, hidden_dim):
-            layers.append(nn.Linear(width, hidden_dim))
-            layers += [nn.BatchNorm1d(hidden_dim), nn.GELU()] if use_bn else [nn.GELU()]
-        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        self.mlp = _mlp(in_dim, hidden_dim, bottleneck_dim, use_bn)
         self.last_layer = Prototypes(bottleneck_dim, out_dim, learn_norm=not norm_last_layer)
+        self.patch_mlp = _mlp(in_dim, hidden_dim, bottleneck_dim, use_bn) if patch_mlp else None
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Map tokens [N, in_dim] to unit vectors [N, bottleneck_dim]."""
+    def forward(self, tokens: torch.Tensor, kinds: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """Map tokens [N, in_dim] to unit vectors [N, bottleneck_dim].
+
+        Args:
+            kinds: (indices of the CLS tokens, indices of the patch tokens). Needed only with an MLP for patch tokens.
+        """
+        if self.patch_mlp is None:
+            return self._bottleneck(self.mlp, tokens)
+        if kinds is None:
+            raise ValueError("a head with an MLP for patch tokens needs kinds: which tokens are CLS, which patches")
+        cls, patch = kinds
+        z = torch.cat([self._bottleneck(self.mlp, tokens[cls]), self._bottleneck(self.patch_mlp, tokens[patch])])
+        return torch.empty_like(z).index_copy(0, torch.cat(kinds), z)
+
+    def _bottleneck(self, mlp: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         # On a CPU, blocks of more than 32 MiB would be returned to the system and requested again in every step, which
         # costs 4 % of the time. Batch norm needs all tokens at once.
         pieces = tokens.split(2048) if tokens.device.type == "cpu" and not self.use_bn else [tokens]
-        return torch.cat([F.normalize(self.mlp(piece), dim=-1) for piece in pieces])
+        return torch.cat([F.normalize(mlp(piece), dim=-1) for piece in pieces])
 
     def prototypes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weights [K, bottleneck_dim] and scale [K] of the last layer, see Prototypes."""
         return self.last_layer()
+
+
+def _mlp(in_dim: int, hidden_dim: int, out_dim: int, use_bn: bool) -> nn.Sequential:
+    """Return the MLP of DINO's head, with three linear layers."""
+    layers: list[nn.Module] = []
+    for width in (in_dim, hidden_dim):
+        layers.append(nn.Linear(width, hidden_dim))
+        layers += [BatchNorm(hidden_dim), nn.GELU()] if use_bn else [nn.GELU()]
+    layers.append(nn.Linear(hidden_dim, out_dim))
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm that takes its running statistics for less than two tokens, which have no variance.
+
+    A batch may hold a single matched patch, or none. With several GPUs, SyncBatchNorm takes its place, and needs two
+    tokens among all of them.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 1 or not self.training:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 class Prototypes(nn.Module):
@@ -261,20 +296,30 @@ class BackboneWithHead(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, views: Sequence[torch.Tensor], rows: torch.Tensor | None = None) -> TokenOutput:
+    def forward(
+        self,
+        views: Sequence[torch.Tensor],
+        rows: torch.Tensor | None = None,
+        kinds: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> TokenOutput:
         """Return the output for some tokens of the views.
 
         Args:
             views: normalized pixels, one tensor [n, 3, S, S] per view size.
             rows: LongTensor [N], indices of tokens in the concatenated outputs of all views; None selects all.
+            kinds: see DINOHead.forward. For all tokens, it is known: the first token of an image is CLS.
         """
         outputs = self.encode(views)
         cls_features = outputs[0][:, 0].detach().clone()  # a copy, so that the memory of the other tokens can be freed
         tokens = torch.cat([output.flatten(0, 1) for output in outputs])
         if rows is not None:
             tokens = tokens[rows]
+        elif self.head.patch_mlp is not None:
+            index = torch.arange(len(tokens), device=tokens.device).split([x.shape[0] * x.shape[1] for x in outputs])
+            of_images = [i.view(x.shape[:2]) for i, x in zip(index, outputs, strict=True)]
+            kinds = torch.cat([i[:, 0] for i in of_images]), torch.cat([i[:, 1:].flatten() for i in of_images])
         prototypes, scale = self.head.prototypes()
-        return TokenOutput(self.head(tokens), prototypes, scale, cls_features)
+        return TokenOutput(self.head(tokens, kinds), prototypes, scale, cls_features)
 
     def encode(self, views: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Return the tokens [n, 1+P, D] of each tensor of views. support/cuda_graphs.py replaces this method."""
@@ -296,15 +341,21 @@ class Teacher(BackboneWithHead):
         self.average_patches = average_patches
         self.requires_grad_(False)
 
-    def forward(self, views: Sequence[torch.Tensor], rows: torch.Tensor | None = None) -> TokenOutput:
+    def forward(
+        self,
+        views: Sequence[torch.Tensor],
+        rows: torch.Tensor | None = None,
+        kinds: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> TokenOutput:
         """Return the output for some tokens, with `mean_bottleneck` of every position, or only of CLS.
 
         Args:
             views: a list of one tensor [n, 3, S, S].
             rows: see BackboneWithHead.
+            kinds: see BackboneWithHead. With `average_patches`, it is not needed.
         """
         if not self.average_patches:
-            out = super().forward(views, rows)
+            out = super().forward(views, rows, kinds)
             return out._replace(mean_bottleneck=out.bottleneck.float().mean(0, keepdim=True))
         out = super().forward(views)
         mean = out.bottleneck.float().unflatten(0, (len(views[0]), -1)).mean(0)

@@ -40,6 +40,8 @@ def add_method_arguments(parser: ArgumentParser) -> None:
     add("--norm_last_layer", type=bool_flag, default=True, help="fix the norm of the prototypes to 1")
     add("--use_bn_in_head", type=bool_flag, default=False, help="use batch norm in the head")
     add("--head_hidden_dim", type=number(int, 1, 10**5), default=2048, help="width of the hidden layers of the head")
+    add("--patch_head", choices=("shared", "separate"), default="shared", help="MLP of the head for patch tokens: "
+        "that of CLS, or one of their own, an option of this repository. The prototypes are shared")
     add("--drop_path_rate", type=number(float, 0, 0.99), default=0.1, help="stochastic depth rate of the student")
     add("--init_weights", metavar="FILE", help="start from the weights of a checkpoint of this repository or DINO, "
         "timm's .safetensors, or timm:NAME; see docs/warm_start.md")
@@ -161,6 +163,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.check_crops(args)
     if args.use_bn_in_head and args.accum_steps > 1:
         parser.error("--accum_steps needs --use_bn_in_head false: batch norm would see one micro-batch at a time")
+    if args.patch_head == "separate" and args.loss == "cls":
+        parser.error("--patch_head separate needs a loss with patches, found --loss cls")
     if args.geometry == "batch" and args.image_size == 0:
         parser.error("--image_size 0 needs --geometry image: crops shared by a batch need images of one size")
     return args
@@ -180,6 +184,9 @@ def remarks(args: argparse.Namespace) -> list[str]:
     if args.warmup_teacher_temp_epochs > args.epochs and args.warmup_teacher_temp != args.teacher_temp:
         lines.append(f"note: --warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} is more than --epochs "
             f"{args.epochs}: the run ends before --teacher_temp {args.teacher_temp}")  # fmt: skip
+    if args.use_bn_in_head and args.loss != "cls" and args.patch_head == "shared":
+        lines.append("note: with --use_bn_in_head true, the head normalizes CLS by statistics of all matched tokens, "
+            "mostly patches: CLS outputs may become uniform. See --patch_head separate, docs/study.md")  # fmt: skip
     sides = [side for side in (args.global_crops_size, args.local_crops_size) if side % args.patch_size]
     if sides:
         rest = " and ".join(f"{side % args.patch_size} of {side}" for side in sides)

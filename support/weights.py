@@ -326,10 +326,17 @@ def start_from(start: Start, network: BackboneWithHead, center: torch.Tensor) ->
         state["pos_embed"] = interpolate_positions(state["pos_embed"], grid, new_grid)
         done.append(f"position embedding interpolated from {grid[0]}x{grid[1]} to {new_grid[0]}x{new_grid[1]} patches")
     network.backbone.load_state_dict(state)
-    misfit = _misfit(start.head, network.head)
+    head = {name: value for name, value in start.head.items() if not name.startswith("patch_mlp.")}
+    has_two, wants_two = len(head) < len(start.head), network.head.patch_mlp is not None
+    if wants_two:
+        own = {f"patch_{name}": value for name, value in head.items() if name.startswith("mlp.")}
+        head = start.head if has_two else {**head, **own}
+    misfit = _misfit(head, network.head)
     if misfit:
         return f"started from {start.path}: " + "; ".join(["backbone only", *done, misfit])
-    network.head.load_state_dict(start.head)
+    network.head.load_state_dict(head)
+    if has_two != wants_two:
+        done.append("the head of CLS for all tokens" if has_two else "one head for both kinds of tokens")
     if start.center is not None and start.center.shape == center.shape:
         center.copy_(start.center)
         done.append("center of the loss")

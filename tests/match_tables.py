@@ -29,12 +29,15 @@ def lay_out(pairs, position):
             image, teacher, _, count = pairs[number]
             teacher_idx[m, j], num_matched[m, j] = teachers.index((image, teacher)), count
             places[number] = (m, j)
+    is_cls = [any(position[pairs[n][1]] == 0 for n in matches_of[key]) for key in students]
     matches = Matches(
         torch.tensor([row for _, row in teachers]),
         torch.tensor([position[row] for _, row in teachers]),
         torch.tensor([row for _, row in students]),
         teacher_idx,
         num_matched,
+        torch.tensor([j for j, cls in enumerate(is_cls) if cls], dtype=torch.int64),
+        torch.tensor([j for j, cls in enumerate(is_cls) if not cls], dtype=torch.int64),
         torch.tensor([sum(b == image for b, _ in teachers) for image in images]),
         torch.tensor([sum(b == image for b, _ in students) for image in images]),
     )

@@ -78,6 +78,7 @@ def imitate(patch) -> list:
         "--accum_steps 2 --local_crops_number 0",
         "--accum_steps 2 --drop_path_rate 0 --loss cls",
         "--precision bf16 --accum_steps 2",
+        "--accum_steps 2 --patch_head separate",
     ],
 )
 def test_graphs_change_no_bit(photo_folder, tmp_path, monkeypatch, options):

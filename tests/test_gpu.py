@@ -219,7 +219,10 @@ def test_graphs_change_no_bit(tmp_path, deterministic, precision, accum_steps):
     assert_same_state(*(torch.load(folder / "checkpoint.pth", weights_only=True) for folder in folders))
 
 
-@pytest.mark.parametrize(("options", "tolerance"), [("", 1e-4), ("--accum_steps 2", 1e-4), ("--compile", 2e-3)])
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [("", 1e-4), ("--patch_head separate", 1e-4), ("--accum_steps 2", 1e-4), ("--compile", 2e-3)],
+)
 def test_graphs_with_local_views_have_the_same_losses(tmp_path, capsys, options, tolerance):
     """Online k-NN and pictures, of other batch sizes, run beside the graphs."""
     common = "--batch_size_per_gpu 64 --drop_path_rate 0.2 --precision fp32 --knn_every 1 --image_every 1".split()
@@ -252,6 +255,7 @@ def test_a_backbone_that_cannot_be_captured_trains_without_graphs(tmp_path, monk
     [
         "--loss mean",
         "--loss cls",
+        "--patch_head separate --use_bn_in_head true",
         "--precision bf16",
         "--optimizer sgd",
         "--optimizer lars",

@@ -41,6 +41,7 @@ def steps(output):
 @pytest.fixture(scope="module")
 def commands(photo_folder, copydays_folder, retrieval_folder):
     """Return {name: (script, options, more of them in one process, more of them in two)}."""
+    apart = "--image_size 64 --global_crops_scale 0.02 0.05 --local_crops_scale 0.01 0.02".split()  # few patches match
     train = [*TINY, "--geometry", "image", "--drop_path_rate", 0, "--data_path", photo_folder]
     copies = ["--data_path", copydays_folder / "copydays", "--whitening_path", copydays_folder / "whitening"]
     copies += ["--distractors_path", copydays_folder / "distractors", "--imsize", 64, "--batch_size_per_gpu", 5]
@@ -48,10 +49,12 @@ def commands(photo_folder, copydays_folder, retrieval_folder):
     places = ["--data_path", retrieval_folder, "--dataset", "rparis6k"]
     linear = ["--data_path", photo_folder, "--crop_size", 32, "--epochs", 3, "--lr", 2]
     model = ["--num_workers", 1, "--pretrained_weights", "none", "--arch", "vit_micro"]
+    four, two = ["--batch_size_per_gpu", 4], ["--batch_size_per_gpu", 2]
     ten, five = ["--batch_size_per_gpu", 10], ["--batch_size_per_gpu", 5]  # of 12 images: the last step has two
     return {
-        "mean": ("main_lgssl", train, ["--batch_size_per_gpu", 4], ["--batch_size_per_gpu", 1, "--accum_steps", 2]),
-        "cls": ("main_lgssl", [*train, "--loss", "cls"], ["--batch_size_per_gpu", 4], ["--batch_size_per_gpu", 2]),
+        "mean": ("main_lgssl", train, four, ["--batch_size_per_gpu", 1, "--accum_steps", 2]),
+        "separate": ("main_lgssl", [*train, "--patch_head", "separate", *apart], four, two),
+        "cls": ("main_lgssl", [*train, "--loss", "cls"], four, two),
         "knn": ("eval_knn", [*knn, *model], [], []),
         "copies": ("eval_copy_detection", [*copies, *model], [], []),
         "retrieval": ("eval_image_retrieval", [*places, *model], [], []),
@@ -88,7 +91,7 @@ def both(request, tmp_path, run_main, commands, in_two):
     return tmp_path / "one", in_two / request.param
 
 
-@pytest.mark.parametrize("both", ["mean", "cls"], indirect=True)
+@pytest.mark.parametrize("both", ["mean", "separate", "cls"], indirect=True)
 def test_two_processes_equal_one_with_twice_the_batch(both):
     one, two = map(steps, both)
     assert len(one) == len(two) == 3

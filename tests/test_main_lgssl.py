@@ -84,22 +84,27 @@ def naive_loss(student, teacher, views, rule, temperature, loss, center):
 
 @pytest.mark.parametrize("geometry", ["batch", "image"])
 @pytest.mark.parametrize("loss", [("cls", 0), ("mean", 0), ("sum", 0), ("lambda", 0.2), ("lambda_sum", 0.8)])
-def test_loss_gradient_and_center_of_a_batch_equal_algorithm_1(photo_folder, loss, geometry):
+@pytest.mark.parametrize("patch_mlp", [False, True])
+def test_loss_gradient_and_center_of_a_batch_equal_algorithm_1(photo_folder, loss, geometry, patch_mlp):
     torch.manual_seed(0)
     dataset = open_dataset("folder", photo_folder, "train", ResizedArray(64))
     crop = MultiCrop(global_size=32, local_size=16, local_scale=(0.05, 0.3), local_number=3, geometry=geometry)
     rule = None if loss[0] == "cls" else "paper"
     batches = ViewBatches(dataset, crop, 8, rule, 0)
     (views, _), batch = batches.make_views((0, 5, [3, 1, 8])), batches[0, 5, [3, 1, 8]]
-    student = BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24, hidden_dim=32))
-    teacher = Teacher(vit_micro(8, img_size=32), DINOHead(96, 24, hidden_dim=32), average_patches=loss[0] != "cls")
+    patch_mlp &= loss[0] != "cls"
+    heads = [DINOHead(96, 24, hidden_dim=32, patch_mlp=patch_mlp) for _ in range(2)]
+    student = BackboneWithHead(vit_micro(8, img_size=32), heads[0])
+    teacher = Teacher(vit_micro(8, img_size=32), heads[1], average_patches=loss[0] != "cls")
     criterion = LocalGlobalLoss(24, 16, *loss)
     criterion.center.normal_(std=0.1)
     center = criterion.center.double()
     center = center if loss[0] != "cls" else center.expand(17, -1)
     crops = [normalize(pixels) for pixels in batch.pixels]
-    teacher_out, student_out = teacher(crops[:1], batch.matches.teacher_row), student(crops, batch.matches.student_row)
-    value = criterion(student_out, teacher_out, batch.matches, 0.05)
+    matches = batch.matches
+    teacher_out = teacher(crops[:1], matches.teacher_row)
+    student_out = student(crops, matches.student_row, matches.student_kinds())
+    value = criterion(student_out, teacher_out, matches, 0.05)
     gradient = torch.autograd.grad(value, student.head.last_layer.weight_v)[0]
     expected, mean_logits = naive_loss(student, teacher, views, rule or "paper", 0.05, loss, center)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -855,6 +860,7 @@ EFFECTS = {
     "--optimizer sgd": "student", "--momentum_teacher 0.1": "teacher", "--freeze_last_layer 1": "student",
     "--freeze_backbone 1": "student", "--global_crops_size 40": "shapes", "--local_crops_size 24": "loss",
     "--patch_size 4": "shapes", "--out_dim 20": "shapes", "--head_hidden_dim 20": "shapes", "--arch vit_tiny": "shapes",
+    "--patch_head separate": "shapes",
     "--use_bn_in_head true": "shapes", "--norm_last_layer false": "student", "--batch_size_per_gpu 5": "loss",
 }  # fmt: skip
 
@@ -940,6 +946,13 @@ def test_warm_ups_that_last_to_the_end_and_a_finished_run_are_named(photo_folder
     assert remarks(parse_arguments(constant)) == []
 
 
+@pytest.mark.parametrize(("options", "lines"), [("", 1), ("--loss cls", 0), ("--patch_head separate", 0)])
+def test_batch_norm_over_cls_and_patches_is_named(options, lines):
+    found = remarks(parse_arguments(["--use_bn_in_head", "true", *options.split()]))
+    assert len(found) == lines
+    assert all("the head normalizes CLS by statistics of all matched tokens, mostly patches" in line for line in found)
+
+
 def test_pixels_beyond_the_last_whole_patch_are_left_out(photo_folder, tmp_path, capsys, monkeypatch):
     """As by DINO's convolution: a run whose views are cut to whole patches ends with the same weights."""
     options = ("--loss", "cls", "--patch_size", 14, "--epochs", 1, "--warmup_epochs", 0, "--lr", 0.05)
@@ -1013,6 +1026,7 @@ def test_a_dino_command_line_works():
         ("--patch_size 2 --patch_augmentation", "--patch_augmentation needs a --patch_size of at least 3, found 2"),
         ("--loss cls --patch_size 97", "--local_crops_size 96 is not a multiple of --patch_size 97; the nearest is 97"),
         ("--image_size 0", "--image_size 0 needs --geometry image"),
+        ("--loss cls --patch_head separate", "--patch_head separate needs a loss with patches, found --loss cls"),
         ("--accum_steps 2 --use_bn_in_head true", "--accum_steps needs --use_bn_in_head false"),
         ("--local_crops_scale 0.4 0.1", "--local_crops_scale 0.4 0.1: expected two positive fractions, the smaller"),
         ("--lossy mean", "unknown option --lossy; did you mean --loss?"),

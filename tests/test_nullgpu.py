@@ -157,7 +157,7 @@ def test_all_settings_train(run_all):
     commands = [f"{TINY} --loss {x} --geometry {y} --precision {z}" for x, y, z in itertools.product(*choices)]
     others = ["grad_checkpointing", "accum_steps 2", "center shared", "use_bn_in_head true", "norm_last_layer false"]
     others += ["freeze_last_layer 1", "clip_grad 0", "matching nearest", "local_crops_number 0", "cuda_graphs false"]
-    others += ["patch_augmentation"]
+    others += ["patch_augmentation", "patch_head separate", "patch_head separate --use_bn_in_head true"]
     others += ["accum_steps 2 --local_crops_number 0", "drop_path_rate 0"]
     results = run_all([*commands, *(f"{TINY} --{other}" for other in others)])
     assert {command: result["error"] for command, result in results.items() if result["error"]} == {}

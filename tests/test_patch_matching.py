@@ -181,6 +181,11 @@ def test_the_table_of_a_batch_has_the_matches_of_every_pair_of_views(rule, image
                 found.append((t[1], t[0], t[2], s[0], s[2], count))
     assert sorted(found) == sorted(naive_pairs(boxes, flips, batch, rule))
     assert matches.teacher_position.tolist() == teacher[:, 2].tolist()
+    is_cls, of_student = student[:, 2] == 0, matches.student_kinds()
+    assert [kind.tolist() for kind in of_student] == [
+        is_cls.nonzero()[:, 0].tolist(),
+        (~is_cls).nonzero()[:, 0].tolist(),
+    ]
     both_cls = (teacher[matches.teacher_idx][..., 2] == 0) & (student[:, 2] == 0)
     assert torch.equal(matches.is_cls(), both_cls & (matches.num_matched > 0))
     assert matches.is_cls().sum() == batch * 2 * 4

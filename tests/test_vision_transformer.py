@@ -1,6 +1,9 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import timms_drop_paths
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
@@ -168,7 +171,41 @@ def test_head_is_dinos():
     weights, scale = head.prototypes()
     torch.testing.assert_close(bottleneck @ (scale * weights.T), linear(bottleneck))
     normed = DINOHead(24, 50, use_bn=True)
-    assert [type(layer).__name__ for layer in normed.mlp] == ["Linear", "BatchNorm1d", "GELU"] * 2 + ["Linear"]
+    assert [type(layer).__name__ for layer in normed.mlp] == ["Linear", "BatchNorm", "GELU"] * 2 + ["Linear"]
+
+
+def test_a_head_with_two_mlps_is_two_heads_with_the_same_prototypes():
+    """Batch norm sees one kind of token at a time."""
+    head = DINOHead(24, 50, use_bn=True, hidden_dim=32, bottleneck_dim=16, patch_mlp=True)
+    tokens, cls, patch = torch.randn(9, 24), torch.tensor([0, 3, 4]), torch.tensor([1, 2, 5, 6, 7, 8])
+    states = [head.mlp.state_dict(), head.patch_mlp.state_dict()]
+    assert not torch.equal(states[0]["0.weight"], states[1]["0.weight"])
+    expected = torch.empty(9, 16)
+    for kind, state in zip((cls, patch), copy.deepcopy(states), strict=True):
+        alone = DINOHead(24, 50, use_bn=True, hidden_dim=32, bottleneck_dim=16)
+        alone.mlp.load_state_dict(state)
+        expected[kind] = alone(tokens[kind]).detach()
+    torch.testing.assert_close(head(tokens, (cls, patch)), expected)
+    with pytest.raises(ValueError, match="needs kinds: which tokens are CLS"):
+        head(tokens)
+
+
+@pytest.mark.parametrize("patches", [0, 1])
+def test_batch_norm_takes_its_running_statistics_for_less_than_two_patches(patches):
+    """Every parameter gets a gradient, as DDP demands."""
+    head = DINOHead(24, 50, use_bn=True, hidden_dim=32, bottleneck_dim=16, patch_mlp=True)
+    index = torch.arange(4 + patches)
+    head(torch.randn(4, 24), (index[:2], index[2:4]))  # moves the statistics
+    before = copy.deepcopy(head)
+    tokens, kinds = torch.randn(4 + patches, 24), (index[:4], index[4:])
+    z = head(tokens, kinds)
+    torch.testing.assert_close(z[4:], F.normalize(before.patch_mlp.eval()(tokens[4:]), dim=-1))
+    for gradient in torch.autograd.grad(
+        z.square().sum() + z.sum(), [*head.mlp.parameters(), *head.patch_mlp.parameters()]
+    ):
+        assert gradient.isfinite().all()
+    for name, value in before.patch_mlp.state_dict().items():
+        assert torch.equal(head.patch_mlp.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize(("device", "use_bn", "calls"), [("cpu", False, 3), ("cpu", True, 1), ("meta", False, 1)])
@@ -192,6 +229,24 @@ def test_rows_pick_tokens_of_all_views():
     torch.testing.assert_close(out.bottleneck[70], network([views[1]]).bottleneck[2])
     torch.testing.assert_close(out.cls_features, network.backbone(views[0])[:, 0].detach())
     assert out.mean_bottleneck is None
+
+
+def test_networks_with_two_mlps_tell_cls_from_patches():
+    head = DINOHead(96, 20, hidden_dim=32, patch_mlp=True)
+    network = BackboneWithHead(vit_micro(8, img_size=32), head).eval()
+    views = [torch.randn(4, 3, 32, 32), torch.randn(2, 3, 16, 16)]
+    expected = []
+    for view in views:
+        tokens = network.backbone(view)
+        of_cls, of_patches = (F.normalize(mlp(tokens), dim=-1) for mlp in (head.mlp, head.patch_mlp))
+        expected.append(torch.cat([of_cls[:, :1], of_patches[:, 1:]], 1).flatten(0, 1))
+    expected = torch.cat(expected)
+    torch.testing.assert_close(network(views).bottleneck, expected)
+    rows, kinds = torch.tensor([17, 20, 68, 77]), (torch.tensor([0, 2]), torch.tensor([1, 3]))
+    torch.testing.assert_close(network(views, rows, kinds).bottleneck, expected[rows])
+    out = Teacher(network.backbone, head)(views[:1], rows[:2])
+    torch.testing.assert_close(out.bottleneck, expected[rows[:2]])
+    torch.testing.assert_close(out.mean_bottleneck, expected[:68].unflatten(0, (4, 17)).mean(0))
 
 
 def test_teacher_averages_every_position_over_the_views_or_cls_alone():

@@ -106,6 +106,23 @@ def test_a_head_with_learned_norms_does_not_fit_fixed_ones(photo_folder, tmp_pat
     assert "backbone and head" in capsys.readouterr().out
 
 
+def test_one_head_starts_both_and_the_head_of_cls_starts_a_shared_one(photo_folder, tmp_path, capsys):
+    still = (*FROZEN, "--lr", 0, "--min_lr", 0, "--warmup_epochs", 0, "--seed", 5)
+    one = train(photo_folder, tmp_path / "one", "--epochs", 1)["teacher"]
+    separate = ("--patch_head", "separate")
+    two = train(photo_folder, tmp_path / "two", *separate, "--init_weights", tmp_path / "one/checkpoint.pth", *still)
+    assert "backbone and head; one head for both kinds of tokens; center of the loss" in capsys.readouterr().out
+    for name in ("mlp.", "patch_mlp."):
+        assert_same(part(two["teacher"], f"head.{name}"), part(one, "head.mlp."))
+    two = train(photo_folder, tmp_path / "fresh", *separate, "--epochs", 1)["teacher"]
+    path = tmp_path / "fresh/checkpoint.pth"
+    again = train(photo_folder, tmp_path / "again", *separate, "--init_weights", path, *still)["student"]
+    assert_same(again, two)
+    shared = train(photo_folder, tmp_path / "shared", "--init_weights", path, *still)["student"]
+    assert "backbone and head; the head of CLS for all tokens; center of the loss" in capsys.readouterr().out
+    assert_same(shared, {name: value for name, value in two.items() if "patch_mlp" not in name})
+
+
 def test_own_checkpoints_give_the_teacher_or_the_student(photo_folder, tmp_path):
     first = train(photo_folder, tmp_path / "first", "--epochs", 1, "--lr", 0.05, "--warmup_epochs", 0)
     path = tmp_path / "first/checkpoint.pth"
