@@ -13,6 +13,7 @@ from utils import Process, UserError, all_gather, start_all_reduce_mean, warn
 from vision_transformer import TokenOutput
 
 SAMPLE = 8  # number of images per batch whose outputs over all K prototypes are measured
+MAX_PATCHES = 64  # number of their patches
 
 
 class Meters:
@@ -186,6 +187,9 @@ def measure(
             output_information: mutual information between image and teacher output, in nats; 0 if all outputs are
                 equal.
             kl: KL divergence of the student's output from the teacher's, averaged over pairs of views, in nats.
+        Of at most MAX_PATCHES matched patches of these images, unless the loss is that of CLS; NaN if none is matched:
+            patch_entropy_share: as entropy_share.
+            patch_information: mutual information between patch and teacher output, in nats.
         Of the whole batch:
             center_norm: L2 norm of the center of CLS.
             cls_cosine: mean cosine between the teacher's CLS features of different images.
@@ -199,25 +203,39 @@ def measure(
     def logits(out: TokenOutput, rows: torch.Tensor) -> torch.Tensor:
         return out.bottleneck[rows].float() @ out.prototypes.float().T * out.scale
 
+    def entropies_and_information(log_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the entropy of each distribution and the mutual information: log-probabilities [n, K] -> [n], []."""
+        entropies, mean = -(log_t.exp() * log_t).sum(1), log_t.exp().mean(0)
+        return entropies, -(mean * mean.clamp(min=1e-30).log()).sum() - entropies.mean()
+
     images = len(matches.teacher_count)
     features = F.normalize(teacher_out.cls_features[:images].float())  # first global view
     with torch.autocast(features.device.type, enabled=False):
         log_t = F.log_softmax((logits(teacher_out, teacher_rows) - criterion.center[0]) / teacher_temp, dim=1)
         log_s = F.log_softmax(logits(student_out, student_rows) / criterion.student_temp, dim=1)
-        t = log_t.exp()  # [≤ 2 SAMPLE, K]
-        entropies = -(t * log_t).sum(1)
-        entropy = entropies.mean()
-        mean_t = t.mean(0)
-        information = -(mean_t * mean_t.clamp(min=1e-30).log()).sum() - entropy
-        cross = -(t @ log_s.T)[teacher_of, student_of]
+        entropies, information = entropies_and_information(log_t)
+        cross = -(log_t.exp() @ log_s.T)[teacher_of, student_of]  # log_t: [≤ 2 SAMPLE, K]
         kl = (cross - entropies[teacher_of]).mean()
+        of_patches = {}
+        if criterion.loss != "cls":
+            position = matches.teacher_position[: int(matches.teacher_count[:SAMPLE].sum())]
+            rows = position.nonzero()[:, 0]
+            rows = rows[:: math.ceil(len(rows) / MAX_PATCHES) or 1]
+            center = criterion.center[position[rows] if len(criterion.center) > 1 else 0]
+            log_p = F.log_softmax((logits(teacher_out, rows) - center) / teacher_temp, dim=1)
+            patch_entropies, patch_information = entropies_and_information(log_p)
+            of_patches = {
+                "patch_entropy_share": patch_entropies.mean() / math.log(log_p.shape[1]),
+                "patch_information": patch_information,
+            }
     n = len(features)
     cosine = (features.sum(0).square().sum() - n) / (n * (n - 1)) if n > 1 else features.new_tensor(math.nan)
     return {
-        "teacher_entropy": entropy,
-        "entropy_share": entropy / math.log(t.shape[1]),
+        "teacher_entropy": entropies.mean(),
+        "entropy_share": entropies.mean() / math.log(log_t.shape[1]),
         "output_information": information,
         "kl": kl,
+        **of_patches,
         "center_norm": criterion.center[0].norm(),
         "cls_cosine": cosine,
     }

@@ -31,17 +31,28 @@ WATCH_FROM = 2000  # the watch for a collapse starts at this step, or at the end
 
 # name: (test on the values of `measure`, message)
 COLLAPSES: dict[str, tuple[Callable[[dict[str, float]], bool], str]] = {
-    "uniform outputs": (
+    "uniform outputs of CLS": (
         lambda v: v["entropy_share"] > 0.99,
         "the teacher's CLS outputs have {entropy_share:.1%} of the maximum entropy, ln K. With --loss cls, the loss "
-        "stays at ln K; other losses may still learn from patches. Try a lower --warmup_teacher_temp and "
-        "--teacher_temp, a lower --momentum_teacher for small data sets, another --lr, or --use_bn_in_head true",
+        "stays at ln K; other losses may still learn from patches. Try --use_bn_in_head true (with patches in the "
+        "loss, only together with --patch_head separate: docs/study.md), a lower --warmup_teacher_temp and "
+        "--teacher_temp, a lower --momentum_teacher for small data sets, or another --lr",
+    ),
+    "uniform outputs of patches": (
+        lambda v: v["patch_entropy_share"] > 0.99,
+        "the teacher's patch outputs have {patch_entropy_share:.1%} of the maximum entropy, ln K: they "
+        "teach the student nothing. Try a lower --warmup_teacher_temp and --teacher_temp, or another --lr",
     ),
     "one output for all images": (
         lambda v: v["entropy_share"] <= 0.99 and v["output_information"] < 0.05,
         "the mutual information between image and teacher output is {output_information:.3f} nats. Try a higher "
         "--warmup_teacher_temp and --teacher_temp, a lower --lr, a longer --freeze_last_layer, or "
         "--norm_last_layer true",
+    ),
+    "one output for all patches": (
+        lambda v: v["patch_entropy_share"] <= 0.99 and v["patch_information"] < 0.05,
+        "the mutual information between patch and teacher output is {patch_information:.3f} nats. Try a higher "
+        "--warmup_teacher_temp and --teacher_temp, a lower --lr, or a longer --freeze_last_layer",
     ),
     "features all alike": (
         lambda v: v["cls_cosine"] > 0.999,

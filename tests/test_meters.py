@@ -14,8 +14,8 @@ from vision_transformer import BackboneWithHead, DINOHead, Teacher, vit_micro
 PROCESS = Process(0, 1, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("rule", ["paper", None])
-def test_quantities_are_those_of_a_naive_computation(rule):
+@pytest.mark.parametrize(("rule", "center"), [("paper", "position"), ("paper", "shared"), (None, "position")])
+def test_quantities_are_those_of_a_naive_computation(rule, center):
     torch.manual_seed(0)
     images = [(torch.randint(0, 256, (48, 48, 3), dtype=torch.uint8).numpy(), 0) for _ in range(10)]
     student = BackboneWithHead(vit_micro(8, img_size=32), DINOHead(96, 24)).eval()
@@ -23,21 +23,27 @@ def test_quantities_are_those_of_a_naive_computation(rule):
     batches = ViewBatches(images, MultiCrop(global_size=32, local_size=16, local_number=2), 8, rule, 0)
     crops, _, matches, *_ = batches[0, 0, list(range(10))]
     crops = [normalize(crop) for crop in crops]
-    criterion = LocalGlobalLoss(24, 16, "mean" if rule else "cls")
+    criterion = LocalGlobalLoss(24, 16, "mean" if rule else "cls", center=center)
     criterion.center.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         teacher_out, student_out = teacher(crops[:1], matches.teacher_row), student(crops, matches.student_row)
         found = measure(student_out, teacher_out, matches, criterion, 0.05)
 
-        def outputs(network, crop, center, temperature):
+        def outputs(network, crop, center, temperature, token=0):
             z, weights, scale, *_ = BackboneWithHead.forward(network, [crop])
-            logits = z.unflatten(0, (len(crop), -1))[:, 0].double() @ (scale[:, None] * weights).T.double()
+            logits = z.unflatten(0, (len(crop), -1))[:, token].double() @ (scale[:, None] * weights).T.double()
             return ((logits - center) / temperature).softmax(-1)
 
         views = [*crops[0].split(10), *crops[1].split(10)]  # two global, two local
         t = [outputs(teacher, view, criterion.center[0], 0.05)[:8] for view in views[:2]]
         s = [outputs(student, view, 0, 0.1)[:8] for view in views]
         features = teacher.backbone(views[0])[:, 0].double()
+        centers = criterion.center.expand(17, -1)
+        tokens = [outputs(teacher, view, centers[p], 0.05, p) for view in views[:2] for p in range(17)]
+        if not rule:  # no patch is matched
+            without = measure(student_out, teacher_out, matches, LocalGlobalLoss(24, 16, "mean"), 0.05)
+            assert without["patch_entropy_share"].isnan()
+            assert without["patch_information"].isnan()
     every = torch.cat(t)
     entropy = -(every * every.log()).sum(1).mean()
     kl = torch.stack(
@@ -58,6 +64,16 @@ def test_quantities_are_those_of_a_naive_computation(rule):
         "center_norm": criterion.center[0].norm(),
         "cls_cosine": torch.stack(pairs).mean(),
     }
+    if rule:
+        rows = matches.teacher_row[: matches.teacher_count[:8].sum()]  # of the first view, 10 images of 17 tokens, then
+        rows = rows[rows % 17 > 0]
+        view, image, position = rows // 170, rows // 17 % 10, rows % 17
+        listed = zip(view.tolist(), image.tolist(), position.tolist(), strict=True)
+        patches = torch.stack([tokens[17 * v + p][b] for v, b, p in listed])[:: math.ceil(len(rows) / 64)]
+        assert 32 < len(patches) <= 64 < len(rows)
+        entropy, mean = -(patches * patches.log()).sum(1).mean(), patches.mean(0)
+        expected["patch_entropy_share"] = entropy / math.log(24)
+        expected["patch_information"] = -(mean * mean.log()).sum() - entropy
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert float(found[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name

@@ -12,12 +12,15 @@ import torch
 from support.report import CollapseWatch, Report, hide_tensorboard_errors
 
 HEALTHY = {"entropy_share": 0.6, "output_information": 1.2, "cls_cosine": 0.5}
+HEALTHY |= {"patch_entropy_share": 0.7, "patch_information": 1.1}
 
 
 @pytest.mark.parametrize(
     ("values", "name", "option"),
     [
-        ({"entropy_share": 0.999, "output_information": 0.0}, "uniform outputs", "--teacher_temp"),
+        ({"entropy_share": 0.999, "output_information": 0.0}, "uniform outputs of CLS", "--patch_head"),
+        ({"patch_entropy_share": 0.999, "patch_information": 0}, "uniform outputs of patches", "--teacher_temp"),
+        ({"patch_information": 0.01}, "one output for all patches", "--freeze_last_layer"),
         ({"entropy_share": 0.3, "output_information": 0.01}, "one output for all images", "--freeze_last_layer"),
         ({"cls_cosine": 0.9999}, "features all alike", "--lr"),
     ],
