@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,13 @@ from utils import Process, UserError, cosine_schedule, init_distributed, run_mai
 from vision_transformer import ARCHITECTURES, BackboneWithHead, DINOHead, Teacher, VisionTransformer
 
 
-def main(argv: list[str] | None = None) -> signal.Signals | None:
-    """Train and return None. After a signal, save, stop early and return the signal."""
+def main(argv: list[str] | None = None, prepare: Callable[["Run"], None] | None = None) -> signal.Signals | None:
+    """Train and return None. After a signal, save, stop early and return the signal.
+
+    Args:
+        argv: options; by default those of the command line.
+        prepare: called with the run before its first step, for studies that look into a training.
+    """
     args = parse_arguments(argv)
     cv2.setNumThreads(0)  # views may be made in this process; with several, each has its share of the cores
     set_threads(args.num_workers)
@@ -61,6 +67,8 @@ def main(argv: list[str] | None = None) -> signal.Signals | None:
         try:
             with stop.waiting_for_data():
                 run = build_run(args, stop)
+            if prepare:
+                prepare(run)
             stopped_by = train(args, run, stop)
         except NoData:
             warn(f"still waiting for data {PATIENCE} s after the signal: the run stops without saving this step")

@@ -36,7 +36,6 @@ COLUMNS = (  # of the table: (logged value, title, digits)
     ("matched_patches", "matched patches", 1),
 )
 NAMES = [name for name, _, _ in COLUMNS]
-CURVE_COLUMNS = ["row", "seed", "epoch", *NAMES, "out_dim"]  # of a CSV file of curves; older ones lack out_dim
 FLAT = 0.01  # a curve changes if its values differ by more than this share of the highest
 MAX_WIDTH = 100  # of the table, in columns
 # Runs on different images are not averaged.
@@ -55,7 +54,7 @@ class Run:
         seed: of the run, or None if it is unknown.
         arguments: arguments of main_lgssl.py and the number of `processes`. Empty if they are unknown.
         out_dim: number of prototypes, or "unknown".
-        curves: {name: curve} for each of NAMES.
+        curves: {name: curve}, by default for each of NAMES.
     """
 
     name: str
@@ -70,8 +69,11 @@ class Run:
             self.curves[name][epoch] = value
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, names: Sequence[str] = NAMES) -> Run:
     """Read the log of a run. Truncated lines and values that no float32 has are skipped.
+
+    Args:
+        names: logged values that become curves.
 
     Raises:
         UserError: the folder has no log or no finished epoch, or args.json cannot be read.
@@ -79,12 +81,12 @@ def read_run(folder: Path) -> Run:
     log, path, starts = (folder / name for name in ("log.txt", "args.json", "environment.jsonl"))
     if not os.path.exists(log):  # also False for a name that is too long
         raise UserError(f"no {log}: expected the --output_dir of a run of main_lgssl.py with a finished epoch")
-    run = Run(str(folder))
+    run = Run(str(folder), curves={name: {} for name in names})
     for entry in read_log(log):
-        for name in NAMES if "epoch" in entry else ():
+        for name in names if "epoch" in entry else ():
             run.add(name, int(entry["epoch"]) + 1, entry.get(f"train_{name}", entry.get(name)))
     if not any(run.curves.values()):
-        raise UserError(f"{log} has no finished epoch yet, or no finite number of {', '.join(NAMES)}: omit this folder")
+        raise UserError(f"{log} has no finished epoch yet, or no finite number of {', '.join(names)}: omit this folder")
     if path.exists():
         processes = [start.get("processes", 1) for start in read_log(starts)] if starts.exists() else []
         run.arguments = {**with_class_list(read_json(path)), "processes": max(processes, default=1)}
@@ -92,21 +94,29 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def read_curves(path: Path) -> list[Run]:
+def read_curves(path: Path, names: Sequence[str] = NAMES) -> list[Run]:
     """Read the runs in a CSV file of curves, as the studies write it.
+
+    Args:
+        names: its curves.
 
     Raises:
         UserError: the file cannot be read, or has no runs.
     """
     runs: dict[tuple[str, str], Run] = {}
-    for line in read_table(path, CURVE_COLUMNS, optional=1):
-        row, seed = line["row"], line["seed"]
-        run = runs.setdefault((row, seed), Run(row, seed, out_dim=line.get("out_dim", "unknown")))
-        for name in NAMES:
+    for line in read_table(path, curve_columns(names), optional=1):
+        row, seed, out_dim = line["row"], line["seed"], line.get("out_dim", "unknown")
+        run = runs.setdefault((row, seed), Run(row, seed, out_dim=out_dim, curves={name: {} for name in names}))
+        for name in names:
             run.add(name, int(line["epoch"]), float(line[name] or "nan"))
     if not runs:
         raise UserError(f"{path} has no runs")
     return list(runs.values())
+
+
+def curve_columns(names: Sequence[str]) -> list[str]:
+    """Return the columns of a CSV file of curves. Older files lack the last one."""
+    return ["row", "seed", "epoch", *names, "out_dim"]
 
 
 def read_table(path: Path, columns: Sequence[str], optional: int = 0) -> list[dict[str, str]]:

@@ -4,6 +4,7 @@
     python -m studies run solar --row mean --seeds 1             run what is not done yet, and print the tables
     python -m studies search solar                               search for the settings of a study
     python -m studies report solar                               print the tables of the committed results
+    python -m studies causes                                     draw why CLS outputs become uniform on digits
 
 Options after `--` go to main_lgssl.py, for example `-- --use_bn_in_head false`.
 """
@@ -15,6 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from studies.causes import CAUSES, show_causes
 from studies.rows import SEARCH_SEED, SEARCHES, STUDIES, search_of
 from studies.runs import Place, commands, finished, run_study, settings
 from support.arguments import ROOT, ArgumentParser, number
@@ -38,20 +42,27 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run = command("run", "run the rows of a study that are not done", list(STUDIES), rest)
     add = run.add_argument_group("rows").add_argument
     add("--row", nargs="+", help="rows of the study as printed by `list`; default: all")
-    add("--seeds", type=number(int, 1), help="number of seeds; default: that of each row, 3 or 5")
+    add("--seeds", type=number(int, 1), help="number of seeds; default: that of each row, 1 to 5")
     add("--show", action="store_true", help="print the commands instead of running them")
     search = command("search", "search for the settings of DINO and of the mean loss", SEARCHES, rest)
     add = search.add_argument_group("trials").add_argument
     add("--trials", type=number(int, 1), default=12, help="number of trials per method")
+    causes = command("causes", "draw why the teacher's CLS outputs become uniform on digits", [], rest)
+    add = causes.add_argument_group("rows and figure").add_argument
+    add("--row", nargs="+", default=list(CAUSES.rows), help="rows to train if they are not done, and to draw")
+    add("--seeds", type=number(int, 1), default=1, help="number of seeds to train; all that are done are drawn")
+    add("--output", default="causes.png", help="figure to write, PNG or PDF")
     for sub in (run, search):
         add = sub.add_argument_group("where and how").add_argument
         add("--data_root", type=Path, default="DATA", help="folder of the data sets: fashion-mnist")
         add("--jobs", type=number(int, 1), default=min(os.cpu_count() or 1, 8), help="number of simultaneous runs")
-    for sub in (listing, run, search):
+    for sub in (listing, run, search, causes):
         sub.add_argument("--runs", type=Path, default="runs", help="folder of all runs and results")
     args = parser.parse_with_extra(argv)
     if args.command == "run":
         parser.check_rows(args.row, STUDIES[args.study].rows, args.study)
+    elif args.command == "causes":
+        parser.check_rows(args.row, CAUSES.rows, "causes")
     return args
 
 
@@ -63,7 +74,7 @@ def list_studies(runs: Path) -> None:
         for name, row in study.rows.items():
             own = settings(commands(study, name, 0, Place(runs)))
             count = sum(key[0] == name and key[2] == own for key in done)
-            print(f"  {name:17} {row.recipe or 'no pretraining':14} {count} of {row.seeds} seeds done")
+            print(f"  {name:18} {row.recipe or 'no pretraining':14} {count} of {row.seeds} seeds done")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -74,6 +85,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("studies need pandas: pip install pandas") from error
     if args.command == "list":
         list_studies(args.runs)
+        return
+    if args.command == "causes":
+        os.environ["OMP_NUM_THREADS"] = "1"  # as in the runs of other studies
+        torch.set_num_threads(1)
+        show_causes(args.row, args.seeds, Place(args.runs, extra=args.extra), args.output)
         return
     study = STUDIES[args.study]
     results, trials = args.runs / f"{study.name}.csv", args.runs / f"{study.name}_search.csv"

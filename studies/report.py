@@ -43,27 +43,33 @@ def read_runs(study: Study, path: Path) -> pd.DataFrame:
 def report(study: Study, path: Path) -> list[str]:
     """Return the lines of a study's tables, mean ± standard deviation over the seeds that were run.
 
-    Runs with other settings or images than those of their row are a row of their own.
+    Tables whose rows all stand in an earlier one are left out. Runs with other settings or images than those of their
+    row are a row of their own.
     """
     runs, lines = read_runs(study, path), []
+    shown: set[str] = set()
     for title, rows in study.tables.items():
+        found = {*rows} & {*runs["row"]}
+        if found <= shown:
+            continue
+        shown |= found
         cells, compared = [], []
+        reference = next(row for row in rows if study.rows[row].label == "DINO")
         for row in rows:
             for change, group in runs[runs["row"] == row].groupby("changes"):
-                dino = runs[(runs["row"] == "dino") & (runs["changes"] == change)]
+                dino = runs[(runs["row"] == reference) & (runs["changes"] == change)]
                 label = f"{study.rows[row].label}, {change}" if change else study.rows[row].label
                 cells.append([label, str(len(group)), *(spread(group[column]) for column in COLUMNS)])
                 differences = [interval(group[column], dino[column]) for column in COLUMNS]
-                if row != "dino" and any(differences):
+                if row != reference and any(differences):
                     compared.append([label, *differences])
-        if cells:
-            lines += [f"### {study.title[0].upper()}{study.title[1:]}: {title}", ""]
-            lines += ["Accuracy in %, mean ± standard deviation over the seeds.", ""]
-            lines += [*markdown([["method", "seeds", *METRICS.values()], *cells]), ""]
+        lines += [f"### {study.title[0].upper()}{study.title[1:]}: {title}", ""]
+        lines += ["Accuracy in %, mean ± standard deviation over the seeds.", ""]
+        lines += [*markdown([["method", "seeds", *METRICS.values()], *cells]), ""]
         if compared:
             lines += ["Difference to DINO in points, with its 95 % interval (Welch).", ""]
             lines += [*markdown([["method", *METRICS.values()], *compared]), ""]
-    pixels = study.rows["pixels"].linear
+    pixels = study.rows["pixels"].linear if "pixels" in study.rows else ""
     words = f"`{study.linear}`; raw pixels `{pixels}`" if pixels else f"`{study.linear}`"
     return [*lines, f"Linear: cached features of un-augmented images, {words}."]
 

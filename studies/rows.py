@@ -36,8 +36,9 @@ class Study:
         data: options of the data set.
         folder: folder of the data set below --data_root, or None if the data set needs no path.
         images: numbers of training and validation images.
-        rows: {name: Row}. The row "dino" is the one that the others are compared with.
-        tables: {title of a table: names of its rows}.
+        rows: {name: Row}.
+        tables: {title of a table: names of its rows}. The row with the label "DINO" is the one that the others are
+            compared with.
         linear: options of the linear evaluation, for every row.
     """
 
@@ -53,7 +54,9 @@ class Study:
 
 METHODS = {"sum": ("Ours, sum", "--loss sum")}
 METHODS |= {f"lambda{x}": (f"Ours, λ = {x}", f"--loss lambda --lambda_cls {x}") for x in (0.9, 0.5, 0.2)}
-DINO_SETTING, PATCHES = "mean-dino-setting", "mean-patches"
+DINO_SETTING, MEAN_SETTING, PATCHES = "mean-dino-setting", "dino-mean-setting", "mean-patches"
+SEPARATE, TWO_HEADS = "lambda0.5-separate", "Ours, λ = 0.5, two heads"
+TWO_HEADS_LOSS = "--loss lambda --lambda_cls 0.5 --patch_head separate"
 PATCH_LABEL, PATCH_LOSS = "Ours, mean, patch augmentation", "--loss mean --patch_augmentation"
 
 
@@ -71,6 +74,8 @@ def searched_rows(name: str, untrained: str, pixels: str) -> dict[str, Row]:
         "mean": Row("Ours, mean", mean, "--loss mean"),
         **{row: Row(label, mean, options, seeds=3) for row, (label, options) in METHODS.items()},
         DINO_SETTING: Row("Ours, mean", dino, "--loss mean"),
+        MEAN_SETTING: Row("DINO", mean, "--loss cls"),
+        SEPARATE: Row(TWO_HEADS, dino, TWO_HEADS_LOSS),
         PATCHES: Row(PATCH_LABEL, mean, PATCH_LOSS, seeds=3),
     }
 
@@ -84,10 +89,17 @@ DIGITS = {
     "mean": Row("Ours, mean", "digits", f"--loss mean {BATCH}"),
     **{row: Row(label, "digits", f"{options} {BATCH}") for row, (label, options) in METHODS.items()},
     PATCHES: Row(PATCH_LABEL, "digits", f"{PATCH_LOSS} {BATCH}", seeds=3),
+    SEPARATE: Row(TWO_HEADS, "digits", f"{TWO_HEADS_LOSS} {BATCH}"),
+}
+TABLE6 = {
+    "dino": Row("DINO", "table6", "--loss cls", seeds=1),
+    "mean": Row("Ours, mean", "table6", "--loss mean", seeds=1),
+    SEPARATE: Row(TWO_HEADS, "table6", TWO_HEADS_LOSS, seeds=1),
 }
 SEARCHED_TABLES = {
     "each method with its own best setting": ["untrained", "pixels", "dino", "mean", *METHODS, PATCHES],
-    "both with DINO's best setting": ["dino", DINO_SETTING],
+    "all with DINO's best setting": ["dino", DINO_SETTING, SEPARATE],
+    "both with the best setting of the mean loss": [MEAN_SETTING, "mean"],
 }
 STUDIES = {
     "digits": Study(
@@ -116,6 +128,15 @@ STUDIES = {
         images=(4000, 10000),
         rows=searched_rows("fashion", "--arch vit_micro --patch_size 8 --crop_size 32", "--crop_size 28"),
         tables=SEARCHED_TABLES,
+    ),
+    "table6": Study(
+        name="table6",
+        title="Fashion-MNIST at the paper's size",
+        data="--dataset torchvision:FashionMNIST --num_workers 5",
+        folder="fashion-mnist",
+        images=(60000, 10000),
+        rows=TABLE6,
+        tables={"all methods with one setting": list(TABLE6)},
     ),
 }
 

@@ -66,7 +66,7 @@ def commands(study: Study, row: str, seed: int, place: Place) -> dict[str, list[
     if entry.recipe:
         words["main_lgssl.py"] = [f"@studies/{entry.recipe}.args", *model, *data, *place.extra, *output]
         model = ["--pretrained_weights", str(folder / "checkpoint.pth")]
-    evaluation = [*data, *model, *output, "--num_workers", "0"]
+    evaluation = ["--num_workers", "0", *data, *model, *output]
     words["eval_linear.py"] = [*evaluation, *study.linear.split(), *entry.linear.split()]
     words["eval_knn.py"] = evaluation
     return words
@@ -142,9 +142,7 @@ def keep(study: Study, row: str, seed: int, place: Place) -> None:
     folder, words = place.folder(study, row, seed), commands(study, row, seed, place)
     if "main_lgssl.py" in words:
         run, label = plot_runs.read_run(folder), " ".join([row, *place.extra])
-        epochs = sorted(set().union(*run.curves.values()))
-        lines = [[label, seed, n, *(curve.get(n) for curve in run.curves.values()), run.out_dim] for n in epochs]
-        append(place.runs / f"{study.name}_curves.csv", plot_runs.CURVE_COLUMNS, lines)
+        keep_curves(place.runs / f"{study.name}_curves.csv", label, seed, run)
     dataset = study.data.split()[1].replace(":", "_")
     linear, knn = (read_json(folder / f"{name}_{dataset}.json") for name in ("linear", "knn"))
     k10, k20 = knn["knn"]["10"], knn["knn"]["20"]
@@ -153,6 +151,13 @@ def keep(study: Study, row: str, seed: int, place: Place) -> None:
     images = knn["images"]["train"], knn["images"]["val"]
     values = [row, seed, *numbers, *auroc, *images, settings(words)]
     append(place.runs / f"{study.name}.csv", RUN_COLUMNS, [values])
+
+
+def keep_curves(path: Path, label: str, seed: int, run: plot_runs.Run) -> None:
+    """Append the curves of a run to a CSV file."""
+    epochs = sorted(set().union(*run.curves.values()))
+    lines = [[label, seed, n, *(curve.get(n) for curve in run.curves.values()), run.out_dim] for n in epochs]
+    append(path, plot_runs.curve_columns(list(run.curves)), lines)
 
 
 def append(path: Path, columns: list[str], lines: list[list[Any]]) -> None:

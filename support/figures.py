@@ -10,7 +10,7 @@ import unicodedata
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,12 +36,15 @@ TEACHER, STUDENT = "#E69F00", "#0072B2"
 SAME, ADJACENT, OTHER = "#009E73", "#F0E442", "#CC79A7"
 COLORS = (STUDENT, "#D55E00", SAME, OTHER, TEACHER, "#56B4E9", "#000000", ADJACENT, "#999999", "#882255")
 LINE_COLORS = COLORS[:7]  # yellow is too light for lines on white
-LINE_STYLES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1.5, 1, 1.5)))
+LineStyle = str | tuple[int, tuple[float, ...]]
+LINE_STYLES: tuple[LineStyle, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1.5, 1, 1.5)))
 HEAT = colormaps["inferno"]  # of attention and cosines: bright is high
 PANELS = {  # logged value: (title, unit)
     "loss": ("Loss", "nats"),
     "knn_top1": ("Online k-NN", "top-1 accuracy (%)"),
     "entropy_share": ("Entropy of the teacher’s outputs", "share of ln K"),
+    "output_information": ("Information in the teacher’s outputs", "nats"),
+    "gradient": ("Gradient on CLS features", "norm"),
     "matched_patches": ("Matched patches", "per pair of views"),
 }
 MAX_CURVES = len(LINE_COLORS) * len(LINE_STYLES)
@@ -494,43 +497,57 @@ def draw_map(points: np.ndarray, labels: ArrayLike, classes: Sequence[str], titl
 
 
 @plain_style
-def draw_curves(curves: dict[str, dict[str, np.ndarray]]) -> Figure:
-    """Draw the logs of runs over epochs, a panel per name with values, one column (8.5 cm) wide.
+def draw_curves(
+    curves: dict[str, dict[str, np.ndarray]],
+    rows: Sequence[Sequence[str]] | None = None,
+    looks: Sequence[tuple[str, LineStyle]] | None = None,
+) -> Figure:
+    """Draw the logs of runs over epochs, a panel per name, one column (8.5 cm) of a paper wide, or two.
 
     Args:
         curves: {label: {name: array [3, n]}}. A name is an entry of PANELS, to which text may be added after a comma,
             "loss, K = 64". The rows are epochs trained, mean, and standard deviation (NaN if there is only one run).
+        rows: names of the panels in each row, which share their axes; by default one row per name with values.
+        looks: color and line style of each label; by default all differ in both.
     """
     if len(curves) > MAX_CURVES:
         raise UserError(f"found {len(curves)} settings, a figure tells at most {MAX_CURVES} apart: give fewer runs")
     filled = dict.fromkeys(name for curve in curves.values() for name in curve if curve[name].size)
-    names = [name for panel in PANELS for name in filled if name.partition(",")[0] == panel]
+    rows = rows or [[name] for panel in PANELS for name in filled if name.partition(",")[0] == panel]
+    names, columns = [name for row in rows for name in row], len(rows[0])
+    looks = looks or list(islice(zip(cycle(LINE_COLORS), cycle(LINE_STYLES)), len(curves)))
     drawn = {name: [curve.get(name, np.empty((3, 0))) for curve in curves.values()] for name in names}
     labels = [wrap(label, 40, 25) for label in curves]
     banded = any(np.isfinite(deviation).any() for panel in drawn.values() for _, _, deviation in panel)
     lines = sum(1 + label.count("\n") for label in labels) + banded
     # 0.45 inches for the axis label and margins, 1.2 per panel, 0.13 per line of the legend
-    figure = Figure(figsize=(3.35, 0.45 + 1.2 * len(names) + 0.13 * lines), dpi=300, layout="constrained")
-    axes = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
-    for axis, name in zip(axes, names, strict=True):
+    size = (3.35 if columns == 1 else WIDTH, 0.45 + 1.2 * len(rows) + 0.13 * -(-lines // columns))
+    figure = Figure(figsize=size, dpi=300, layout="constrained")
+    axes = figure.subplots(len(rows), columns, sharex=True, sharey="row", squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=True):
         # Line styles tell the curves apart in print without colors.
-        for (epochs, mean, deviation), color, line_style in zip(drawn[name], cycle(LINE_COLORS), cycle(LINE_STYLES)):
+        for (epochs, mean, deviation), (color, line_style) in zip(drawn[name], looks, strict=True):
             marker = "o" if 0 < len(epochs) < 10 else ""  # a single point draws no line
             axis.plot(epochs, mean, marker=marker, markersize=2, color=color, linestyle=line_style, linewidth=1.1)
             axis.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0)
         panel, comma, rest = name.partition(",")
         axis.set_title(PANELS[panel][0] + comma + rest, pad=3)
-        axis.set_ylabel(PANELS[panel][1])
+        if axis in axes[:, 0]:
+            axis.set_ylabel(PANELS[panel][1])
         losses = np.concatenate([mean for _, mean, _ in drawn[name]]) if panel == "loss" else np.ones(1)
         if 0 < 5 * losses.min() < losses.max():  # sum and mean losses in one panel
             axis.set_yscale("log", subs=[2, 5])
             axis.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+        elif panel == "gradient":
+            axis.set_yscale("log", nonpositive="mask")
+            axis.yaxis.set(major_formatter="{x:g}", minor_formatter="")
         else:
             axis.locator_params(axis="y", nbins=5)  # as many labels whatever the layout, which depends on them
         axis.grid(linewidth=0.3, alpha=0.5)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].set_xlabel("epochs")
+    for axis in axes[-1]:
+        axis.set_xlabel("epochs")
     figure.align_ylabels(axes)
     title = "mean ± one standard deviation over seeds" if banded else ""
-    figure.legend(axes[0].lines, labels, title=title, loc="outside lower left", handlelength=3)
+    figure.legend(axes[0, 0].lines, labels, title=title, loc="outside lower left", handlelength=3, ncols=columns)
     return figure

@@ -137,6 +137,27 @@ def test_only_panels_with_something_are_drawn():
     assert [len(axis.lines[1].get_xdata()) for axis in figure.axes] == [20, 0]
 
 
+def test_panels_of_a_row_share_their_axes():
+    cls, patches = "entropy_share, CLS", "entropy_share, patches"
+    rows = [(cls, patches), ("gradient, CLS", "gradient, patches")]
+    falling, zero = curve(1.0, 1) / [[1], [10], [1]] ** np.arange(20), curve(0.0, 1)
+    curves = {
+        "DINO": {cls: curve(0.3, 1), "gradient, CLS": falling, "gradient, patches": zero},
+        "λ = 0.5": {cls: curve(0.9, 1), patches: curve(0.2, 1), "gradient, CLS": falling},
+    }
+    figure = figures.draw_curves(curves, rows, [("#000000", "-"), ("#000000", "--")])
+    check_texts(figure)
+    left, right, *gradients = figure.axes
+    assert [axis.get_title() for axis in (left, right)] == [
+        f"Entropy of the teacher’s outputs, {x}" for x in ("CLS", "patches")
+    ]
+    assert left.get_ylim() == right.get_ylim()
+    assert left.get_ylim()[0] < 0.2 < 0.9 < left.get_ylim()[1]
+    assert [(line.get_color(), line.get_linestyle()) for line in right.lines] == [("#000000", "-"), ("#000000", "--")]
+    assert [axis.get_yscale() for axis in gradients] == ["log", "log"]
+    assert gradients[1].get_ylim()[0] > 1e-22  # a gradient of 0 is in no panel
+
+
 def test_losses_of_different_size_share_a_panel():
     for high, scale in ((5.0, "linear"), (30.0, "log")):
         figure = figures.draw_curves({"a": run_curves(4.0), "b": run_curves(high)})

@@ -16,7 +16,7 @@ import main_lgssl
 import plot_runs
 from studies import __main__ as command
 from studies.report import interval, read_runs, report, search_report
-from studies.rows import DINO_SETTING, PATCHES, SEARCHED, SEARCHES, SPACE, STUDIES, draw, search_of
+from studies.rows import DINO_SETTING, MEAN_SETTING, PATCHES, SEARCHED, SEARCHES, SPACE, STUDIES, draw, search_of
 from studies.runs import RUN_COLUMNS, SCRIPTS, Place, append, commands, settings
 from utils import UserError
 
@@ -72,19 +72,21 @@ def test_interval_is_welchs():
 def test_rows_differ_only_in_loss_and_searched_settings(name):
     """All rows see the same images in the same sizes, with the same network and budget."""
     searched = {*re.findall(r"--(\w+)", " ".join(sum(SPACE.values(), []))), "loss", "lambda_cls"}
-    searched |= {"output_dir", "patch_augmentation"}
+    searched |= {"output_dir", "patch_augmentation", "patch_head"}
     study = STUDIES[name]
     shared = {}
     for row in study.rows:
         args = arguments(study, row, Place(ROOT)).get("main_lgssl.py")
         if args:
             shared[row] = {option: value for option, value in args.items() if option not in searched}
-            losses = {"dino": "cls", "mean": "mean", "sum": "sum", DINO_SETTING: "mean", PATCHES: "mean"}
+            losses = {"dino": "cls", "mean": "mean", "sum": "sum", PATCHES: "mean"}
+            losses |= {DINO_SETTING: "mean", MEAN_SETTING: "cls"}
             assert args["loss"] == losses.get(row, "lambda")
             assert args["patch_augmentation"] == (row == PATCHES)
-            assert args["lambda_cls"] == float(row.removeprefix("lambda") if row.startswith("lambda") else 0.5)
+            assert args["patch_head"] == ("separate" if row.endswith("-separate") else "shared")
+            assert args["lambda_cls"] == float(*re.findall(r"^lambda([\d.]+)", row) or [0.5])
             network = args["global_crops_size"], args["patch_size"], args["arch"]
-    assert len(shared) == 8
+    assert len(shared) == 10
     assert all(settings == shared["dino"] for settings in shared.values())
     untrained = arguments(study, "untrained", Place(ROOT))["eval_knn.py"]
     assert (untrained["crop_size"], untrained["patch_size"], untrained["arch"]) == network
@@ -161,7 +163,7 @@ def test_a_run_is_done_if_row_seed_and_settings_stand_in_the_file(tmp_path, caps
     command.main(["list", "--runs", str(tmp_path)])
     output = capsys.readouterr().out
     assert "| Ours, mean | 2 | 1.0 ± 0.0 | 2.0 ± 0.0 | 3.0 ± 0.0 | 4.0 ± 0.0 |\n" in output
-    assert "  mean              digits         2 of 5 seeds done\n" in output
+    assert "  mean               digits         2 of 5 seeds done\n" in output
     for more in (["--seeds", "3"], ["--seeds", "1", "--", "--lr", "1"]):  # another seed, other settings
         with pytest.raises(UserError, match=r"main_lgssl.py in .*/mean-\d failed: exit code 3"):
             command.main([*words, "--jobs", "1", *more])
@@ -194,6 +196,14 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert not list((tmp_path / "runs").glob("*.csv"))
 
 
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_has_a_report(tmp_path, name):
+    rows = list(STUDIES[name].rows)
+    write(tmp_path / f"{name}.csv", STUDIES[name], {row: [(1, 2, 3, 4)] for row in rows})
+    lines = "\n".join(report(STUDIES[name], tmp_path / f"{name}.csv"))
+    assert all(f"| {STUDIES[name].rows[row].label} | 1 | 1.0 | 2.0 | 3.0 | 4.0 |" in lines for row in rows)
+
+
 def test_commands_are_shown(capsys):
     command.main("run fashion --row mean pixels --seeds 1 --data_root D --runs R --show -- --lr 1".split())
     folder = "R/fashion/mean-0"
@@ -201,10 +211,10 @@ def test_commands_are_shown(capsys):
     assert capsys.readouterr().out.splitlines()[:4] == [
         "# fashion, mean, seed 0",
         f"python main_lgssl.py @studies/fashion_mean.args --loss mean {data} --lr 1 --seed 0 --output_dir {folder}",
-        f"python eval_linear.py {data} --pretrained_weights {folder}/checkpoint.pth --seed 0 --output_dir {folder} "
-        "--num_workers 0 --cache_features --lr 0.5 --epochs 100",
-        f"python eval_knn.py {data} --pretrained_weights {folder}/checkpoint.pth --seed 0 --output_dir {folder} "
-        "--num_workers 0",
+        f"python eval_linear.py --num_workers 0 {data} --pretrained_weights {folder}/checkpoint.pth --seed 0 "
+        f"--output_dir {folder} --cache_features --lr 0.5 --epochs 100",
+        f"python eval_knn.py --num_workers 0 {data} --pretrained_weights {folder}/checkpoint.pth --seed 0 "
+        f"--output_dir {folder}",
     ]
 
 
