@@ -13,9 +13,10 @@ demo: .venv/installed
 	@echo "== k-NN of the raw pixels"
 	$(PY) eval_knn.py --dataset digits --pretrained_weights pixels --crop_size 8
 	@echo "== pretraining on scikit-learn's digits"
-	$(PY) main_lgssl.py @recipes/digits.args --output_dir $(RUN) $(OPTIONS)
+	$(PY) main_lgssl.py @recipes/demo.args --output_dir $(RUN) $(OPTIONS)
 	@echo "== k-NN after training"
 	$(PY) eval_knn.py --dataset digits --pretrained_weights $(RUN)/checkpoint.pth
+	@echo "DINO, five seeds of docs/study.md: 84.5 ± 1.3 %; the paper's mean loss: 73.8 ± 3.6 %"
 	$(PY) visualize.py matches --seed 1 --output $(RUN)/matches.png
 	$(PY) visualize.py map --dataset digits --pretrained_weights $(RUN)/checkpoint.pth --output $(RUN)/map.png
 	@echo "log $(RUN)/log.txt, checkpoint $(RUN)/checkpoint.pth, figures $(RUN)/matches.png and map.png, curves: .venv/bin/tensorboard --logdir runs"

@@ -89,7 +89,8 @@ def test_numbers_are_the_papers(number):
 
 def test_recipes_are_what_their_names_say():
     files = {path.stem for path in (ROOT / "recipes").glob("*.args")}
-    assert files == {*RECIPES, *RELEASED, "choices", "continue", "digits", "dino", "laptop", "photographs", "released"}
+    others = {"choices", "continue", "demo", "digits", "dino", "laptop", "photographs", "released"}
+    assert files == {*RECIPES, *RELEASED, *others}
     assert len(RECIPES) == 22
     for recipe in RECIPES:
         data, arch, patch, loss = re.fullmatch(r"(\w+)_vit_([a-z]+)(\d+)_(\S+)", recipe).groups()
