@@ -28,6 +28,7 @@ from support.weights import load_file
 ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("docs/*.md")}
 PAGES["README.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 # {page: (marked as runnable, language, text) of each fenced block}
 BLOCKS = {
     page: [
@@ -57,6 +58,7 @@ ELSEWHERE = {
     "python -m studies run": "test_study.py",
     "python -m studies search": "test_study.py",
     "python -m studies report": "test_study.py",
+    "python -m studies causes": "test_causes.py",
     "python main_lgssl.py @recipes/digits.args": "test_warm_start.py",
     "python main_lgssl.py @studies/solar_mean.args": "test_study.py",
     "python plot_runs.py": "test_plot_runs.py",
@@ -158,9 +160,14 @@ def test_the_tables_of_the_studies_are_those_of_the_report(name, title):
     tables = [line for line in report(STUDIES[name], ROOT / f"studies/{name}.csv") if line.startswith("|")]
     section = PAGES["docs/study.md"].partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     assert re.findall(r"^\|.*", section, re.M) == tables
-    for line in tables[2:6] if name != "digits" else []:  # untrained, raw pixels, DINO and mean are in README, too
-        label, _, linear, knn, *_ = line.split(" | ")
-        assert re.search(rf"^{re.escape(label)} \|.* {linear} \| {knn} \|", PAGES["README.md"], re.M), line
+    cells = {line.split(" | ")[0]: line.split(" | ")[2:4] for line in reversed(tables) if "±" in line}
+    in_readme = "untrained", "raw pixels", "DINO", "Ours, mean", "Ours, λ = 0.5, two heads"
+    for label in in_readme if name != "solar" else []:
+        linear, knn = cells[f"| {label}"]
+        assert re.search(rf"^\| {label} \|.* {linear} \| {knn} \|", PAGES["README.md"], re.M), label
+    if name == "digits":
+        dino, mean = cells["| DINO"][1], cells["| Ours, mean"][1]
+        assert f"DINO, five seeds of docs/study.md: {dino} %; the paper's mean loss: {mean} %" in MAKEFILE
 
 
 def test_every_script_is_in_the_layout():
