@@ -7,9 +7,11 @@
     python visualize.py map        --data_path FOLDER --pretrained_weights OUT/checkpoint.pth
 
 Reads checkpoints of this repository and of DINO, and timm's `.safetensors`. Writes PNG or PDF, depending on the suffix
-of --output, and numbers further pages: NAME-2.png. Without weights, `matches` draws the matches by geometry only.
+of --output, and numbers further pages: NAME-2.png; `attention --animate` writes WebP or GIF. Without weights, `matches`
+draws the matches by geometry only.
 """
 
+import re
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +27,8 @@ from augment import MultiCrop, resize
 from patch_matching import RULES, match_patches
 from support import evaluation, features
 from support.arguments import ArgumentParser, number
-from support.decoding import read_image
+from support.decoding import image_size, read_image
+from support.dense import match_features
 from support.evaluation import OpenedModel
 from support.folders import listed_images
 from support.images import ImageList
@@ -88,20 +91,53 @@ def nearest_tokens(features_a: torch.Tensor, features_b: torch.Tensor, idx_b: to
     Returns:
         LongTensor [n] of tokens of a
     """
-    a, b = (F.normalize(f.flatten(0, 1), dim=1) for f in (features_a, features_b))
-    return (b[idx_b - 1] @ a.T).argmax(1) + 1
+    return match_features(features_b.flatten(0, 1)[idx_b - 1], features_a.flatten(0, 1))[0] + 1
 
 
 def show_attention(args: Namespace, model: OpenedModel) -> list[Any]:
     """Draw the attention of the CLS token."""
     from support import figures  # imports matplotlib, whose backend main has set
 
+    if args.animate:
+        return animate_attention(find_images(args.images), args.image_size or 2 * model.img_size, model.backbone)
     images = open_images(args.images, args, model)
     heads = [features.cls_attention(model.backbone, image) for image in images.values()]
     attentions = [np.concatenate([maps, maps.mean(0, keepdims=True)]) for maps in heads]
     masks = [most_of(maps, args.threshold) for maps in attentions]
     print(f"attention of {len(heads[0])} heads on {', '.join(images)}")
     return figures.draw_attention(images, attentions, masks, patch_side(model.backbone), args.threshold)
+
+
+def animate_attention(paths: Sequence[Path], side: int, backbone: VisionTransformer) -> list[np.ndarray]:
+    """Draw frames of a video beside their CLS attention in the last block, averaged over the heads.
+
+    Args:
+        paths: images, which are shown in the natural order of their names: 2.jpg before 10.jpg.
+        side: see `whole_patches`.
+
+    Returns:
+        uint8 [H, 2 W, 3] per frame. The colors of all frames have one scale, from 0 to their highest attention.
+
+    Raises:
+        UserError: there are fewer than two frames or more than MAX_DRAWN, their sizes differ, or one cannot be read.
+    """
+    from support import figures  # imports matplotlib, whose backend main has set
+
+    if not 2 <= len(paths) <= MAX_DRAWN:
+        raise UserError(f"--animate: found {len(paths)} frames, expected the 2 to {MAX_DRAWN} frames of a video")
+    paths = sorted(paths, key=lambda path: [int(x) if x.isdecimal() else x for x in re.split("([0-9]+)", path.name)])
+    sizes = [image_size(path) for path in paths]
+    if other := next((i for i, size in enumerate(sizes) if size != sizes[0]), None):
+        found = "{}x{} pixels and {} {}x{}".format(*sizes[0], paths[other], *sizes[other])
+        raise UserError(f"--animate: {paths[0]} has {found}, expected frames of one size")
+    evaluation.check_image_side(side, backbone)
+    patch_size = patch_side(backbone)
+    images = [whole_patches(np.array(read_image(path)), side, patch_size) for path in paths]
+    maps = [features.cls_attention(backbone, image).mean(0) for image in images]
+    print(f"attention of {len(images)} frames, {figures.FRAME_TIME} ms each")
+    highest = max(values.max() for values in maps)
+    colors = [figures.heat_map(values, patch_size, highest) for values in maps]
+    return [np.concatenate(pair, 1) for pair in zip(images, colors, strict=True)]
 
 
 def show_features(args: Namespace, model: OpenedModel) -> list[Any]:
@@ -308,6 +344,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     natural, workers = number(int, 1), number(int, 0, 1000)
 
     add = add_command(commands, "attention", show_attention, "the attention of the CLS token per head").add_argument
+    text = "draw the images as frames of a WebP or GIF; default of --output: attention.webp"
+    add("--animate", action="store_true", help=text)
     add("--threshold", type=number(float, 0, 1), default=0.6, help="share of the attention in the bright patches")
     add_image_arguments(add, ["china", "flower"])
 
@@ -341,7 +379,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     add("--max_images", type=natural, default=2000, help="number of images to draw, sampled at random")
     add("--perplexity", type=number(float, 1), default=30.0, help="perplexity of t-SNE")
     add("--num_workers", type=workers, default=2, help="data-loading processes")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.animate = "animate" in args and args.animate
+    if args.animate and args.output == ["attention.png"]:
+        args.output = ["attention.webp"]
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -349,13 +391,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     args = parse_arguments(argv)
     for path in args.output:
-        figures.check_output(path)
+        figures.check_output(path, animated=args.animate)
     model = None
     if args.pretrained_weights is not None:
         model = evaluation.open_model(evaluation.model_spec(args), getattr(args, "crop_size", None))
         model.backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     pages = args.draw(args, model)
-    written = [printable(file) for path in args.output for file in figures.save(pages, path)]
+    save = figures.save_animation if args.animate else figures.save
+    written = [printable(file) for path in args.output for file in save(pages, path)]
     print(f"drawn in {', '.join(written)}", flush=True)
 
 

@@ -29,7 +29,7 @@ from vision_transformer import ARCHITECTURES, MAX_SIDE, VisionTransformer, archi
 PIXELS = "; pixels: no network, but the pixels minus the mean training image"  # see `open_classification`
 # Arguments that do not change a result, or that `hashes_of` covers; and crop_size, whose resolved value is compared
 NO_SETTINGS = "pretrained_weights checkpoint_key arch patch_size download output_dir batch_size_per_gpu".split()
-NO_SETTINGS += "num_workers use_cuda val_freq evaluate dist_url local_rank crop_size".split()
+NO_SETTINGS += "num_workers use_cuda val_freq evaluate dist_url local_rank crop_size figure".split()
 NETWORK = ("checkpoint_key", "pretrained_weights")  # arguments that name it
 METRICS = {"top1": "top-1", "top5": "top-5", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
 

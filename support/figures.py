@@ -27,6 +27,7 @@ from matplotlib.patches import ConnectionPatch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from numpy.typing import ArrayLike
+from PIL import Image
 
 from support.files import atomic_write, make_folder
 from utils import UserError, printable, warn
@@ -42,13 +43,16 @@ HEAT = colormaps["inferno"]  # of attention and cosines: bright is high
 PANELS = {  # logged value: (title, unit)
     "loss": ("Loss", "nats"),
     "knn_top1": ("Online k-NN", "top-1 accuracy (%)"),
+    "dense_miou": ("Online segmentation", "mIoU (%)"),
     "entropy_share": ("Entropy of the teacher’s outputs", "share of ln K"),
     "output_information": ("Information in the teacher’s outputs", "nats"),
     "gradient": ("Gradient on CLS features", "norm"),
     "matched_patches": ("Matched patches", "per pair of views"),
 }
 MAX_CURVES = len(LINE_COLORS) * len(LINE_STYLES)
-SUFFIXES = (".png", ".pdf")
+SUFFIXES, ANIMATED_SUFFIXES = (".png", ".pdf"), (".webp", ".gif")
+ANIMATION = b"animation of visualize.py"  # in a file, marks it as one that may be replaced
+FRAME_TIME = 100  # of an animation, in milliseconds
 LABEL_HEIGHT = 18  # of a picture in a tile, in pixels
 WIDTH, PAGE_HEIGHT = 7.0, 10.0  # of a figure over two columns and of a full page, in inches
 GAP = 0.05  # between pictures, in inches
@@ -64,6 +68,7 @@ Images = dict[str, np.ndarray]  # {name: uint8 [H, W, 3]}
 Arrays = Sequence[np.ndarray]
 Places = Sequence[tuple[int, int, int]]  # (image, row, column)
 Pages = list[Figure]
+Strip = Sequence[tuple[int, np.ndarray, np.ndarray, np.ndarray | None]]  # (number, image, mask, truth) of some frames
 
 
 class Panel(NamedTuple):
@@ -94,19 +99,22 @@ def number_of_characters(name: str, characters: int) -> int:
     return characters * 2 // 3 if any(unicodedata.east_asian_width(c) in "WF" for c in name) else characters
 
 
-def check_output(path: str | os.PathLike) -> None:
-    """Create the folder of a figure's file.
+def check_output(path: str | os.PathLike, option: str = "--output", animated: bool = False) -> None:
+    """Create the folder of a figure's file, or of an animation's.
+
+    Args:
+        option: the option that names the file, for messages.
 
     Raises:
         UserError: the suffix is unknown, the folder cannot be written to, or the path is a folder or a file that
-            matplotlib did not write, such as an input image after --output.
+            `save` or `save_animation` did not write, such as an input image after --output.
     """
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"cannot write {path}: found the suffix {path.suffix!r}, expected {' or '.join(SUFFIXES)}")
-    make_folder(path.parent, "the folder of --output")
+    path, suffixes = Path(path), ANIMATED_SUFFIXES if animated else SUFFIXES
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"cannot write {path}: found the suffix {path.suffix!r}, expected {' or '.join(suffixes)}")
+    make_folder(path.parent, f"the folder of {option}")
     try:
-        if path.exists() and b"Matplotlib" not in path.read_bytes():
+        if path.exists() and (ANIMATION if animated else b"Matplotlib") not in path.read_bytes():
             raise UserError(f"cannot write {path}: found a file that is not a figure, expected a new name or a figure")
     except OSError as error:  # a folder, or a name that is too long
         raise UserError(f"cannot write {path}: {error.strerror}; give the name of a file in a folder") from error
@@ -130,6 +138,16 @@ def save(pages: Sequence[Figure], path: str | os.PathLike) -> list[Path]:
             with atomic_write(file) as temporary:
                 figure.savefig(temporary, format=path.suffix[1:].lower())
     return paths
+
+
+def save_animation(frames: Arrays, path: str | os.PathLike) -> list[Path]:
+    """Write an endless animation of frames, uint8 [H, W, 3], as WebP or GIF, depending on the suffix. Return [path]."""
+    path = Path(path)
+    first, *others = map(Image.fromarray, frames)
+    with atomic_write(path) as temporary:
+        options = {"save_all": True, "append_images": others, "duration": FRAME_TIME, "loop": 0}
+        first.save(temporary, path.suffix[1:].upper(), comment=ANIMATION, xmp=ANIMATION, **options)
+    return [path]
 
 
 @cache
@@ -275,10 +293,106 @@ def draw_features(images: Images, colors: Arrays, patch_size: int, explained: np
     return _draw_panels([panels], 4, title)
 
 
-def _draw_panels(groups: Sequence[Sequence[Panel]], columns: int, title: str) -> Pages:
+@plain_style
+def draw_segmentation(images: Images, truths: Arrays, predictions: Arrays, classes: Sequence[str]) -> Pages:
+    """Draw images above their true and predicted classes, up to six images in a row.
+
+    Args:
+        images: {name: uint8 [H, W, 3]}.
+        truths, predictions: ints [h, w] per image, indices of `classes`; 255 is ignored and white.
+        classes: names, of which the first MAX_NAMED are in the legend.
+
+    Returns:
+        pages
+    """
+    bits = np.arange(256)[:, None] >> np.arange(3)  # Pascal VOC's colors: three bits at a time, the lowest ones first
+    colors = sum(((bits >> 3 * i) & 1) << 7 - i for i in range(3)).astype(np.uint8)  # type: ignore[union-attr]
+    colors[255] = 255
+    pictures = zip(images.items(), truths, predictions, strict=True)
+    panels = [Panel(name, [image, colors[truth], colors[found]]) for (name, image), truth, found in pictures]
+    handles = [Rectangle((0, 0), 1, 1, color=colors[i] / 255) for i in range(min(len(classes), MAX_NAMED))]
+    footer = 0.1 + 0.15 * -(-len(handles) // 7)
+    pages = _draw_panels([panels], 6, "Images, their true classes and the predicted classes", footer)
+    for page in pages:
+        names = [fit(name, 12) for name in classes[: len(handles)]]
+        page.legend(handles, names, loc="lower center", ncols=7, handlelength=1, borderaxespad=0)
+    return pages
+
+
+@plain_style
+def draw_propagation(strips: dict[str, Strip]) -> Pages:
+    """Draw a film strip per video: frames with the masks over them, above the annotated truth where there is one.
+
+    Args:
+        strips: {name of the video: its frames}. The mask of the first frame is given.
+    """
+    groups, truths = [], False
+    for name, strip in strips.items():
+        panels = list[Panel]()
+        for number, image, mask, truth in strip:
+            shown = [mask] if truth is None or not panels else [mask, truth]
+            truths = truths or len(shown) == 2
+            title = f"frame {number}" if panels else f"{fit(name, 20)}: given"
+            panels.append(Panel(title, [tint_masks(image, labels) for labels in shown]))
+        groups.append(panels)
+    below = "; below, where annotated: truth" if truths else ""
+    return _draw_panels(groups, 4, f"Masks propagated from the first frame by patch features{below}")
+
+
+def tint_masks(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Tint the objects of an image, each in its own color, with an outline.
+
+    Args:
+        image: uint8 [H, W, 3].
+        labels: ints [H, W]. 0 and 255 have no tint.
+
+    Returns:
+        uint8 [H, W, 3]
+    """
+    picture = image.copy()
+    for label in np.setdiff1d(labels, (0, 255)):
+        color = np.array(to_rgba_array(COLORS[(label - 1) % len(COLORS)])[0, :3]) * 255
+        inside = (labels == label).astype(np.uint8)
+        width = max(min(labels.shape) // 120, 1)
+        outline = inside.astype(bool) & (cv2.erode(inside, np.ones((2 * width + 1, 2 * width + 1), np.uint8)) == 0)
+        picture[inside == 1] = (0.5 * image[inside == 1] + 0.5 * color).round()
+        picture[outline] = color.round()
+    return picture
+
+
+@plain_style
+def draw_correspondence(pairs: Sequence[tuple[Arrays, np.ndarray, np.ndarray, np.ndarray]]) -> Pages:
+    """Draw pairs of images side by side, with a line from each point to the nearest patch of the other image.
+
+    Args:
+        pairs: (pictures, points, found, right): two of uint8 [S, S, 3], the points in the first and the patches found
+            in the second as (x, y) in pixels, [n, 2] each, and whether they are right, bool [n].
+
+    Returns:
+        pages; lines of right matches are green, of wrong ones vermilion
+    """
+    panels, gap = [], 8
+    for pictures, _, _, right in pairs:
+        picture = np.concatenate([np.pad(pictures[0], ((0, 0), (0, gap), (0, 0)), constant_values=255), pictures[1]], 1)
+        panels.append(Panel(f"{right.sum()} of {len(right)} right", [picture]))
+    pages = _draw_panels([panels], 2, "Points and their nearest patches by features: right (green), wrong (vermilion)")
+    axes = [axis for page in pages for axis in page.axes]
+    for axis, (pictures, points, found, right) in zip(axes, pairs, strict=True):
+        axis.autoscale(False)
+        for point, place, is_right in zip(points, found + [pictures[0].shape[1] + gap, 0], right, strict=True):
+            color = SAME if is_right else COLORS[1]
+            (line,) = axis.plot(
+                *np.stack([point, place], 1) - 0.5, color=color, linewidth=0.8, marker="o", markersize=2
+            )
+            line.set_path_effects([withStroke(linewidth=1.4, foreground="white")])
+    return pages
+
+
+def _draw_panels(groups: Sequence[Sequence[Panel]], columns: int, title: str, footer: float = 0) -> Pages:
     """Draw panels in lines of at most `columns`, on as many pages as needed. Each group begins a line.
 
-    The pictures of a line are equally high and fill its width, unless they would be too high.
+    The pictures of a line are equally high and fill its width, unless they would be too high. A page has `footer`
+    inches below them.
     """
     header, axes = textwrap.wrap(title, 105), []
     figures: Pages = []
@@ -297,7 +411,7 @@ def _draw_panels(groups: Sequence[Sequence[Panel]], columns: int, title: str) ->
             ]
             above = 0.06 + 0.13 * (1 + max(text.count("\n") for text in titles))
             below = max(len(panel.pictures) for panel in line) * (height + GAP)
-            if not figures or y + above + below > PAGE_HEIGHT:
+            if not figures or y + above + below + footer > PAGE_HEIGHT:
                 figures.append(Figure(dpi=200))
                 y = start
             x = GAP
@@ -309,8 +423,8 @@ def _draw_panels(groups: Sequence[Sequence[Panel]], columns: int, title: str) ->
                     axes.append((figures[-1], axis, x, y + above + i * (height + GAP), width, height))
                 x += width + GAP
             y += above + below
-            figures[-1].set_size_inches(WIDTH, y)
-            figures[-1].suptitle("\n".join(header), x=0.01, y=1 - 0.05 / y, ha="left", va="top")
+            figures[-1].set_size_inches(WIDTH, y + footer)
+            figures[-1].suptitle("\n".join(header), x=0.01, y=1 - 0.05 / (y + footer), ha="left", va="top")
     for figure, axis, x, y, width, height in axes:
         total = figure.get_figheight()
         axis.set_position((x / WIDTH, 1 - (y + height) / total, width / WIDTH, height / total))

@@ -173,6 +173,31 @@ def retrieval_folder(tmp_path_factory, photographs):
     return root
 
 
+@pytest.fixture(scope="session")
+def annotated_folders(tmp_path_factory):
+    """Return {"plain": folder, "voc": folder} of annotated images: rectangles of four colors, their edges ignored."""
+    root, rng = tmp_path_factory.mktemp("annotated"), np.random.default_rng(0)
+    colors, voc = rng.integers(0, 256, (5, 3)), root / "voc/VOCdevkit/VOC2012"
+    for split, count in (("train", 6), ("val", 4)):
+        for i in range(count):
+            mask = np.zeros((40, 48), np.uint8)
+            for label in range(1, 5):
+                top, left = rng.integers(30), rng.integers(38)
+                mask[top : top + 12, left : left + 12] = 255
+                mask[top + 1 : top + 11, left + 1 : left + 11] = label
+            pixels = (colors[mask % 251] + rng.normal(0, 20, (*mask.shape, 3))).clip(0, 255).astype(np.uint8)
+            of_mask = Image.fromarray(mask)
+            of_mask.putpalette(rng.integers(0, 256, 768, np.uint8).tobytes())
+            places = [root / f"plain/{kind}/{split}/{'ab'[i % 2]}/{i}.png" for kind in ("images", "masks")]
+            places += [voc / f"JPEGImages/{split}{i}.jpg", voc / f"SegmentationClass/{split}{i}.png"]
+            for path, picture in zip(places, 2 * [Image.fromarray(pixels), of_mask], strict=True):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(path)
+        (voc / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
+        (voc / f"ImageSets/Segmentation/{split}.txt").write_text("".join(f"{split}{i}\n" for i in range(count)))
+    return {"plain": root / "plain", "voc": root / "voc"}
+
+
 @pytest.fixture
 def cifar10_folder(tmp_path, monkeypatch):
     """Return a folder with CIFAR-10 in its true format, 12 images a batch: noise around a color of the class.

@@ -51,6 +51,7 @@ KNN = f"eval_knn.py {DATA} --nb_knn 1 --output_dir {{here}}/out {MODEL}"
 LINEAR = f"eval_linear.py {DATA} --epochs 1 --n_last_blocks 1 --output_dir {{here}}/out {MODEL}"
 COPIES = f"eval_copy_detection.py {DATA} --imsize 32 --output_dir {{here}}/out {MODEL}"
 RETRIEVAL = f"eval_image_retrieval.py {DATA} --dataset roxford5k --imsize 32 --output_dir {{here}}/out {MODEL}"
+DENSE = f"eval_dense.py knn-segmentation {DATA} --crop_size 32 --output_dir {{here}}/out {MODEL}"
 EXTRACT = f"extract_features.py {DATA} --output {{here}}/f.npz {MODEL}"
 EXPORT = "export.py --output_dir {here}/exported --pretrained_weights"
 GOOD_TRAIN, GOOD_KNN, GOOD_LINEAR = (f"{words} --data_path {{data}}" for words in (TRAIN, KNN, LINEAR))
@@ -279,6 +280,62 @@ RETRIEVALS = [
     ("queries without relevance", RETRIEVAL, TRUTH, retrieval(qimlist=["q", "q"])),
     ("database image that is a pipe", RETRIEVAL, "missing.*b.jpg", retrieval({"jpg/b.jpg": os.mkfifo})),
     ("database image that is thin", RETRIEVAL, "b.jpg.*--imsize", retrieval({"jpg/b.jpg": image(size=(70_000, 1))})),
+]
+
+
+def annotated(mask=None, size=(40, 40), val=1, **more):
+    """Return a `make` of two annotated images; `mask` replaces the one for validation, `val` is a label in it."""
+    masks = {split: np.zeros(size, np.uint8) for split in ("train", "val")}
+    masks["train"][:5], masks["val"][:5] = 1, val
+    files = {f"images/{split}/a/x.png": PNG for split in masks}
+    files |= {f"masks/{split}/a/x.png": image(pixels=pixels) for split, pixels in masks.items()}
+    return data(files, {"masks/val/a/x.png": mask} if mask else {}, more)
+
+
+VOC = {f"VOCdevkit/VOC2012/ImageSets/Segmentation/{split}.txt": "2007_1\n" for split in ("train", "val")}
+DENSES = [
+    ("no annotated images", DENSE, "data lacks images/train or masks/train", data(FLAT)),
+    ("mask of another size", DENSE, "masks/train/a/x.png has 30x40 pixels, its image 40x40", annotated(size=(40, 30))),
+    (
+        "image without a mask",
+        DENSE,
+        "1 of 2 files.*missing.*masks/train/y.png",
+        annotated(**{"images/train/y.png": PNG}),
+    ),
+    ("mask in colors", DENSE, "masks/val/a/x.png: found a mask in mode RGB, expected a palette", annotated(PNG)),
+    ("mask that is half a file", DENSE, "cannot read image .*masks/val/a/x.png", annotated(PNG[:500])),
+    ("mask that is a pipe", DENSE, "missing.*masks/val/a/x.png", annotated(os.mkfifo)),
+    ("label only in val", DENSE, "masks/val/a/x.png has the label 7: expected 0 to 1.*training", annotated(val=7)),
+    (
+        "label beyond the names",
+        DENSE,
+        "x.png has the label 1: expected 0 to 0.*classes.txt",
+        annotated(**{"classes.txt": "a"}),
+    ),
+    (
+        "masks of one class",
+        DENSE,
+        "train masks .* have only one class, 0",
+        annotated(**{"masks/train/a/x.png": image(pixels=np.zeros((40, 40), "u1"))}),
+    ),
+    (
+        "masks that ignore all",
+        DENSE,
+        "no val image .*annotated.* 255",
+        annotated(image(pixels=np.full((40, 40), 255, "u1"))),
+    ),
+    ("VOC without images", DENSE, "1 of 1 files.*missing.*2007_1.jpg", data(VOC)),
+    ("parts of patches", f"{DENSE} --crop_size 35", "--crop_size 35 .*patch of 8; the nearest is 32", annotated()),
+    ("more neighbours than patches", DENSE, "--nb_knn 30 is more than the 16 patches", annotated()),
+    ("more annotated images than there are", f"{DENSE} --train_images 2", "--train_images 2 .* 1 annot", annotated()),
+    ("no protocol of this name", "eval_dense.py knn", "invalid choice: 'knn'"),
+    ("examples as JPEG", f"{DENSE} --figure {{here}}/a.jpg", "a.jpg.*png", annotated()),
+    (
+        "layer that diverges",
+        f"{DENSE} --lr 1e9 --epochs 9".replace("knn-", "linear-"),
+        "loss of the linear layer is .*--lr",
+        annotated(),
+    ),
 ]
 
 
@@ -578,7 +635,7 @@ MORE = [
 ]
 
 CASES = [
-    *(Case(*row) for row in (*IMAGES, *LAYOUTS, *LISTS, *RETRIEVALS, *COMMANDS, *FIGURES, *MORE)),
+    *(Case(*row) for row in (*IMAGES, *LAYOUTS, *LISTS, *RETRIEVALS, *DENSES, *COMMANDS, *FIGURES, *MORE)),
     *(Case(name, f"{GOOD_TRAIN} {words}", *rest) for name, words, *rest in OPTIONS),
     *(
         Case(f"argument file {name}", f"{GOOD_TRAIN} @{{here}}/a.args", expected, written("a.args", contents))

@@ -66,6 +66,10 @@ ELSEWHERE = {
     "python visualize.py": "test_visualize.py",
     "python export.py": "test_export.py",
     "python eval_knn.py": "test_eval_knn.py",
+    "python eval_dense.py knn-segmentation": "test_eval_dense.py",
+    "python eval_dense.py linear-segmentation": "test_eval_dense.py",
+    "python eval_dense.py propagation": "test_propagation.py",
+    "python eval_dense.py correspondence": "test_correspondence.py",
     "python -m benchmarks.bench_step": "test_benchmarks.py",
     "python -m benchmarks.bench_gpu": "test_benchmarks.py",
     "python -m benchmarks.bench_views": "test_benchmarks.py",
@@ -80,6 +84,7 @@ WRITTEN = {
     "README.md": ["features.npz", "LAPTOP/checkpoint.pth", "OUT/knn_folder.json", "runs/sqrt/checkpoint.pth"],
     "docs/changing_the_method.md": ["runs/sparse/checkpoint.pth", "runs/mini/checkpoint.pth"],
     "docs/data.md": [],
+    "docs/dense.md": [],
     "docs/export.md": ["features.npz", "EXPORT/config.json", "EXPORT_ONNX/model.onnx"],
     "docs/options.md": ["DINO/checkpoint.pth"],
     "docs/performance.md": [],
@@ -87,7 +92,14 @@ WRITTEN = {
     "docs/robustness.md": [],
     "docs/study.md": [],
     "docs/warm_start.md": ["OUT/knn_folder.json", "CONTINUED/checkpoint.pth", "CONTINUED/knn_folder.json"],
-    "docs/visualizing.md": ["map.pdf", "matches.png", "assets/matches.png", "assets/neighbours.png", "runs.pdf"],
+    "docs/visualizing.md": [
+        "map.pdf",
+        "matches.png",
+        "assets/matches.png",
+        "assets/neighbours.png",
+        "runs.pdf",
+        "attention.gif",
+    ],
 }
 
 

@@ -39,6 +39,24 @@ def texts_on(figure, axis):
     return {t.get_text(): t.get_position() for t in figure.texts if t.get_transform() == axis.transData}
 
 
+def test_classes_have_the_colors_of_pascal_voc():
+    """The colors that the palettes of its masks have, and white for ignored pixels."""
+    truth = np.array([[0, 1, 2], [15, 20, 255]])
+    image = np.zeros((4, 6, 3), np.uint8)
+    names = [f"class {i}" for i in range(21)]
+    (page,) = figures.draw_segmentation({"a": image, "b": image}, 2 * [truth], [truth, 0 * truth], names)
+    pictures = [np.asarray(axis.images[0].get_array()) for axis in page.axes]
+    assert [picture.shape for picture in pictures] == 2 * [image.shape, (2, 3, 3), (2, 3, 3)]
+    colors = [[0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [0, 64, 128], [255, 255, 255]]
+    assert pictures[1].reshape(-1, 3).tolist() == colors
+    assert not pictures[5].any()
+    (legend,) = page.legends
+    assert [text.get_text() for text in legend.get_texts()] == names
+    page.draw_without_rendering()
+    bottom = min(axis.get_window_extent().y0 for axis in page.axes)
+    assert 0 <= legend.get_window_extent().y0 < legend.get_window_extent().y1 < bottom
+
+
 def test_matched_patches_have_the_same_color_and_some_a_number_and_a_line(photographs):
     """Few enough that the views can be seen, in numbers of at least 5 points where the figure is 8.5 cm wide."""
     for boxes, share in ((BOXES, 1), (((10, 20, 300, 300), (260, 100, 96, 96)), 0.5)):

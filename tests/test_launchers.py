@@ -39,7 +39,7 @@ def steps(output):
 
 
 @pytest.fixture(scope="module")
-def commands(photo_folder, copydays_folder, retrieval_folder):
+def commands(photo_folder, copydays_folder, retrieval_folder, annotated_folders):
     """Return {name: (script, options, more of them in one process, more of them in two)}."""
     apart = "--image_size 64 --global_crops_scale 0.02 0.05 --local_crops_scale 0.01 0.02".split()  # few patches match
     train = [*TINY, "--geometry", "image", "--drop_path_rate", 0, "--data_path", photo_folder]
@@ -47,6 +47,8 @@ def commands(photo_folder, copydays_folder, retrieval_folder):
     copies += ["--distractors_path", copydays_folder / "distractors", "--imsize", 64, "--batch_size_per_gpu", 5]
     knn = ["--data_path", photo_folder, "--nb_knn", 1, 5, "--crop_size", 64, "--batch_size_per_gpu", 5]
     places = ["--data_path", retrieval_folder, "--dataset", "rparis6k"]
+    # Batches of one image, since the numbers of an image depend on the size of its batch in the last bits
+    patches = ["--data_path", annotated_folders["plain"], "--crop_size", 64, "--batch_size_per_gpu", 1]
     linear = ["--data_path", photo_folder, "--crop_size", 32, "--epochs", 3, "--lr", 2]
     model = ["--num_workers", 1, "--pretrained_weights", "none", "--arch", "vit_micro"]
     four, two = ["--batch_size_per_gpu", 4], ["--batch_size_per_gpu", 2]
@@ -58,6 +60,8 @@ def commands(photo_folder, copydays_folder, retrieval_folder):
         "knn": ("eval_knn", [*knn, *model], [], []),
         "copies": ("eval_copy_detection", [*copies, *model], [], []),
         "retrieval": ("eval_image_retrieval", [*places, *model], [], []),
+        "patches": ("eval_dense", ["knn-segmentation", *patches, *model, "--memory_size", 90], [], []),
+        "layer": ("eval_dense", ["linear-segmentation", *patches, *model, "--lr", 1], [], []),
         "linear": ("eval_linear", [*linear, *model], ten, five),
         "cached": ("eval_linear", [*linear, *model, "--cache_features"], ten, five),
     }
@@ -111,6 +115,8 @@ def test_two_processes_equal_one_with_twice_the_batch(both):
         ("knn", "knn_folder.json", ["knn"]),
         ("copies", "copydays.json", ["map"]),
         ("retrieval", "rparis6k.json", ["map", "mp", "aps"]),
+        ("patches", "knn_segmentation_plain.json", ["iou", "pixel_accuracy", "patches"]),
+        ("layer", "linear_segmentation_plain.json", ["iou", "pixel_accuracy", "patches"]),
     ],
     indirect=["both"],
 )
@@ -204,6 +210,28 @@ def test_compiled_blocks_train_alike(photo_folder, tmp_path, run_main, run_scrip
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
     plain, compiled = (torch.load(tmp_path / n / "checkpoint.pth", weights_only=True) for n in ("plain", "compiled"))
     assert list(plain["student"]) == list(compiled["student"])
+
+
+def test_online_segmentation_in_two_processes_is_that_in_one(annotated_folders, tmp_path, run_script, torchrun):
+    """With three queries, the processes have different numbers of them."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, '.')\n"
+        "import torch\n"
+        "from support.observe import OnlineSegmentation\n"
+        "from utils import init_distributed\n"
+        "from vision_transformer import vit_micro\n"
+        "init_distributed()\n"
+        "torch.manual_seed(0)\n"
+        f"segmentation = OnlineSegmentation({str(annotated_folders['voc'])!r}, 32, 3, 0)\n"
+        "segmentation.splits['val'].keep(range(3))\n"
+        "print('mIoU', segmentation(vit_micro(8, img_size=32).eval(), torch.device('cpu')), flush=True)\n"
+        "if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()\n"
+    )
+    one, two = (run_script(script, launcher=launcher).stdout.splitlines() for launcher in ((), torchrun))
+    (value,) = one
+    assert two == [value, value]
+    assert 0 < float(value.split()[1]) < 100
 
 
 def test_papers_crops_on_photographs(photo_folder, tmp_path, run_main):

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+import eval_dense
 import eval_knn
 import losses
 import main_lgssl
 import patch_matching
 import vision_transformer
+from support import dense
 
 LOSS = 'out_dim grid_tokens loss="mean" lambda_cls=0.5 center="position" student_temp=0.1 center_momentum=0.9'
+PROPAGATION = "features first_labels grid num_classes n_last_frames=7 radius=12 topk=5 temperature=0.1"
 NAMES = [
     (patch_matching.match_patches, 'box_a flip_a grid_a box_b flip_b grid_b rule="paper"'),
     (vision_transformer.vit_tiny, "patch_size=16"),
@@ -22,7 +25,9 @@ NAMES = [
     (losses.LocalGlobalLoss, LOSS),
     (losses.LocalGlobalLoss.forward, "self student_out teacher_out matches teacher_temp"),
     (losses.LocalGlobalLoss.update_center, "self"),
+    (dense.mean_iou, "prediction target num_classes ignore_index=255"),
     (eval_knn.knn_accuracy, "train_features train_labels test_features test_labels k temperature=0.07"),
+    (eval_dense.propagate_labels, PROPAGATION),
 ]
 
 

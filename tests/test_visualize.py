@@ -86,6 +86,60 @@ def test_attention_draws_each_head_and_what_it_holds_on_to(drawn, capsys):
     assert "attention of 3 heads on china, flower" in capsys.readouterr().out
 
 
+@pytest.fixture
+def frames(tmp_path, photographs):
+    """Return a folder of eleven frames, 0.png to 10.png, in which the camera moves to the right."""
+    (tmp_path / "frames").mkdir()
+    for i in range(11):
+        photographs[0].crop((30 * i, 40, 30 * i + 240, 200)).save(tmp_path / f"frames/{i}.png")
+    return tmp_path / "frames"
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".gif"])
+def test_animation_shows_the_attention_of_each_frame(tmp_path, frames, capsys, suffix):
+    path = tmp_path / f"new/a{suffix}"
+    for _ in range(2):  # an animation may be replaced
+        run("attention", frames, *MICRO, "--image_size", 32, "--animate", "--output", path)
+    assert f"attention of 11 frames, 100 ms each\ndrawn in {path}\n" in capsys.readouterr().out
+    backbone = visualize.evaluation.open_model(visualize.evaluation.ModelSpec("none", "vit_micro", 8)).backbone
+    images = [visualize.whole_patches(opened(frames / f"{i}.png"), 32, 8) for i in range(11)]
+    maps = [visualize.features.cls_attention(backbone, image).mean(0) for image in images]  # 4 by 6 patches
+    highest = np.max(maps)
+    with Image.open(path) as animation:
+        assert (animation.n_frames, animation.size, animation.info["loop"]) == (11, (96, 32), 0)
+        for i, (image, values) in enumerate(zip(images, maps, strict=True)):
+            animation.seek(i)
+            animation.load()
+            assert animation.info["duration"] == 100
+            pixels = np.array(animation.convert("RGB")).astype(float)
+            assert np.abs(pixels[:, :48] - image).mean() < 12  # lossy
+            colors = pixels[4::8, 52::8]
+            assert np.abs(colors - 255 * figures.HEAT(values / highest)[..., :3]).mean() < 12
+
+
+def test_frames_may_be_files_and_the_default_is_webp(frames, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("attention", frames / "10.png", frames / "9.png", *MICRO, "--image_size", 32, "--animate")
+    with Image.open("attention.webp") as animation:
+        assert animation.n_frames == 2
+        first = np.array(animation.convert("RGB")).astype(float)[:, :48]
+    assert np.abs(first - visualize.whole_patches(opened(frames / "9.png"), 32, 8)).mean() < 12
+
+
+def test_frames_that_are_no_video_are_refused(frames, tmp_path):
+    Image.new("RGB", (240, 161)).save(frames / "5.png")
+    for words, message in (
+        ((frames,), "0.png has 240x160 pixels and .*5.png 240x161, expected frames of one size"),
+        ((frames / "0.png",), "found 1 frames, expected the 2 to 500 frames of a video"),
+        ((frames / "0.png", frames / "1.png", "--output", "a.png"), "found the suffix '.png', expected .webp or .gif"),
+        ((frames / "0.png", frames / "1.png", "--output", tmp_path / "own.gif"), "a file that is not a figure"),
+    ):
+        Image.new("L", (4, 4)).save(tmp_path / "own.gif")
+        with pytest.raises(UserError, match=message) as error:
+            run("attention", *words, *MICRO, "--image_size", 32, "--animate")
+        assert "\n" not in str(error.value)
+
+
 def test_features_are_drawn_below_their_images(drawn):
     run("features", *MICRO, "--image_size", 64)
     above, below = drawn[0].axes[::2], drawn[0].axes[1::2]
