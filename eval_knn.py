@@ -13,10 +13,11 @@ import torch
 from support import evaluation
 from support.arguments import number
 from support.evaluation import classification_metrics, describe, features_of_all, knn_votes, top_hits
-from support.features import normalized_cls
+from support.features import normalized_cls, normalized_patches_mean
 from utils import UserError, init_distributed, is_first_process, run_main, warn
 
 DEFAULT_K = [10, 20]
+FEATURES = {"cls": normalized_cls, "patches_mean": normalized_patches_mean}
 
 
 def knn_accuracy(
@@ -45,11 +46,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = evaluation.model_parser(__doc__, evaluation.PIXELS)
     add = parser.add_argument_group("protocol").add_argument
     add("--nb_knn", type=number(int, 1), nargs="+", default=DEFAULT_K, help="numbers of neighbours K")
+    add("--features", choices=FEATURES, default="cls", help="CLS token, or mean of the patch tokens")
     add("--temperature", type=number(float, 1e-6), default=0.07, help="temperature of the votes")
     evaluation.add_use_cuda(add)
     evaluation.add_data_arguments(parser)
     evaluation.add_computation_arguments(parser, batch_size=128)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.pretrained_weights == "pixels" and args.features != "cls":
+        parser.error(f"--features {args.features} needs patch tokens, which --pretrained_weights pixels has none of")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,12 +71,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             warn(f"{total} training images are too few for K = {few}: using K = {neighbours[0]}, see --nb_knn")
     images = {split: len(dataset) for split, dataset in datasets.items()}
     facts = {"images": images, "crop_size": crop_size}
-    result = evaluation.Result(f"knn_{args.dataset}", args, backbone, made_with, datasets, **facts)
+    name = f"knn_{args.dataset}" if args.features == "cls" else f"knn_{args.features}_{args.dataset}"
+    result = evaluation.Result(name, args, backbone, made_with, datasets, **facts)
 
     for dataset in datasets.values():
         dataset.announce()
     rank, _, device = init_distributed(args.dist_url)
-    network = normalized_cls(backbone.to(device))
+    network = FEATURES[args.features](backbone.to(device))
     features = features_of_all(network, datasets, device, args.batch_size_per_gpu, args.num_workers)
     evaluation.leave_process_group()
     if rank > 0:

@@ -80,6 +80,11 @@ def normalized_cls(backbone: Network) -> Network:
     return lambda images: F.normalize(backbone(images)[:, 0])
 
 
+def normalized_patches_mean(backbone: Network) -> Network:
+    """Return a network: images [B, 3, H, W] -> L2-normalized means of the patch tokens [B, D]."""
+    return lambda images: F.normalize(backbone(images)[:, 1:].mean(1))
+
+
 @torch.no_grad()
 def extract_features(
     network: Network,

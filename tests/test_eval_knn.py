@@ -156,13 +156,13 @@ def checkpoint(tmp_path):
     return tmp_path / "checkpoint.pth", network
 
 
-def features_and_labels(network, *source, **options):
-    """Return train features, train labels, val features, val labels."""
+def features_and_labels(network, *source, tokens=slice(1), **options):
+    """Return train features, train labels, val features, val labels. Features are means of `tokens`, by default CLS."""
     arrays = []
     for split in ("train", "val"):
         dataset = open_dataset(*source, split=split, transform=eval_transform(32), **options)
         with torch.no_grad():
-            features = torch.cat([F.normalize(network(image[None])[:, 0]) for image, _ in dataset])
+            features = torch.cat([F.normalize(network(image[None])[:, tokens].mean(1)) for image, _ in dataset])
         arrays += [features.numpy(), np.array(dataset.labels)]
     return arrays
 
@@ -178,6 +178,25 @@ def test_result_beside_the_checkpoint(photo_folder, checkpoint, capsys):
         expected = naive_knn(*arrays, 2, k)
         assert result["knn"][str(k)] == pytest.approx(expected)
         assert f"k-NN (K={k}): top-1 {expected['top1']:.2f} %" in output
+
+
+def test_mean_of_patches(photo_folder, checkpoint):
+    """The results of both features stay, and a result from before --features is one of CLS."""
+    weights, network = checkpoint
+    words = f"--data_path {photo_folder} --pretrained_weights {weights} --nb_knn 3 --num_workers 0".split()
+    of_cls, of_patches = (weights.parent / f"knn_{name}folder.json" for name in ("", "patches_mean_"))
+    eval_knn.main(words)
+    older = json.loads(of_cls.read_text())
+    assert older["args"].pop("features") == "cls"
+    of_cls.write_text(json.dumps(older))
+    for features in ("patches_mean", "cls"):
+        eval_knn.main([*words, "--features", features])
+    assert {*weights.parent.glob("*.json")} == {of_cls, of_patches}
+    results = [json.loads(path.read_text()) for path in (of_cls, of_patches)]
+    assert [result["args"]["features"] for result in results] == ["cls", "patches_mean"]
+    for result, tokens in zip(results, (slice(1), slice(1, None)), strict=True):
+        arrays = features_and_labels(network, "folder", photo_folder, tokens=tokens)
+        assert result["knn"]["3"] == pytest.approx(naive_knn(*arrays, 2, 3))
 
 
 def test_solar_cells(checkpoint, tmp_path, monkeypatch, capsys):
@@ -223,7 +242,7 @@ def test_whole_transform_does_not_crop(photographs):
     assert whole_transform(40)(photographs[0]).shape == (3, 40, 40)
 
 
-def test_bad_input_is_named(photo_folder, tmp_path):
+def test_bad_input_is_named(photo_folder, tmp_path, capsys):
     def message(*words):
         with pytest.raises(UserError) as error:
             eval_knn.main([*map(str, words), "--pretrained_weights", "none", "--arch", "vit_micro"])
@@ -241,6 +260,9 @@ def test_bad_input_is_named(photo_folder, tmp_path):
         "--data_path", photo_folder, "--nb_knn", 1, "--output_dir", tmp_path / "file"
     )
     assert "smaller than a patch of 16" in message("--data_path", photo_folder, "--crop_size", 8)
+    with pytest.raises(SystemExit, match="2"):
+        eval_knn.main("--data_path D --pretrained_weights pixels --features patches_mean".split())
+    assert "--features patches_mean needs patch tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("images", "used", "left_out"), [(11, 10, "20"), (5, 5, "10 and 20")])

@@ -11,6 +11,7 @@ from support.features import (
     eval_transform,
     extract_features,
     network_input,
+    normalized_patches_mean,
     patch_features,
     principal_colors,
 )
@@ -51,6 +52,13 @@ def test_features_keep_the_order_of_the_data_set(photo_folder):
     features = extract_features(lambda x: x.mean((2, 3)), dataset, torch.device("cpu"), batch_size=5, num_workers=0)
     expected = torch.stack([image.mean((1, 2)) for image, _ in dataset])
     torch.testing.assert_close(features, expected)
+
+
+def test_mean_of_patches_is_normalized_after_the_mean():
+    tokens = np.random.default_rng(0).normal(size=(3, 5, 4))
+    expected = [np.mean(rows[1:], axis=0) / np.linalg.norm(np.mean(rows[1:], axis=0)) for rows in tokens]
+    found = normalized_patches_mean(lambda images: torch.tensor(tokens))(torch.empty(3, 3, 8, 8))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_network_input_is_normalized(image):
