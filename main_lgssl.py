@@ -32,7 +32,7 @@ from support.cuda_graphs import accelerate
 from support.images import LabeledImages, ResizedArray
 from support.loader import ViewBatches, Workers, batches_on_device
 from support.meters import Meters, measure
-from support.observe import OnlineKNN, environment, fit_all_workers, is_due, training_pictures
+from support.observe import OnlineKNN, OnlineSegmentation, environment, fit_all_workers, is_due, training_pictures
 from support.optimizers import build_optimizer, clip_each_gradient
 from support.options import (
     AUTOCAST,
@@ -99,6 +99,7 @@ class Run:
     loader: DataLoader
     distort: Distort  # distorts views on the device, if the workers do not
     online_knn: OnlineKNN | None
+    online_dense: OnlineSegmentation | None
     report: Report | None  # of rank 0
     lock: int | None  # file descriptor, of rank 0
     process: Process
@@ -212,17 +213,23 @@ def drop_gradients(module: torch.nn.Module) -> None:
 
 
 def end_epoch(args: argparse.Namespace, run: Run, stop: StopRequest, epoch: int, step: int) -> None:
-    """Evaluate the online k-NN and report the epoch that ends with `step`."""
+    """Evaluate the teacher online and report the epoch that ends with `step`."""
     means, matched_counts = run.meters.end_epoch()
-    top1 = None
-    if run.online_knn and is_due(epoch, run.settings["knn_every"], args.epochs):
-        with stop.waiting_for_data():
-            top1 = run.online_knn(run.teacher.backbone, run.process.device)
+    evaluated = {}
+    for name, evaluation, every in (
+        ("knn_top1", run.online_knn, run.settings["knn_every"]),
+        ("dense_miou", run.online_dense, args.dense_every),
+    ):
+        if evaluation and is_due(epoch, every, args.epochs):
+            with stop.waiting_for_data():
+                value = evaluation(run.teacher.backbone, run.process.device)
+            if value is not None:
+                evaluated[name] = value
     if run.report:
         steps = range(step + 1 - run.size.steps_per_epoch, step + 1)
         for name in ("lr", "wd"):
             means[name] = sum(schedule(args, run.size, s)[name] for s in steps) / len(steps)
-        run.report.epoch(epoch, step, means, top1)
+        run.report.epoch(epoch, step, means, evaluated)
         if is_due(epoch, args.image_every, args.epochs):
             assert isinstance(run.loader.dataset, ViewBatches)
             run.report.pictures(training_pictures(run.teacher.backbone, run.loader.dataset, (epoch, step, [0])), step)
@@ -249,7 +256,6 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     # A quarter for the matches: patches of 8 pixels need it. Patch augmentation has parameters for each patch.
     of_patch = 4 * PATCH_ROW_LENGTH / (3 * (args.patch_size or 16) ** 2) if args.patch_augmentation else 0
     batch_bytes = (1.25 + of_patch) * sum(map(math.prod, shapes))
-    workers = fit_all_workers(args.num_workers, batch_bytes, images.online_knn)
     init_hash = checkpoints.hash_of_file(args.init_weights) if args.init_weights else None
     every = 10 if args.knn_every is None and images.online_knn else args.knn_every or 0
     settings = {**vars(args), "knn_every": every, "init_hash": init_hash}
@@ -264,6 +270,9 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
     args.patch_size = args.patch_size or made_with.get("patch_size", 16)
     argument_parser().check_crops(args)
     settings |= {"arch": args.arch, "patch_size": args.patch_size}
+    online_dense = open_segmentation(args)
+    evaluations = [evaluation for evaluation in (images.online_knn, online_dense) if evaluation]
+    workers = fit_all_workers(args.num_workers, batch_bytes, evaluations)
     timeout = datetime.timedelta(seconds=args.dist_timeout)
     rank, world_size, device = process = init_distributed(args.dist_url, timeout)
     settings["precision"] = set_precision(args.precision or made_with.get("precision"), device)
@@ -325,6 +334,7 @@ def build_run(args: argparse.Namespace, stop: StopRequest) -> Run:
         loader=build_loader(args, images.train, steps, process, workers, settings["distort_on"]),
         distort=distort,
         online_knn=images.online_knn,
+        online_dense=online_dense,
         report=None,
         lock=lock,
         process=process,
@@ -362,6 +372,19 @@ def open_images(args: argparse.Namespace) -> Images:
                 raise UserError(f"--knn_every {args.knn_every}: {error}") from error
             no_knn = str(error)
     return Images(train, knn, no_knn, train.describe())
+
+
+def open_segmentation(args: argparse.Namespace) -> OnlineSegmentation | None:
+    """Open the online segmentation, if it is asked for. Its images have the size of a global view."""
+    if not args.dense_every:
+        return None
+    side = args.global_crops_size // args.patch_size * args.patch_size
+    try:
+        return OnlineSegmentation(
+            args.dense_path, side, args.batch_size_per_gpu, args.num_workers, args.intensity_range
+        )
+    except UserError as error:
+        raise UserError(f"--dense_path {args.dense_path}: {error}") from error
 
 
 def open_report(args: argparse.Namespace, run: Run, images: Images, *, accelerated: str, started: str) -> Report:

@@ -1,4 +1,4 @@
-"""Plot the logs of several runs: loss, online k-NN accuracy, entropy of the teacher and matched patches per epoch.
+"""Plot the logs of several runs: loss, online evaluations, entropy of the teacher, matched patches per epoch.
 
     python plot_runs.py OUT1 OUT2 ... --output runs.pdf
     python plot_runs.py OUT1 OUT2 --names DINO Ours
@@ -34,8 +34,10 @@ COLUMNS = (  # of the table: (logged value, title, digits)
     ("knn_top1", "k-NN top-1 in %", 1),
     ("entropy_share", "entropy / ln K", 3),
     ("matched_patches", "matched patches", 1),
+    ("dense_miou", "mIoU in %", 1),
 )
 NAMES = [name for name, _, _ in COLUMNS]
+NEWEST = "dense_miou"  # column that older CSV files lack
 FLAT = 0.01  # a curve changes if its values differ by more than this share of the highest
 MAX_WIDTH = 100  # of the table, in columns
 # Runs on different images are not averaged.
@@ -104,19 +106,20 @@ def read_curves(path: Path, names: Sequence[str] = NAMES) -> list[Run]:
         UserError: the file cannot be read, or has no runs.
     """
     runs: dict[tuple[str, str], Run] = {}
-    for line in read_table(path, curve_columns(names), optional=1):
+    for line in read_table(path, curve_columns(names), optional=2 if NEWEST in names else 1):
         row, seed, out_dim = line["row"], line["seed"], line.get("out_dim", "unknown")
         run = runs.setdefault((row, seed), Run(row, seed, out_dim=out_dim, curves={name: {} for name in names}))
         for name in names:
-            run.add(name, int(line["epoch"]), float(line[name] or "nan"))
+            run.add(name, int(line["epoch"]), float(line.get(name) or "nan"))
     if not runs:
         raise UserError(f"{path} has no runs")
     return list(runs.values())
 
 
 def curve_columns(names: Sequence[str]) -> list[str]:
-    """Return the columns of a CSV file of curves. Older files lack the last one."""
-    return ["row", "seed", "epoch", *names, "out_dim"]
+    """Return the columns of a CSV file of curves. Older files lack out_dim, or what follows."""
+    newest = [name for name in names if name == NEWEST]
+    return ["row", "seed", "epoch", *(name for name in names if name != NEWEST), "out_dim", *newest]
 
 
 def read_table(path: Path, columns: Sequence[str], optional: int = 0) -> list[dict[str, str]]:
@@ -206,13 +209,15 @@ def curves_of(labeled: dict[str, list[Run]]) -> tuple[dict[str, dict[str, np.nda
 def last_values(labeled: dict[str, list[Run]]) -> list[str]:
     """Return the lines of a table with the last values per setting, mean ± standard deviation.
 
-    If labels make it wider than MAX_WIDTH, they stand below the table, which has their numbers.
+    A column without values is left out. If labels make the table wider than MAX_WIDTH, they stand below the table,
+    which has their numbers.
     """
-    rows = [("setting", "seeds", "epochs", *(title for _, title, _ in COLUMNS))]
+    columns = [column for column in COLUMNS if any(run.curves[column[0]] for runs in labeled.values() for run in runs)]
+    rows = [("setting", "seeds", "epochs", *(title for _, title, _ in columns))]
     for label, runs in labeled.items():
         epochs = [max(epoch for curve in run.curves.values() for epoch in curve) for run in runs]
         row = [printable(label), str(len(runs)), " to ".join(dict.fromkeys((str(min(epochs)), str(max(epochs)))))]
-        for name, _, digits in COLUMNS:
+        for name, _, digits in columns:
             values = np.array([curve[max(curve)] for run in runs if (curve := run.curves[name])])
             deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
             row.append(f"{values.mean():.{digits}f}{deviation}" if len(values) else "-")

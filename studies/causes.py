@@ -6,7 +6,7 @@ keeps the statistics of CLS and patches apart, and with an MLP of its own for pa
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -146,11 +146,11 @@ def observe(run: main_lgssl.Run) -> None:
     def mean_of_patches(images: Tensor) -> Tensor:
         return run.teacher.backbone(images)[:, 1:].mean(1, keepdim=True)  # instead of CLS
 
-    def report_more(epoch: int, step: int, means: dict[str, float], knn_top1: float | None = None) -> None:
-        top1 = online_knn(mean_of_patches, run.process.device) if online_knn and knn_top1 is not None else None
+    def report_more(epoch: int, step: int, means: dict[str, float], evaluated: Mapping[str, float]) -> None:
+        top1 = online_knn(mean_of_patches, run.process.device) if online_knn and "knn_top1" in evaluated else None
         if top1 is not None:
             means = {**means, "patch_knn_top1": top1}
-        report_epoch(epoch, step, means, knn_top1)
+        report_epoch(epoch, step, means, evaluated)
 
     student.encode, criterion.forward, report.epoch = encode_and_keep, compute_and_measure, report_more  # type: ignore
 

@@ -155,9 +155,12 @@ def keep(study: Study, row: str, seed: int, place: Place) -> None:
 
 def keep_curves(path: Path, label: str, seed: int, run: plot_runs.Run) -> None:
     """Append the curves of a run to a CSV file."""
-    epochs = sorted(set().union(*run.curves.values()))
-    lines = [[label, seed, n, *(curve.get(n) for curve in run.curves.values()), run.out_dim] for n in epochs]
-    append(path, plot_runs.curve_columns(list(run.curves)), lines)
+    lines, columns = [], plot_runs.curve_columns(list(run.curves))
+    for n in sorted(set().union(*run.curves.values())):
+        values = {"row": label, "seed": seed, "epoch": n, "out_dim": run.out_dim}
+        values |= {name: curve.get(n) for name, curve in run.curves.items()}
+        lines.append([values[column] for column in columns])
+    append(path, columns, lines)
 
 
 def append(path: Path, columns: list[str], lines: list[list[Any]]) -> None:

@@ -1,14 +1,15 @@
-"""Observing a training run: online k-NN, pictures for TensorBoard, and the environment of the run."""
+"""Observing a training run: online k-NN and segmentation, pictures for TensorBoard, and the environment of the run."""
 
 import contextlib
 import copy
 import datetime
+import functools
 import importlib.metadata
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ from torch.utils.data import Dataset, Subset
 from augment import resize
 from patch_matching import match_patches
 from support import features
+from support.dense import (
+    IGNORED,
+    AnnotatedImages,
+    class_ious,
+    knn_segment,
+    patch_memory,
+    patch_tokens,
+    segmentation_confusion,
+    voc_folder,
+)
 from support.evaluation import check_splits, classification_metrics, knn_votes
 from support.features import eval_transform, extract_features, normalized_cls
 from support.images import ImageList, LabeledImages
@@ -30,6 +41,7 @@ from vision_transformer import VisionTransformer
 
 NEIGHBOURS = 10
 MAX_REFERENCES, MAX_QUERIES = 5000, 1000  # maximum number of images, to bound the time of the online k-NN
+MAX_ANNOTATED, MAX_PATCHES = {"train": 500, "val": 100}, 20000  # the same for the online segmentation, and its memory
 
 
 def is_due(epoch: int, every: int, epochs: int) -> bool:
@@ -74,10 +86,11 @@ class OnlineKNN:
             chosen = {split: (x, rng.permutation(len(x))[:limit]) for split, (x, limit) in limits.items()}
         if not len(chosen["train"][1]):
             raise UserError(f"found {len(train)} images, too few for online k-NN")
-        self.crop_size, self.num_classes = crop_size, len(train.classes)
+        self.num_classes = len(train.classes)
         self.labels = {split: torch.tensor(images.labels)[indices] for split, (images, indices) in chosen.items()}
         self.splits = {s: BlackForBad(Subset(x, i.tolist()), crop_size) for s, (x, i) in chosen.items()}
         self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_bytes = batch_size * 12 * crop_size**2  # 3 floats per pixel
 
     def __call__(self, backbone: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> float | None:
         """Return the top-1 accuracy in percent on rank 0 and None on other ranks. A collective call.
@@ -99,17 +112,90 @@ class OnlineKNN:
         return classification_metrics(votes, self.labels["val"].to(device))["top1"]
 
 
-def fit_all_workers(num_workers: int, batch_bytes: float, online_knn: OnlineKNN | None) -> Workers:
+class OnlineSegmentation:
+    """k-NN segmentation by a network during training, as in `eval_dense.py knn-segmentation`, on limited images.
+
+    The memory has at most MAX_PATCHES patches of MAX_ANNOTATED["train"] images. Queries are at most
+    MAX_ANNOTATED["val"] images, or, in a folder without validation images, training images that are held out of the
+    memory. They are always the same. Unreadable images are ignored, with a warning: the evaluation must not end the
+    training.
+
+    Args:
+        data_path: folder of annotated images, see `AnnotatedImages`.
+        side: side of the images in pixels, a multiple of the patch.
+        batch_size, num_workers: images per batch and data-loading workers.
+        intensity_range: of the training images.
+
+    Raises:
+        UserError: see `AnnotatedImages`, or a single image is annotated.
+    """
+
+    def __init__(
+        self,
+        data_path: str,
+        side: int,
+        batch_size: int,
+        num_workers: int,
+        intensity_range: Sequence[float] | None = None,
+    ) -> None:
+        train, rng = ReadableImages(data_path, "train", side), np.random.default_rng(0)
+        if voc_folder(Path(data_path)) or (Path(data_path) / "images" / "val").exists():
+            val = ReadableImages(data_path, "val", side, train.classes)
+            chosen = {"train": rng.permutation(len(train)), "val": rng.permutation(len(val))}
+        else:
+            val, shuffled, held_out = copy.copy(train), rng.permutation(len(train)), -(-len(train) // 5)
+            chosen = {"train": shuffled[held_out:], "val": shuffled[:held_out]}
+        if not len(chosen["train"]):
+            raise UserError(f"{data_path} has {len(train)} annotated image, too few for a memory and queries")
+        self.splits = {"train": train, "val": val}
+        for split, images in self.splits.items():
+            images.keep(sorted(chosen[split][: MAX_ANNOTATED[split]].tolist()))
+            images.use_intensity_range(intensity_range)
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_bytes = batch_size * 20 * side**2  # 3 floats and an int64 per pixel
+
+    def __call__(self, backbone: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> float | None:
+        """Return the mean IoU of all classes in percent, or None if no patch is annotated. A collective call.
+
+        Args:
+            backbone: normalized images [B, 3, S, S] -> tokens [B, 1+P, D].
+            device: device of the backbone.
+        """
+        network, how = patch_tokens(backbone), (device, self.batch_size, self.num_workers)
+        try:
+            memory, shares = patch_memory(network, self.splits["train"], *how, MAX_PATCHES)
+        except UserError as error:
+            warn(f"no online segmentation: {error}")
+            return None
+        scorer = functools.partial(knn_segment, memory, shares)
+        confusion = segmentation_confusion(network, scorer, self.splits["val"], *how)
+        return 100 * float(class_ious(confusion).nanmean()) if confusion.any() else None
+
+
+class ReadableImages(AnnotatedImages):
+    """Annotated images where an unreadable one is black and its pixels are ignored, with a warning."""
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        try:
+            return super().__getitem__(index)
+        except UserError as error:
+            warn(f"{error}; online segmentation ignores the image")
+            return torch.zeros(3, self.side, self.side), torch.full((self.side, self.side), IGNORED)
+
+
+def fit_all_workers(
+    num_workers: int, batch_bytes: float, evaluations: Sequence[OnlineKNN | OnlineSegmentation]
+) -> Workers:
     """Return the training's data-loading workers, see `fit_workers`. To be called before a loader is open.
 
-    The online k-NN, whose loaders are open at the same time, keeps its own if the batches of all fit into the shared
-    memory. Otherwise it loads images without workers.
+    The loader of an online evaluation is open at the same time, one after the other. They keep their workers if the
+    batches of all fit into the shared memory. Otherwise they load images without workers.
     """
-    if online_knn:
-        both = batch_bytes + online_knn.batch_size * 12 * online_knn.crop_size**2
-        if fit_workers(num_workers, both, quiet=True) == Workers(num_workers):
-            return Workers(num_workers)
-        online_knn.num_workers = 0
+    largest = max((evaluation.batch_bytes for evaluation in evaluations), default=0)
+    if fit_workers(num_workers, batch_bytes + largest, quiet=True) == Workers(num_workers):
+        return Workers(num_workers)
+    for evaluation in evaluations:
+        evaluation.num_workers = 0
     return fit_workers(num_workers, batch_bytes)
 
 

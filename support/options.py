@@ -112,6 +112,10 @@ def add_data_arguments(parser: ArgumentParser) -> None:
     free("--log_every", type=natural, default=10, help="log every N steps")
     free("--knn_every", type=count, help="evaluate k-NN every N epochs (0: never). Default: 10 if the images have "
         "labels. Training never uses labels")
+    free("--dense_every", type=count, help="evaluate k-NN segmentation every N epochs (0: never). Default: 10 with "
+        "--dense_path")
+    free("--dense_path", help="folder of annotated images for it, as eval_dense.py reads it: images/SPLIT and "
+        "masks/SPLIT, or VOCdevkit/VOC2012")
     free("--image_every", type=count, default=10, help="write pictures to TensorBoard every N epochs (0: never)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of all random numbers")
     workers = min(16, cores_of_process())
@@ -157,6 +161,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.precision is None and args.use_fp16 is not None:
         args.precision = "fp16" if args.use_fp16 else "fp32"
     del args.use_fp16
+
+    if args.dense_every and args.dense_path is None:
+        parser.error(f"--dense_every {args.dense_every} needs --dense_path, a folder of annotated images")
+    if args.dense_every is None:
+        args.dense_every = 10 if args.dense_path is not None else 0
 
     if args.init_weights is None:
         args.arch, args.patch_size = args.arch or "vit_small", args.patch_size or 16

@@ -28,6 +28,7 @@ from utils import first_line, printable, warn
 
 PATIENCE = 50  # reports in a row
 WATCH_FROM = 2000  # the watch for a collapse starts at this step, or at the end of the warm-up if that is earlier
+EVALUATIONS = {"knn_top1": "online k-NN top-1", "dense_miou": "online segmentation mIoU"}
 
 # name: (test on the values of `measure`, message)
 COLLAPSES: dict[str, tuple[Callable[[dict[str, float]], bool], str]] = {
@@ -142,13 +143,15 @@ class Report:
         for text in self.watch(values) if step >= self.watch_from else []:
             warn(text)
 
-    def epoch(self, epoch: int, step: int, means: dict[str, float], knn_top1: float | None = None) -> None:
-        """Report the means of an epoch, which ends with `step`, and the online k-NN accuracy if it was evaluated."""
+    def epoch(self, epoch: int, step: int, means: dict[str, float], evaluated: Mapping[str, float] = {}) -> None:
+        """Report the means of an epoch, which ends with `step`, and what was evaluated: values of EVALUATIONS in %."""
         values = {f"train_{name}": value for name, value in means.items()}
-        if knn_top1 is not None:
-            values["knn_top1"] = knn_top1
-            self._board("add_scalar", "knn_top1", knn_top1, step)
-            tqdm.write(f"epoch {epoch + 1}/{self.epochs}  online k-NN top-1 {knn_top1:.2f} %")
+        values |= evaluated
+        for name, value in evaluated.items():
+            self._board("add_scalar", name, value, step)
+        if evaluated:
+            texts = "  ".join(f"{EVALUATIONS[name]} {value:.2f} %" for name, value in evaluated.items())
+            tqdm.write(f"epoch {epoch + 1}/{self.epochs}  {texts}")
         self._remember(values)
         append_line({**values, "epoch": epoch}, self.epoch_log)
 

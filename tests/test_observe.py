@@ -1,33 +1,39 @@
 import dataclasses
 import io
 import json
+import shutil
 import subprocess
 
 import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import open_dataset
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_main_lgssl import TINY, read, train
+from torch.utils.data import DataLoader
 
+import eval_dense
 import eval_knn
 import main_lgssl
 from augment import MultiCrop, resize
 from patch_matching import match_patches, match_views
-from support import observe
+from support import loader, observe
+from support.dense import knn_segment, mean_iou, patch_shares, upsample
 from support.figures import BRIGHT, HEAT, LABEL_HEIGHT
 from support.images import ResizedArray
 from support.loader import ViewBatches
 from support.meters import Meters
-from support.observe import OnlineKNN, environment, is_due, training_pictures
+from support.observe import OnlineKNN, OnlineSegmentation, environment, fit_all_workers, is_due, training_pictures
 from support.sources import DataSpec
 from utils import Process, UserError
 from vision_transformer import vit_micro
 
 WATCHED = ("--knn_every", 1, "--image_every", 1)
 PROCESS = Process(0, 1, torch.device("cpu"))
+SEGMENTATION = {"side": 32, "batch_size": 4, "num_workers": 0}
 KNN = {"crop_size": 32, "batch_size": 4, "num_workers": 0}
 
 
@@ -121,6 +127,98 @@ def test_knn_is_bounded(monkeypatch):
     assert knn(label_as_feature, torch.device("cpu")) == 0
 
 
+def test_segmentation_is_that_of_the_evaluation(photo_folder, annotated_folders, tmp_path, capsys):
+    for kind, folder in annotated_folders.items():
+        train(photo_folder, tmp_path / kind, "--epochs", 2, "--dense_path", folder, "--dense_every", 1)
+        logged = [epoch["dense_miou"] for epoch in read(tmp_path / kind / "log.txt")]
+        assert f"epoch 2/2  online segmentation mIoU {logged[1]:.2f} %\n" in capsys.readouterr().out
+        weights = tmp_path / kind / "checkpoint.pth"
+        words = f"--data_path {folder} --pretrained_weights {weights} --num_workers 0"
+        eval_dense.main(["knn-segmentation", *words.split()])
+        (file,) = (tmp_path / kind).glob("knn_segmentation*.json")
+        assert logged[1] == pytest.approx(json.loads(file.read_text())["miou"])
+        assert 10 < logged[1] < 100
+        assert [e.value for e in board(tmp_path / kind).Scalars("dense_miou")] == pytest.approx(logged)
+
+
+def mean_pixels(images):
+    """Return the mean colors of patches of 8 pixels as tokens, after a CLS token of zeros."""
+    return F.pad(F.avg_pool2d(images, 8).flatten(2).transpose(1, 2), (0, 0, 1, 0))
+
+
+def test_segmentation_is_bounded_and_holds_out_where_there_is_no_val(annotated_folders, tmp_path, monkeypatch):
+    for kind in ("images", "masks"):
+        shutil.copytree(annotated_folders["plain"] / kind / "train", tmp_path / kind / "train")
+    everything = OnlineSegmentation(str(tmp_path), **SEGMENTATION).splits
+    paths = {split: [*images.paths] for split, images in everything.items()}
+    assert (len(paths["train"]), len(paths["val"])) == (4, 2)
+    assert {*paths["train"], *paths["val"]} == {*map(str, (tmp_path / "images/train").rglob("*.png"))}
+
+    monkeypatch.setattr(observe, "MAX_ANNOTATED", {"train": 3, "val": 2})
+    monkeypatch.setattr(observe, "MAX_PATCHES", 20)
+    segmentation = OnlineSegmentation(str(annotated_folders["plain"]), **SEGMENTATION)
+    again = OnlineSegmentation(str(annotated_folders["plain"]), **SEGMENTATION)
+    splits = segmentation.splits
+    assert [len(splits[split]) for split in ("train", "val")] == [3, 2]
+    assert [[*images.paths] for images in splits.values()] == [[*images.paths] for images in again.splits.values()]
+    pixels, masks = (torch.stack(parts) for parts in zip(*splits["train"], strict=True))
+    chosen = torch.randperm(48, generator=torch.Generator().manual_seed(0))[:20].sort().values
+    shares = patch_shares(masks, (4, 4), 5).flatten(0, 1)[chosen]
+    memory = F.normalize(mean_pixels(pixels)[:, 1:], dim=2).flatten(0, 1)[chosen][shares.sum(1) > 0]
+    pixels, masks = (torch.stack(parts) for parts in zip(*splits["val"], strict=True))
+    queries = F.normalize(mean_pixels(pixels)[:, 1:], dim=2).flatten(0, 1)
+    found = upsample(knn_segment(memory, shares[shares.sum(1) > 0], queries).unflatten(0, (2, 16)), (4, 4), 32)
+    miou = segmentation(mean_pixels, torch.device("cpu"))
+    assert miou == pytest.approx(100 * mean_iou(found, masks, 5))
+    assert miou == again(mean_pixels, torch.device("cpu"))
+
+
+def test_unreadable_annotated_images_do_not_end_the_training(annotated_folders, photo_folder, tmp_path, capsys):
+    shutil.copytree(annotated_folders["plain"], tmp_path / "data")
+    train_images, val_images = (sorted((tmp_path / f"data/images/{s}").rglob("*.png")) for s in ("train", "val"))
+    for path in (train_images[0], val_images[0]):
+        path.write_bytes(path.read_bytes()[:999])  # its header is whole
+    words = ("--epochs", 1, "--dense_path", tmp_path / "data")
+    train(photo_folder, tmp_path / "a", *words)
+    warned = capsys.readouterr().err
+    assert all(f"{path}: " in warned for path in (train_images[0], val_images[0]))
+    assert 0 < read(tmp_path / "a/log.txt")[0]["dense_miou"] < 100
+    for split, message in ((val_images, ""), (train_images, "warning: no online segmentation: no patch of the memory")):
+        for path in split:
+            path.write_bytes(path.read_bytes()[:999])
+        train(photo_folder, tmp_path / f"b{message[:1]}", *words)
+        assert message in capsys.readouterr().err
+        assert "dense_miou" not in read(tmp_path / f"b{message[:1]}/log.txt")[0]
+
+
+def test_bad_annotations_are_refused_before_the_training(annotated_folders, photo_folder, tmp_path, capsys):
+    with pytest.raises(UserError, match=rf"--dense_path {photo_folder}: .* lacks images/train or masks/train"):
+        train(photo_folder, tmp_path / "out", "--dense_path", photo_folder)
+    for kind in ("images", "masks"):
+        (tmp_path / kind / "train").mkdir(parents=True)
+        name = sorted((annotated_folders["plain"] / kind / "train").rglob("*.png"))[0]
+        shutil.copy(name, tmp_path / kind / "train/a.png")
+    with pytest.raises(UserError, match="has 1 annotated image, too few"):
+        train(photo_folder, tmp_path / "out", "--dense_path", tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        train(photo_folder, tmp_path / "out", "--dense_every", 3)
+    assert "--dense_every 3 needs --dense_path" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_workers_of_online_evaluations_fit_into_the_shared_memory(annotated_folders, monkeypatch):
+    """Two workers with two batches each and one in use, of the training and of the largest evaluation."""
+    knn = OnlineKNN(open_dataset("digits"), DataSpec("digits"), **{**KNN, "num_workers": 2})
+    segmentation = OnlineSegmentation(str(annotated_folders["plain"]), **{**SEGMENTATION, "num_workers": 2})
+    largest = max((x.batch_size, x.batch_bytes) for x in (knn, segmentation))[1]
+    pixels, masks = next(iter(DataLoader(segmentation.splits["train"], 4)))
+    assert largest == pixels.nbytes + masks.nbytes
+    for free, kept in ((5 * (1000 + largest), 2), (5 * (1000 + largest) - 1, 0)):
+        monkeypatch.setattr(loader, "free_shared_memory", lambda free=free: free)
+        assert fit_all_workers(2, 1000, [knn, segmentation]) == (2, 2)
+        assert (knn.num_workers, segmentation.num_workers) == (kept, kept)
+
+
 def test_knn_without_labels_is_off_or_an_error(photo_folder, tmp_path, capsys):
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -148,9 +246,9 @@ def test_knn_takes_a_black_image_for_a_bad_one(photo_folder, tmp_path, capsys):
     assert "knn_top1" in read(tmp_path / "out/log.txt")[0]
 
 
-def test_watching_changes_no_weight(photo_folder, tmp_path):
-    plain = train(photo_folder, tmp_path / "plain", "--epochs", 2)
-    watched = train(photo_folder, tmp_path / "watched", "--epochs", 2, *WATCHED)
+def test_watching_changes_no_weight(photo_folder, annotated_folders, tmp_path):
+    plain, dense = train(photo_folder, tmp_path / "plain", "--epochs", 2), ("--dense_path", annotated_folders["plain"])
+    watched = train(photo_folder, tmp_path / "watched", "--epochs", 2, *WATCHED, "--dense_every", 1, *dense)
     for name in ("student", "teacher"):
         torch.testing.assert_close(watched[name], plain[name], rtol=0, atol=0)
 

@@ -73,7 +73,7 @@ def test_curves_are_means_over_seeds_with_a_band_of_one_deviation(write_run, dra
     last = np.array([losses[-1] for _, losses in ours])
     table = capsys.readouterr().out.splitlines()
     assert table[0].split("  ")[0] == "setting"
-    start = ["loss", "mean", "3", "3", f"{last.mean():.3f}", "±", f"{last.std(ddof=1):.3f}", "-"]
+    start = ["loss", "mean", "3", "3", f"{last.mean():.3f}", "±", f"{last.std(ddof=1):.3f}"]
     assert table[1].split() == [*start, f"{last.mean() / 10:.3f}", "±", f"{last.std(ddof=1) / 10:.3f}"] + [
         f"{2 * last.mean():.1f}",
         "±",
@@ -221,8 +221,14 @@ def test_curves_of_studies_are_drawn_per_row(tmp_path, drawn):
     np.testing.assert_allclose(axes["Online k-NN"].lines[0].get_xydata(), [[2, 55]])
     np.testing.assert_allclose(axes["Matched patches"].lines[1].get_xydata(), [[1, 7]])
     # Newer lines, here of another process, say the number of prototypes.
-    path.write_text("\n".join([*lines, f"{lines[0]},out_dim", "mean,0,1,3,,,7,64", ""]))
+    lines += [f"{lines[0]},out_dim", "mean,0,1,3,,,7,64"]
+    path.write_text("\n".join([*lines, ""]))
     assert list(drawn(path)[0])[:2] == ["Loss, K = unknown", "Loss, K = 64"]
+    # Still newer ones have the online segmentation.
+    path.write_text("\n".join([*lines, f"{lines[2]},dense_miou", "sum,0,2,3,,,7,64,31.5", ""]))
+    axes, _ = drawn(path)
+    np.testing.assert_allclose(axes["Online segmentation"].lines[2].get_xydata(), [[2, 31.5]])
+    assert [len(line.get_xdata()) for line in axes["Online segmentation"].lines] == [0, 0, 1]
 
 
 def test_the_figure_is_written(write_run, tmp_path, capsys):
