@@ -5,6 +5,7 @@
     python -m studies search solar                               search for the settings of a study
     python -m studies report solar                               print the tables of the committed results
     python -m studies causes                                     draw why CLS outputs become uniform on digits
+    python -m studies make-scenes --packages P --output SCENES   compose images of several objects, with masks
 
 Options after `--` go to main_lgssl.py, for example `-- --use_bn_in_head false`.
 """
@@ -21,6 +22,7 @@ import torch
 from studies.causes import CAUSES, show_causes
 from studies.rows import SEARCH_SEED, SEARCHES, STUDIES, search_of
 from studies.runs import Place, commands, finished, run_study, settings
+from studies.scenes import make_scenes
 from support.arguments import ROOT, ArgumentParser, number
 from utils import UserError, run_main
 
@@ -52,9 +54,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--row", nargs="+", default=list(CAUSES.rows), help="rows to train if they are not done, and to draw")
     add("--seeds", type=number(int, 1), default=1, help="number of seeds to train; all that are done are drawn")
     add("--output", default="causes.png", help="figure to write, PNG or PDF")
+    scenes = command("make-scenes", "compose the images and masks of the study on scenes", [])
+    add = scenes.add_argument_group("scenes").add_argument
+    add("--packages", type=Path, required=True, help="folder of the unpacked Debian packages, see docs/study.md")
+    add("--output", type=Path, required=True, help="new folder of the scenes; the study expects DATA/scenes")
+    add("--train", type=number(int, 1), default=4000, help="number of training scenes")
+    add("--val", type=number(int, 1), default=600, help="number of validation scenes, of seen and of new stamps each")
+    add("--size", type=number(int, 16, 1024), default=96, help="side of a scene in pixels")
+    add("--seed", type=number(int, 0), default=0, help="seed of all scenes")
+    add("--jobs", type=number(int, 1), default=os.cpu_count() or 1, help="number of processes")
     for sub in (run, search):
         add = sub.add_argument_group("where and how").add_argument
-        add("--data_root", type=Path, default="DATA", help="folder of the data sets: fashion-mnist")
+        add("--data_root", type=Path, default="DATA", help="folder of the data sets: fashion-mnist, scenes")
         add("--jobs", type=number(int, 1), default=min(os.cpu_count() or 1, 8), help="number of simultaneous runs")
     for sub in (listing, run, search, causes):
         sub.add_argument("--runs", type=Path, default="runs", help="folder of all runs and results")
@@ -86,6 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.command == "list":
         list_studies(args.runs)
         return
+    if args.command == "make-scenes":
+        make_scenes(args.packages, args.output, args.train, args.val, args.size, args.seed, args.jobs)
+        return
     if args.command == "causes":
         os.environ["OMP_NUM_THREADS"] = "1"  # as in the runs of other studies
         torch.set_num_threads(1)
@@ -109,8 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.show:
         for row, seed in work:
             print(f"# {study.name}, {row}, seed {seed}")
-            for script, words in commands(study, row, seed, place).items():
-                print(f"python {script} {shlex.join(words)}")
+            for words in commands(study, row, seed, place).values():
+                print(f"python {shlex.join(words)}")
     else:
         run_study(study, work, place, args.jobs)
         print("\n".join(report(study, results)))

@@ -16,7 +16,7 @@ import main_lgssl
 import plot_runs
 from patch_matching import Matches
 from studies.rows import DIGITS, STUDIES
-from studies.runs import Place, commands, keep_curves
+from studies.runs import PRETRAINING, Place, commands, keep_curves
 from support.files import make_folder
 from utils import UserError
 from vision_transformer import TokenOutput
@@ -68,7 +68,7 @@ def show_causes(rows: Sequence[str], seeds: int, place: Place, output: str) -> N
     done = {(run.name, run.seed) for run in plot_runs.read_curves(path, NAMES)} if path.exists() else set()
     for seed, (row, label) in itertools.product(range(seeds), labels.items()):
         if (label, str(seed)) not in done:
-            train(commands(CAUSES, row, seed, place)["main_lgssl.py"], apart=row.endswith(APART))
+            train(commands(CAUSES, row, seed, place)[PRETRAINING][1:], apart=row.endswith(APART))
             keep_curves(path, label, seed, plot_runs.read_run(place.folder(CAUSES, row, seed), NAMES))
     runs = plot_runs.settings(plot_runs.read_curves(path, NAMES))
     blue, orange, *_, black = figures.LINE_COLORS

@@ -8,11 +8,9 @@ from scipy import stats
 
 import plot_runs
 from reproduce import markdown
-from studies.rows import SEARCHED, Study, draw, search_of
-from studies.runs import IMAGES, METRICS, RUN_COLUMNS, Place, changes, commands, settings
+from studies.rows import IMAGES, SEARCHED, Study, draw, search_of
+from studies.runs import Place, changes, commands, settings
 from utils import UserError
-
-COLUMNS = list(METRICS)
 
 
 def read_runs(study: Study, path: Path) -> pd.DataFrame:
@@ -21,12 +19,12 @@ def read_runs(study: Study, path: Path) -> pd.DataFrame:
     Raises:
         UserError: the file cannot be read, or has other rows than the study.
     """
-    lines = plot_runs.read_table(path, RUN_COLUMNS)
-    frame = pd.DataFrame(lines, columns=RUN_COLUMNS).drop_duplicates(["row", "seed", *IMAGES, "settings"])
+    lines, shown = plot_runs.read_table(path, study.columns), list(study.shown)
+    frame = pd.DataFrame(lines, columns=study.columns).drop_duplicates(["row", "seed", *IMAGES, "settings"])
     if unknown := set(frame["row"]) - set(study.rows):
         raise UserError(f"{path}: {study.name} has no row {min(unknown)}, expected some of {', '.join(study.rows)}")
     try:
-        frame[COLUMNS] = frame[COLUMNS].astype(float)
+        frame[shown] = frame[shown].replace("", "nan").astype(float)
     except ValueError as error:
         raise UserError(f"cannot read {path}: {error}") from error
     expected = {}
@@ -46,7 +44,7 @@ def report(study: Study, path: Path) -> list[str]:
     Tables whose rows all stand in an earlier one are left out. Runs with other settings or images than those of their
     row are a row of their own.
     """
-    runs, lines = read_runs(study, path), []
+    runs, titles, lines = read_runs(study, path), study.shown, []
     shown: set[str] = set()
     for title, rows in study.tables.items():
         found = {*rows} & {*runs["row"]}
@@ -59,28 +57,30 @@ def report(study: Study, path: Path) -> list[str]:
             for change, group in runs[runs["row"] == row].groupby("changes"):
                 dino = runs[(runs["row"] == reference) & (runs["changes"] == change)]
                 label = f"{study.rows[row].label}, {change}" if change else study.rows[row].label
-                cells.append([label, str(len(group)), *(spread(group[column]) for column in COLUMNS)])
-                differences = [interval(group[column], dino[column]) for column in COLUMNS]
+                cells.append([label, str(len(group)), *(spread(group[column]) for column in titles)])
+                differences = [interval(group[column], dino[column]) for column in titles]
                 if row != reference and any(differences):
                     compared.append([label, *differences])
         lines += [f"### {study.title[0].upper()}{study.title[1:]}: {title}", ""]
-        lines += ["Accuracy in %, mean ± standard deviation over the seeds.", ""]
-        lines += [*markdown([["method", "seeds", *METRICS.values()], *cells]), ""]
+        lines += [f"{study.measures} in %, mean ± standard deviation over the seeds.", ""]
+        lines += [*markdown([["method", "seeds", *titles.values()], *cells]), ""]
         if compared:
             lines += ["Difference to DINO in points, with its 95 % interval (Welch).", ""]
-            lines += [*markdown([["method", *METRICS.values()], *compared]), ""]
-    pixels = study.rows["pixels"].linear if "pixels" in study.rows else ""
-    words = f"`{study.linear}`; raw pixels `{pixels}`" if pixels else f"`{study.linear}`"
-    return [*lines, f"Linear: cached features of un-augmented images, {words}."]
+            lines += [*markdown([["method", *titles.values()], *compared]), ""]
+    return [*lines, study.note]
 
 
 def spread(values: pd.Series) -> str:
-    """Return mean ± standard deviation, or only the mean of a single value."""
+    """Return mean ± standard deviation, or only the mean of a single value; "" if no run has a value."""
+    values = values.dropna()
+    if values.empty:
+        return ""
     return f"{values.mean():.1f} ± {values.std():.1f}" if len(values) > 1 else f"{values.mean():.1f}"
 
 
 def interval(values: pd.Series, reference: pd.Series) -> str:
     """Return the difference of two means with its 95 % interval, for unequal variances; "" if the spread is unknown."""
+    values, reference = values.dropna(), reference.dropna()
     if min(len(values), len(reference)) < 2 or values.nunique() == reference.nunique() == 1:
         return ""
     difference = values.mean() - reference.mean()
@@ -95,7 +95,7 @@ def search_report(study: Study, path: Path) -> list[str]:
 
     A trial is judged by the mean of its linear accuracy and its k-NN accuracy with K = 10.
     """
-    numbers = [int(line["row"].rpartition("-")[2]) for line in plot_runs.read_table(path, RUN_COLUMNS)]
+    numbers = [int(line["row"].rpartition("-")[2]) for line in plot_runs.read_table(path, study.columns)]
     runs = read_runs(search_of(study, max(numbers, default=0) + 1), path)
     trials = runs[runs["changes"] == ""].copy()
     trials[["method", "trial"]] = trials["row"].str.rsplit("-", n=1, expand=True)
@@ -109,5 +109,5 @@ def search_report(study: Study, path: Path) -> list[str]:
         pairs = trials.pivot(index="trial", columns="method", values=column).reindex(columns=list(SEARCHED)).dropna()
         gains = pairs["mean"] - pairs["dino"]
         counts = f"{(gains > 0).sum()} trials ahead, {(gains < 0).sum()} behind, {(gains == 0).sum()} equal"
-        texts.append(f"{METRICS[column]} {gains.mean():+.1f} points ({counts})")
+        texts.append(f"{study.shown[column]} {gains.mean():+.1f} points ({counts})")
     return [*lines, f"- mean minus dino with the same setting: {'; '.join(texts)}"]

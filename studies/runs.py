@@ -6,32 +6,32 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import eval_dense
 import eval_knn
 import eval_linear
 import main_lgssl
 import plot_runs
 from reproduce import progress
-from studies.rows import Study
+from studies.rows import Metric, Study
 from support.arguments import ROOT
 from support.files import make_folder, read_json, read_text
 from support.options import argument_parser
 from utils import UserError
 
-# {script: (module, prefix of its settings, options that it requires)}
-SCRIPTS = {
-    "main_lgssl.py": (main_lgssl, "", []),
-    "eval_linear.py": (eval_linear, "linear.", ["--pretrained_weights", "none"]),
-    "eval_knn.py": (eval_knn, "knn.", ["--pretrained_weights", "none"]),
+PRETRAINING = "pretraining"  # the command that is no evaluation
+NO_WEIGHTS = ["--pretrained_weights", "none"]
+SCRIPTS = {  # {script: (module, words that it requires, after its protocol)}
+    "main_lgssl.py": (main_lgssl, []),
+    "eval_linear.py": (eval_linear, NO_WEIGHTS),
+    "eval_knn.py": (eval_knn, NO_WEIGHTS),
+    "eval_dense.py": (eval_dense, [*NO_WEIGHTS, "--data_path", "."]),
 }
-METRICS = {"linear": "linear", "knn10": "k-NN, K = 10", "knn20": "k-NN, K = 20", "balanced": "balanced accuracy"}
-AUROC = ["linear_auroc", "knn10_auroc"]  # of data sets with two classes
-IMAGES = ["images_train", "images_val"]
-RUN_COLUMNS = ["row", "seed", *METRICS, *AUROC, *IMAGES, "settings"]
 # The seed has a column. The weights of an evaluation are those of the run.
 NO_SETTINGS = {*argument_parser().may_change, "seed", "pretrained_weights"}
 
@@ -56,28 +56,34 @@ class Place:
 
 
 def commands(study: Study, row: str, seed: int, place: Place) -> dict[str, list[str]]:
-    """Return the commands of a run, {script: its options}: pretraining, if any, and both evaluations."""
-    entry, folder = study.rows[row], place.folder(study, row, seed)
-    data = study.data.split()
-    if study.folder:
-        data += ["--data_path", str(place.data_root / study.folder)]
-    output = ["--seed", str(seed), "--output_dir", str(folder)]
+    """Return the commands of a run, {name: script and its options}: PRETRAINING, if any, and the evaluations."""
+    entry, run = study.rows[row], place.folder(study, row, seed)
+
+    def data_and_output(folder: str | None, output: Path, model: Sequence[str]) -> list[str]:
+        path = ["--data_path", str(place.data_root / folder)] if folder else []
+        return [*study.data.split(), *path, *model, "--seed", str(seed), "--output_dir", str(output)]
+
     words, model = {}, entry.options.split()
     if entry.recipe:
-        words["main_lgssl.py"] = [f"@studies/{entry.recipe}.args", *model, *data, *place.extra, *output]
-        model = ["--pretrained_weights", str(folder / "checkpoint.pth")]
-    evaluation = ["--num_workers", "0", *data, *model, *output]
-    words["eval_linear.py"] = [*evaluation, *study.linear.split(), *entry.linear.split()]
-    words["eval_knn.py"] = evaluation
+        options = data_and_output(study.folder, run, place.extra)
+        words[PRETRAINING] = ["main_lgssl.py", f"@studies/{entry.recipe}.args", *model, *options]
+        model = ["--pretrained_weights", str(run / "checkpoint.pth")]
+    for name, evaluation in study.evaluations.items():
+        if name not in entry.without:
+            folder, output = evaluation.folder or study.folder, (run / evaluation.result).parent
+            options = ["--num_workers", "0", *data_and_output(folder, output, model), *evaluation.options.split()]
+            words[name] = [*evaluation.script.split(), *options, *entry.more.get(name, "").split()]
     return words
 
 
 def settings(commands: dict[str, list[str]]) -> str:
     """Return the settings of a run that are not defaults, as NAME=VALUE, those of evaluations as linear.NAME=VALUE."""
     pairs = []
-    for script, words in commands.items():
-        module, prefix, required = SCRIPTS[script]
-        defaults = vars(module.parse_arguments(required))
+    for command, (script, *words) in commands.items():
+        module, required = SCRIPTS[script]
+        protocol = [] if words[0][0] in "@-" else words[:1]
+        defaults = vars(module.parse_arguments([*protocol, *required]))
+        prefix = "" if command == PRETRAINING else f"{command}."
         for name, value in vars(module.parse_arguments(words)).items():
             if name not in NO_SETTINGS and value != defaults[name]:
                 pairs.append(f"{prefix}{name}={':'.join(map(str, value)) if isinstance(value, list) else value}")
@@ -100,8 +106,9 @@ def run_study(study: Study, work: list[tuple[str, int]], place: Place, jobs: int
     Raises:
         UserError: the data set is missing, or a run failed.
     """
-    if study.folder and not (place.data_root / study.folder).is_dir():
-        raise UserError(f"--data_root {place.data_root} has no {study.folder}, the folder of {study.title}")
+    for folder in (study.folder, *(evaluation.folder for evaluation in study.evaluations.values())):
+        if folder and not (place.data_root / folder).is_dir():
+            raise UserError(f"--data_root {place.data_root} has no {folder}, the folder of {study.title}")
     make_folder(place.runs, "--runs")
     done = finished(study, place.runs)
     todo = [
@@ -112,7 +119,7 @@ def run_study(study: Study, work: list[tuple[str, int]], place: Place, jobs: int
         row, seed = key
         folder = place.folder(study, row, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        for script, options in commands(study, row, seed, place).items():
+        for name, (script, *options) in commands(study, row, seed, place).items():
             with (folder / "output.txt").open("a") as output:
                 environment = {**os.environ, "OMP_NUM_THREADS": "1"}
                 command = [sys.executable, str(ROOT / script), *options]
@@ -120,7 +127,7 @@ def run_study(study: Study, work: list[tuple[str, int]], place: Place, jobs: int
             if code:
                 last = read_text(folder / "output.txt", errors="replace").strip().splitlines()[-1:]
                 raise UserError(f"{script} in {folder} failed: {' '.join(last) or f'exit code {code}'}")
-            if script == "main_lgssl.py" and progress(folder) < 1:
+            if name == PRETRAINING and progress(folder) < 1:
                 raise UserError(f"the pretraining in {folder} was stopped: run this command again")
         keep(study, row, seed, place)
         print(f"{row}, seed {seed}: done", flush=True)
@@ -133,24 +140,38 @@ def run_study(study: Study, work: list[tuple[str, int]], place: Place, jobs: int
 def finished(study: Study, runs: Path) -> set[tuple[str, str, str]]:
     """Return (row, seed, settings) of each run in the CSV file of a study, which may be missing."""
     path = runs / f"{study.name}.csv"
-    lines = plot_runs.read_table(path, RUN_COLUMNS) if path.exists() else []
+    lines = plot_runs.read_table(path, study.columns) if path.exists() else []
     return {(line["row"], line["seed"], line["settings"]) for line in lines}
 
 
 def keep(study: Study, row: str, seed: int, place: Place) -> None:
     """Append the curves and the results of a finished run to the CSV files."""
     folder, words = place.folder(study, row, seed), commands(study, row, seed, place)
-    if "main_lgssl.py" in words:
+    if PRETRAINING in words:
         run, label = plot_runs.read_run(folder), " ".join([row, *place.extra])
         keep_curves(place.runs / f"{study.name}_curves.csv", label, seed, run)
-    dataset = study.data.split()[1].replace(":", "_")
-    linear, knn = (read_json(folder / f"{name}_{dataset}.json") for name in ("linear", "knn"))
-    k10, k20 = knn["knn"]["10"], knn["knn"]["20"]
-    numbers = [linear["top1"], k10["top1"], k20["top1"], k10["balanced_accuracy"]]
-    auroc = [linear.get("auroc"), k10.get("auroc")]
-    images = knn["images"]["train"], knn["images"]["val"]
-    values = [row, seed, *numbers, *auroc, *images, settings(words)]
-    append(place.runs / f"{study.name}.csv", RUN_COLUMNS, [values])
+    results = {name: newest_result(folder, study.evaluations[name].result) for name in words if name != PRETRAINING}
+    numbers = [number_of(results.get(metric.evaluation, {}), metric) for metric in study.metrics.values()]
+    append(place.runs / f"{study.name}.csv", study.columns, [[row, seed, *numbers, settings(words)]])
+
+
+def number_of(result: dict[str, Any], metric: Metric) -> float | None:
+    """Return a number of a JSON result, or None if it is missing."""
+    for key in metric.keys[:-1]:
+        result = result.get(key, {})
+    return result.get(metric.keys[-1])
+
+
+def newest_result(folder: Path, pattern: str) -> dict[str, Any]:
+    """Return the newest result of an evaluation, see `Evaluation.result`.
+
+    Raises:
+        UserError: no file matches the pattern, or the newest cannot be read.
+    """
+    paths = sorted(folder.glob(pattern), key=os.path.getmtime)
+    if not paths:
+        raise UserError(f"no {folder / pattern}, the result of an evaluation")
+    return read_json(paths[-1])
 
 
 def keep_curves(path: Path, label: str, seed: int, run: plot_runs.Run) -> None:

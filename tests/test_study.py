@@ -1,11 +1,13 @@
 import json
 import math
 import multiprocessing
+import os
 import re
 import shlex
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,26 +18,39 @@ import main_lgssl
 import plot_runs
 from studies import __main__ as command
 from studies.report import interval, read_runs, report, search_report
-from studies.rows import DINO_SETTING, MEAN_SETTING, PATCHES, SEARCHED, SEARCHES, SPACE, STUDIES, draw, search_of
-from studies.runs import RUN_COLUMNS, SCRIPTS, Place, append, commands, settings
+from studies.rows import (
+    DINO_SETTING,
+    IMAGES,
+    MEAN_SETTING,
+    PATCHES,
+    SEARCHED,
+    SEARCHES,
+    SPACE,
+    STUDIES,
+    draw,
+    search_of,
+)
+from studies.runs import PRETRAINING, SCRIPTS, Place, append, commands, run_study, settings
 from utils import UserError
 
 
 def arguments(study, row, place):
-    """Return the arguments that each script of a run parses, {script: dictionary}."""
+    """Return the arguments that each command of a run parses, {name: dictionary}."""
     return {
-        script: vars(SCRIPTS[script][0].parse_arguments(words))
-        for script, words in commands(study, row, 0, place).items()
+        name: vars(SCRIPTS[script][0].parse_arguments(words))
+        for name, (script, *words) in commands(study, row, 0, place).items()
     }
 
 
 def write(path, study, values, extra=(), images=None):
-    """Append results to a CSV file as a run does: {row: [(linear, knn10, knn20, balanced) per seed]}."""
+    """Append results to a CSV file as a run does: {row: [numbers in the tables, one tuple per seed]}."""
     place = Place(path.parent, extra=list(extra))
     for row, numbers in values.items():
         for seed, scores in enumerate(numbers):
             text = settings(commands(study, row, seed, place))
-            append(path, RUN_COLUMNS, [[row, seed, *scores, None, None, *(images or study.images), text]])
+            counts = dict(zip(IMAGES, images or study.images, strict=True))
+            numbers = {**dict.fromkeys(study.metrics), **dict(zip(study.shown, scores, strict=True)), **counts}
+            append(path, study.columns, [[row, seed, *numbers.values(), text]])
 
 
 def test_report_is_mean_standard_deviation_and_difference_to_dino(tmp_path):
@@ -76,7 +91,7 @@ def test_rows_differ_only_in_loss_and_searched_settings(name):
     study = STUDIES[name]
     shared = {}
     for row in study.rows:
-        args = arguments(study, row, Place(ROOT)).get("main_lgssl.py")
+        args = arguments(study, row, Place(ROOT)).get(PRETRAINING)
         if args:
             shared[row] = {option: value for option, value in args.items() if option not in searched}
             losses = {"dino": "cls", "mean": "mean", "sum": "sum", PATCHES: "mean"}
@@ -88,7 +103,7 @@ def test_rows_differ_only_in_loss_and_searched_settings(name):
             network = args["global_crops_size"], args["patch_size"], args["arch"]
     assert len(shared) == 10
     assert all(settings == shared["dino"] for settings in shared.values())
-    untrained = arguments(study, "untrained", Place(ROOT))["eval_knn.py"]
+    untrained = arguments(study, "untrained", Place(ROOT))["knn"]
     assert (untrained["crop_size"], untrained["patch_size"], untrained["arch"]) == network
     assert set(sum(study.tables.values(), [])) == set(study.rows)
 
@@ -129,7 +144,7 @@ def test_search_names_the_best_and_compares_the_same_settings(tmp_path):
         f"- mean minus dino with the same setting: {'; '.join(gains)}",
     ]
     parsed = arguments(search_of(study, 1), "dino-0", Place(tmp_path))
-    assert parsed["main_lgssl.py"]["epochs"] == 5
+    assert parsed[PRETRAINING]["epochs"] == 5
     assert all(args["tuning"] for args in parsed.values())
 
 
@@ -198,10 +213,12 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_has_a_report(tmp_path, name):
-    rows = list(STUDIES[name].rows)
-    write(tmp_path / f"{name}.csv", STUDIES[name], {row: [(1, 2, 3, 4)] for row in rows})
-    lines = "\n".join(report(STUDIES[name], tmp_path / f"{name}.csv"))
-    assert all(f"| {STUDIES[name].rows[row].label} | 1 | 1.0 | 2.0 | 3.0 | 4.0 |" in lines for row in rows)
+    study = STUDIES[name]
+    scores = range(len(study.shown))
+    write(tmp_path / f"{name}.csv", study, {row: [scores] for row in study.rows})
+    lines = "\n".join(report(study, tmp_path / f"{name}.csv"))
+    cells = " | ".join(f"{score:.1f}" for score in scores)
+    assert all(f"| {row.label} | 1 | {cells} |" in lines for row in study.rows.values())
 
 
 def test_commands_are_shown(capsys):
@@ -218,6 +235,61 @@ def test_commands_are_shown(capsys):
     ]
 
 
+def test_scenes_are_evaluated_by_three_scripts(tmp_path, monkeypatch):
+    """Of several results, the newest counts. An evaluation that a row leaves out has empty cells."""
+    monkeypatch.setattr(sys, "argv", ["studies"])
+    study, place = STUDIES["scenes"], Place(tmp_path / "runs", tmp_path / "DATA")
+    folders = [f"scenes/{stamps}/{part}".rstrip("/") for stamps in ("seen", "new") for part in ("", "images")]
+    for folder in folders:
+        (place.data_root / folder).mkdir(parents=True)
+    shown = commands(study, "dino", 2, place)
+    run = place.folder(study, "dino", 2)
+    output, weights = f"--seed 2 --output_dir {run}", f"--pretrained_weights {run}/checkpoint.pth"
+    assert shlex.join(shown.pop("pretraining")) == (
+        f"main_lgssl.py @studies/scenes.args --loss cls --data_path {place.data_root}/scenes/seen/images {output}"
+    )
+    assert shlex.join(shown["linear_segmentation_new"]) == (
+        f"eval_dense.py linear-segmentation --num_workers 0 --data_path {place.data_root}/scenes/new {weights} "
+        f"{output}/linear_segmentation_new --train_images 400 --crop_size 96 --lr 1"
+    )
+    assert shlex.join(shown["patch_knn_seen"]) == (
+        f"eval_knn.py --num_workers 0 --data_path {place.data_root}/scenes/seen/images {weights} "
+        f"{output}/patch_knn_seen --crop_size 96 --features patches_mean"
+    )
+    assert list(shown) == [
+        f"{name}_{stamps}"
+        for name in ("knn_segmentation", "linear_segmentation", "knn", "patch_knn")
+        for stamps in ("seen", "new")
+    ]
+
+    started = []
+
+    def evaluate(words, **options):
+        folder = Path(words[words.index("--output_dir") + 1])
+        folder.mkdir()
+        number = len(started)
+        started.append(folder.name)
+        images = {"train": 4000, "val": 600}
+        result = {
+            "miou": number,
+            "miou_objects": 10 + number,
+            "knn": {"10": {"top1": 20 + number}},
+            "images": images,
+        }
+        (folder / "b.json").write_text(json.dumps(result))
+        (folder / "a.json").write_text("{}")
+        os.utime(folder / "a.json", (0, 0))
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(subprocess, "run", evaluate)
+    run_study(study, [("pixels", 0)], place, jobs=1)
+    assert started == list(shown)[:-2]
+    (line,) = report(study, place.runs / "scenes.csv")[6:-2]
+    assert line == "| color + position | 1 | 10.0 | 11.0 | 2.0 | 3.0 | 24.0 | 25.0 |  |  |"
+    run_study(study, [("pixels", 0)], place, jobs=1)
+    assert len(started) == 6
+
+
 @pytest.mark.slow
 def test_study_runs_and_goes_on(tmp_path):
     words = [sys.executable, "-m", "studies", "run", "digits", "--row", "pixels", "dino-image", "--runs", tmp_path]
@@ -232,7 +304,7 @@ def test_study_runs_and_goes_on(tmp_path):
     assert "dino-image, seed 0: done" not in output
     assert re.search(r"^\| raw pixels \| 2 \| 9\d\.\d ± \d\.\d \| 9\d\.\d ± 0\.0 \|", output, re.MULTILINE)
     assert re.search(r"^\| DINO, crops drawn per image, epochs 1 \| 2 \|", output, re.MULTILINE)
-    lines = plot_runs.read_table(tmp_path / "digits.csv", RUN_COLUMNS)
+    lines = plot_runs.read_table(tmp_path / "digits.csv", STUDIES["digits"].columns)
     assert sorted((line["row"], line["seed"]) for line in lines) == [
         (row, seed) for row in ("dino-image", "pixels") for seed in "01"
     ]
