@@ -45,7 +45,7 @@ DRAWN_VIDEOS, DRAWN_FRAMES = 3, 8
 DRAWN_PAIRS, DRAWN_MATCHES = 4, 24
 Backbone = VisionTransformer | dense.PatchColors
 Splits = dict[str, AnnotatedImages]
-PIXELS = "; pixels: no network, but a patch's mean color and its place"
+PIXELS = "; pixels: no network, but the colors of a patch and its place"
 
 
 def open_segmentation(args: argparse.Namespace) -> tuple[Backbone, Splits, int, evaluation.Result]:

@@ -176,7 +176,7 @@ PIXELS_NOTE = f"{LINEAR_NOTE}; raw pixels `{PIXELS_OPTIONS}`."
 SCENES_NOTE = (
     "Seen, new: whether the pretraining has seen the objects of the validation images. "
     "k-NN segmentation: mIoU of the 12 classes of objects; linear segmentation: of all 13 classes. Image k-NN: K = 10. "
-    "Color + position: no network, but the mean color and the place of a patch; for image k-NN, all pixels."
+    "Color + position: no network, but the colors of a patch and its place; for image k-NN, all pixels."
 )
 DENSE = "--train_images 400 --crop_size 96"
 KNN_DENSE, LINEAR_DENSE = f"{DENSE} --memory_size 20000", f"{DENSE} --lr 1"  # 0.01 is for ten times as many images

@@ -151,9 +151,10 @@ def existing(paths: list[Path]) -> list[Path]:
 
 
 class PatchColors(nn.Module):
-    """A baseline without a network: a patch's mean color, its row and column, and 1, for cosines as for distances.
+    """A baseline without a network: the colors of a patch and its place.
 
-    Colors are red, green and blue. All numbers are in [-1, 1].
+    A token has the cosine and the sine of 14 angles: of red, green and blue in the four quarters of the patch, and of
+    its row and column. So the cosine of two tokens falls with the difference of each of these.
     """
 
     def __init__(self, patch_size: int) -> None:
@@ -162,13 +163,16 @@ class PatchColors(nn.Module):
         self.register_buffer("side", torch.tensor(patch_size))  # so that the hash of the network depends on it
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map normalized images [B, 3, H, W] to tokens [B, 1+P, 6]. The CLS token is 0."""
+        """Map normalized images [B, 3, H, W] to tokens [B, 1+P, 28]. The CLS token is 0."""
         mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, STD))
-        colors = F.avg_pool2d(images, self.patch_size) * std + mean  # [B, 3, h, w], in [0, 1]
-        rows, columns = (torch.linspace(-1, 1, n).to(images) for n in colors.shape[2:])
-        place = torch.stack([*torch.meshgrid(rows, columns, indexing="ij"), torch.ones_like(colors[0, 0])])
-        tokens = torch.cat([2 * colors - 1, place.expand(len(images), -1, -1, -1)], 1).flatten(2).transpose(1, 2)
-        return F.pad(tokens, (0, 0, 1, 0))
+        h, w = (side // self.patch_size for side in images.shape[2:])
+        colors = F.pixel_unshuffle(F.adaptive_avg_pool2d(images * std + mean, (2 * h, 2 * w)), 2)  # [B, 12, h, w]
+        rows, columns = (torch.linspace(-1, 1, n).to(images) for n in (h, w))
+        place = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).expand(len(images), -1, -1, -1)
+        angles = torch.cat([1.5 * math.pi * colors, place], 1)  # black and white are 3/4 of a turn apart
+        weights = images.new_tensor([0.5] * 12 + [1, 1])[:, None, None]  # a color has four parts
+        tokens = torch.cat([weights * angles.cos(), weights * angles.sin()], 1)
+        return F.pad(tokens.flatten(2).transpose(1, 2), (0, 0, 1, 0))
 
 
 def patch_tokens(backbone: Network, normalized: bool = True) -> Network:

@@ -1,5 +1,7 @@
 """Segmentation by patch tokens, against loops over pixels, patches and neighbours in double precision."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -196,11 +198,14 @@ def test_patches_without_labels_are_not_in_the_memory(annotated_folders):
 
 
 def test_colors_and_places_of_patches(annotated_folders):
+    """The dot product of two tokens is a sum of cosines of differences: of 3 colors in 4 quarters, and of the place."""
     images = AnnotatedImages(annotated_folders["plain"], "val", 24)
     tokens = PatchColors(8)(torch.stack([images[0][0], images[1][0]]))
-    assert tokens.shape == (2, 1 + 9, 6)
+    assert tokens.shape == (2, 1 + 9, 28)
     colors = np.array(Image.open(images.paths[1]).resize((24, 24), Image.Resampling.BICUBIC)) / 255
-    for i, (row, column) in enumerate(np.ndindex(3, 3)):
-        patch = colors[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
-        expected = [*(2 * patch.mean((0, 1)) - 1), row - 1, column - 1, 1]
-        assert tokens[1, 1 + i].numpy() == pytest.approx(np.array(expected), abs=1e-6)
+    quarters = colors.reshape(6, 4, 6, 4, 3).mean((1, 3))  # of patches of 8 pixels
+    for a, b in itertools.product(np.ndindex(3, 3), repeat=2):
+        of_a, of_b = (quarters[2 * row : 2 * row + 2, 2 * column : 2 * column + 2] for row, column in (a, b))
+        expected = np.cos(1.5 * np.pi * (of_a - of_b)).sum() / 4 + np.cos(np.subtract(a, b)).sum()
+        i, j = (1 + 3 * row + column for row, column in (a, b))
+        assert float(tokens[1, i] @ tokens[1, j]) == pytest.approx(expected, abs=1e-5)
