@@ -95,8 +95,8 @@ def knn_segmentation(args: argparse.Namespace) -> None:
     confusion = dense.segmentation_confusion(network, scorer, splits["val"], *how)
     evaluation.leave_process_group()
     if rank == 0:
-        draw_examples(args.figure, splits["val"], partial(dense.segment, network, scorer), device)
         publish(result, confusion, per_image=patches, memory=len(memory))
+        draw_examples(args.figure, splits["val"], partial(dense.segment, network, scorer), device)
 
 
 def linear_segmentation(args: argparse.Namespace) -> None:
@@ -119,8 +119,8 @@ def linear_segmentation(args: argparse.Namespace) -> None:
     for part, truth in zip(tokens["val"].split(BATCH), masks["val"].split(BATCH), strict=True):
         found = dense.upsample(layer(part.to(device)), dense.square(part), MAP_SIDE)
         confusion += dense.confusion_matrix(found, truth.to(device).long(), num_classes)
-    draw_examples(args.figure, splits["val"], partial(dense.segment, network, layer), device)
     publish(result, confusion, per_image=patches)
+    draw_examples(args.figure, splits["val"], partial(dense.segment, network, layer), device)
 
 
 def tokens_of_all(
@@ -162,8 +162,14 @@ def draw_examples(path: str | None, images: AnnotatedImages, segment: Network, d
         pictures[f"{len(pictures) + 1}: {Path(images.paths[i]).stem}"] = np.array(images.image(i).resize(mask.shape))
         truths.append(mask.numpy())
         predictions.append(segment(pixels[None].to(device))[0].cpu().numpy())
-    figures.save(figures.draw_segmentation(pictures, truths, predictions, images.classes), path)
-    print(f"drawn in {printable(path)}", flush=True)
+    save_figure(figures.draw_segmentation(pictures, truths, predictions, images.classes), path)
+
+
+def save_figure(pages: list[Any], path: str) -> None:
+    """Write the pages of a figure. To be called when the result is written, which a figure must not cost."""
+    from support import figures  # imports matplotlib, whose backend main has set
+
+    print(f"drawn in {', '.join(map(printable, figures.save(pages, path)))}", flush=True)
 
 
 def publish(result: evaluation.Result, confusion: Tensor, **patches: int) -> None:
@@ -189,8 +195,8 @@ def propagation(args: argparse.Namespace) -> None:
     """Propagate the masks of videos, which the processes share."""
     videos = read_davis(Path(args.data_path))
     backbone, made_with, _ = evaluation.open_model(evaluation.model_spec(args), args.short_side)
-    images = {"videos": len(videos), "frames": sum(len(video.frames) for video in videos)}
-    result = evaluation.Result(result_name(args), args, backbone, made_with, images=images)
+    facts: dict[str, Any] = {"images": {"frames": sum(len(video.frames) for video in videos)}, "videos": len(videos)}
+    result = evaluation.Result(result_name(args), args, backbone, made_with, **facts)
     patch_size = backbone.patch_embed.patch_size[0]
     _, _, device = init_distributed(args.dist_url)
     set_threads(args.num_workers)
@@ -227,14 +233,14 @@ def propagation(args: argparse.Namespace) -> None:
         lines = ["propagation: J&F {jf:.1f}, J {j:.1f}, F {f:.1f}".format(**means)]
     else:
         lines = ["propagation: no score, since no frame between the first and the last one is annotated"]
+    if result.path is not None:
+        lines.append(f"masks in {printable(result.path.with_suffix(''))}")
+    result.publish(lines, **means, objects=objects)
     if args.figure:
         from support import figures  # imports matplotlib, whose backend main has set
 
         strips = {video.name: strip for video, (_, strip) in zip(videos, outcomes, strict=True) if strip}
-        lines.append(f"drawn in {', '.join(map(str, figures.save(figures.draw_propagation(strips), args.figure)))}")
-    if result.path is not None:
-        lines.append(f"masks in {result.path.with_suffix('')}")
-    result.publish(lines, **means, objects=objects)
+        save_figure(figures.draw_propagation(strips), args.figure)
 
 
 def correspondence(args: argparse.Namespace) -> None:
@@ -245,7 +251,7 @@ def correspondence(args: argparse.Namespace) -> None:
     side = grid * patch_size
     pairs = read_pairs(Path(args.data_path), grid)
     paths = sorted({path for pair in pairs for path in pair.images})
-    facts = {"images": {"pairs": len(pairs), "images": len(paths)}, "crop_size": side}
+    facts = {"images": {"val": len(paths)}, "pairs": len(pairs), "crop_size": side}
     result = evaluation.Result(result_name(args), args, backbone, made_with, **facts)
     datasets = {"images": ImageList(paths, whole_transform(side), upright=False)}
     rank, _, device = init_distributed(args.dist_url)
@@ -275,11 +281,11 @@ def correspondence(args: argparse.Namespace) -> None:
         scores[name] = {"per_image": 100 * float(per_image), "per_point": 100 * float(per_point)}
         text = "{per_image:.1f} % (mean of pairs), {per_point:.1f} % (of all points)".format(**scores[name])
         lines.append(f"correspondence, {name.replace('_', ' ')}: {text}")
+    result.publish(lines, scores=scores)
     if args.figure:
         from support import figures  # imports matplotlib, whose backend main has set
 
-        lines.append(f"drawn in {', '.join(map(str, figures.save(figures.draw_correspondence(drawn), args.figure)))}")
-    result.publish(lines, scores=scores)
+        save_figure(figures.draw_correspondence(drawn), args.figure)
 
 
 def result_name(args: argparse.Namespace) -> str:

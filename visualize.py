@@ -325,7 +325,7 @@ def add_command(commands: Any, name: str, draw: Callable, text: str) -> Argument
     sub = commands.add_parser(name, help=text, description=f"Draw {text}.")
     sub.set_defaults(draw=draw)
     evaluation.add_model_arguments(sub, required=name != "matches")
-    sub.add_argument("--output", nargs="+", default=[f"{name}.png"], metavar="FILE", help="files to write, PNG or PDF")
+    sub.add_argument("--output", nargs="+", metavar="FILE", help=f"files to write, PNG or PDF; default: {name}.png")
     sub.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of all random numbers")
     return sub
 
@@ -381,8 +381,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     add("--num_workers", type=workers, default=2, help="data-loading processes")
     args = parser.parse_args(argv)
     args.animate = "animate" in args and args.animate
-    if args.animate and args.output == ["attention.png"]:
-        args.output = ["attention.webp"]
+    args.output = args.output or [f"{args.command}.{'webp' if args.animate else 'png'}"]
     return args
 
 

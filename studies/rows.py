@@ -179,7 +179,7 @@ SCENES_NOTE = (
     "Color + position: no network, but the colors of a patch and its place; for image k-NN, all pixels."
 )
 DENSE = "--train_images 400 --crop_size 96"
-KNN_DENSE, LINEAR_DENSE = f"{DENSE} --memory_size 20000", f"{DENSE} --lr 1"  # 0.01 is for ten times as many images
+KNN_DENSE, LINEAR_DENSE = f"{DENSE} --memory_size 20000", f"{DENSE} --lr 1"  # with 0.01, 175 steps hardly train
 MEAN_OF_PATCHES = "--crop_size 96 --features patches_mean"
 TOP1 = ("knn", "10", "top1")
 SCENES_MEASURED = {  # evaluation: (script, options, data set below --data_root, number in the result, title)

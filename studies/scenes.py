@@ -6,7 +6,9 @@ images of two crops say little about each other, but their common patches do (pa
 """
 
 import colorsys
+import itertools
 import re
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -15,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from support.files import make_folder
 from utils import UserError
 
 STAMPS = Path("usr/share/tuxpaint/stamps")
@@ -178,6 +179,7 @@ def make_scenes(packages: Path, output: Path, train: int, val: int, size: int, s
     """
     if output.exists():
         raise UserError(f"--output {output} exists: give a new folder, or remove it")
+    unfinished = output.with_name(f"{output.name}.unfinished")
     materials = read_packages(packages, size, seed)
     parts = [
         Part("seen/{}/train", False, 0, train),
@@ -185,16 +187,21 @@ def make_scenes(packages: Path, output: Path, train: int, val: int, size: int, s
         Part("new/{}/val", True, 2, val),
     ]
     names = [*CLASSES]
-    for part in parts:
-        for folder in (output / part.folder.format(kind) / name for kind in ("images", "masks") for name in names):
-            make_folder(folder, "--output")
-    for name in ("seen", "new"):
-        (output / name / "classes.txt").write_text("\n".join(["background", *names]) + "\n")
-    for kind in ("images", "masks"):
-        (output / "new" / kind / "train").symlink_to(Path("../../seen") / kind / "train")
-    with ProcessPoolExecutor(jobs, initializer=_keep, initargs=(materials, output, size, seed)) as pool:
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
         for part in parts:
-            list(pool.map(_write_scene, [part] * part.scenes, range(part.scenes), chunksize=64))
+            for kind, name in itertools.product(("images", "masks"), names):
+                (unfinished / part.folder.format(kind) / name).mkdir(parents=True)
+        for name in ("seen", "new"):
+            (unfinished / name / "classes.txt").write_text("\n".join(["background", *names]) + "\n")
+        for kind in ("images", "masks"):
+            (unfinished / "new" / kind / "train").symlink_to(Path("../../seen") / kind / "train")
+        with ProcessPoolExecutor(jobs, initializer=_keep, initargs=(materials, unfinished, size, seed)) as pool:
+            for part in parts:
+                list(pool.map(_write_scene, [part] * part.scenes, range(part.scenes), chunksize=64))
+        unfinished.rename(output)
+    except OSError as error:
+        raise UserError(f"cannot write the scenes of --output {output}: {error.strerror}") from error
     print(f"{train} training and 2 × {val} validation scenes in {output}")
 
 

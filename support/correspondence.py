@@ -34,9 +34,9 @@ def keypoint_pairs(root: Path) -> list[Pair]:
         entry = read_json(path)
         try:
             source, target = (root / "JPEGImages" / entry["category"] / entry[f"{k}_imname"] for k in ("src", "trg"))
-            points = [np.array(entry[f"{k}_kps"], float).reshape(-1, 2) for k in ("src", "trg")]
+            points = [np.array(entry[f"{k}_kps"], float) for k in ("src", "trg")]
             left, top, right, bottom = map(float, entry["trg_bndbox"])
-            if len(points[0]) != len(points[1]) or max(right - left, bottom - top) <= 0:
+            if any(x.shape != (len(points[0]), 2) for x in points) or max(right - left, bottom - top) <= 0:
                 raise ValueError
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"cannot read {path}: expected src_ and trg_imname, src_ and trg_kps, category and "
@@ -62,6 +62,7 @@ def homography_pairs(root: Path, points: np.ndarray) -> list[Pair]:
                 raise ValueError
         except ValueError as error:
             raise UserError(f"cannot read {path}: expected an invertible matrix of 3 times 3 numbers") from error
+        matrix *= np.sign(matrix[2, 2]) or 1  # so that the third coordinate is positive in front of the camera
         sizes = [np.array(image_size(image)) for image in images]
         # Pixels have their centers at whole numbers.
         warped = np.append(points * sizes[0] - 0.5, np.ones((len(points), 1)), 1) @ matrix.T
@@ -89,7 +90,7 @@ def stereo_pairs(root: Path, points: np.ndarray) -> list[Pair]:
                 raise ValueError(f"found the shape {disparity.shape}")
             column, row = (points * [width, height]).astype(int).T
             shift = disparity[row, column].astype(float) / width
-        except (OSError, ValueError, TypeError, AttributeError, IndexError, BadZipFile) as error:
+        except (OSError, EOFError, ValueError, TypeError, AttributeError, IndexError, BadZipFile) as error:
             raise UserError(f"cannot read {path}: {first_line(error)}; expected numbers [H, W] of {left}") from error
         known = np.isfinite(shift)
         pairs.append(Pair((left, right), points[known], points[known] - np.outer(shift[known], [1, 0])))

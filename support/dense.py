@@ -1,6 +1,7 @@
 """Segmentation by the patch tokens of a frozen network: annotated images, k-NN over patches, a linear layer, IoU."""
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class AnnotatedImages(ImageList):
 
     Raises:
         UserError: there are no images, a mask is missing, cannot be read or has another size than its image, a label
-            is beyond the classes, or all pixels are ignored.
+            is beyond the classes, all pixels are ignored, or there is only one class.
     """
 
     def __init__(self, data_path: str | Path, split: str, side: int, classes: Sequence[str] | None = None) -> None:
@@ -61,9 +62,12 @@ class AnnotatedImages(ImageList):
         self.root, self.side, self.masks = root or Path(data_path), side, Paths(map(str, masks))
         names = self.root / "classes.txt"
         known = classes or (VOC_CLASSES if root else read_lines(names) if names.exists() else None)
+        if known and len({*known}) < len(known):
+            raise UserError(f"{names} names a class twice: expected a name per line, all different")
         used = np.zeros(IGNORED + 1, bool)
         for i, path in enumerate(self.paths):
             mask = np.asarray(read_mask(self.masks[i]))
+            self.labels[i] = zlib.crc32(mask.tobytes())  # tells results on other masks apart
             if mask.shape[::-1] != (size := image_size(path)):
                 sides = [f"{width}x{height} pixels" for width, height in (mask.shape[::-1], size)]
                 raise UserError(f"the mask {printable(self.masks[i])} has {sides[0]}, its image {sides[1]}")
@@ -76,10 +80,16 @@ class AnnotatedImages(ImageList):
         if not used[:IGNORED].any():
             raise UserError(f"no {split} image of {data_path} is annotated: all pixels of its masks are {IGNORED}")
         self.classes = known or [str(label) for label in range(np.flatnonzero(used[:IGNORED])[-1] + 1)]
+        if len(self.classes) < 2:
+            raise UserError(f"the {split} masks of {data_path} have only one class, {self.classes[0]}: expected two")
 
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def item_bytes(self) -> int:
+        return 20 * self.side**2  # 3 floats and an int64 per pixel
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         return super().__getitem__(index)[0], self.mask(index, self.side)
@@ -110,13 +120,9 @@ def open_annotated(data_path: str | Path, side: int) -> dict[str, AnnotatedImage
     """Open both splits of a folder, {"train": images, "val": images}, with the same classes. See AnnotatedImages.
 
     Raises:
-        UserError: as AnnotatedImages, or there is only one class.
+        UserError: as AnnotatedImages.
     """
     train = AnnotatedImages(data_path, "train", side)
-    if train.num_classes < 2:
-        raise UserError(
-            f"the train masks of {data_path} have only one class, {train.classes[0]}: expected at least two"
-        )
     return {"train": train, "val": AnnotatedImages(data_path, "val", side, train.classes)}
 
 
@@ -354,7 +360,7 @@ def annotated_batches(
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = range(rank, len(images), world_size)
-    workers = fit_workers(num_workers, batch_size * images.side**2 * 20)  # bytes: 3 floats and an int64 per pixel
+    workers = fit_workers(num_workers, batch_size * images.item_bytes)
     loader = open_loader(Subset(images, own), workers, device, batch_size=batch_size)
     for i, (pixels, masks) in enumerate(loader):
         on_device = (x.to(device, non_blocking=True) for x in (pixels, masks))

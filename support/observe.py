@@ -152,7 +152,7 @@ class OnlineSegmentation:
             images.keep(sorted(chosen[split][: MAX_ANNOTATED[split]].tolist()))
             images.use_intensity_range(intensity_range)
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.batch_bytes = batch_size * 20 * side**2  # 3 floats and an int64 per pixel
+        self.batch_bytes = batch_size * train.item_bytes
 
     def __call__(self, backbone: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> float | None:
         """Return the mean IoU of all classes in percent, or None if no patch is annotated. A collective call.

@@ -315,7 +315,7 @@ DENSES = [
     (
         "masks of one class",
         DENSE,
-        "train masks .* have only one class, 0",
+        "train masks .* have only one class, 0: expected two",
         annotated(**{"masks/train/a/x.png": image(pixels=np.zeros((40, 40), "u1"))}),
     ),
     (

@@ -164,6 +164,9 @@ def test_names_of_classes(annotated_folders, tmp_path):
         (tmp_path / part).symlink_to(annotated_folders["plain"] / part)
     (tmp_path / "classes.txt").write_text("ground\ncat\n\ndog\ncow\nbird\nnot seen\n")
     assert AnnotatedImages(tmp_path, "val", 16).classes == ["ground", "cat", "dog", "cow", "bird", "not seen"]
+    (tmp_path / "classes.txt").write_text("a\nb\nc\nd\ne\na")
+    with pytest.raises(UserError, match=r"classes.txt names a class twice"):
+        AnnotatedImages(tmp_path, "val", 16)
     (tmp_path / "classes.txt").write_text("ground\ncat\ndog")
     with pytest.raises(UserError, match=r"has the label [34]: expected 0 to 2, the classes of classes.txt, or 255"):
         AnnotatedImages(tmp_path, "val", 16)

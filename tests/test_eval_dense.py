@@ -1,6 +1,7 @@
 """The protocols of eval_dense.py from files to the result, against naive ones."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from sklearn.metrics import jaccard_score
 from test_dense import bilinear, naive_knn, naive_shares
 
 import eval_dense
+from support import figures
 from support.dense import open_annotated, train_layer
 from vision_transformer import vit_micro
 
@@ -98,7 +100,7 @@ def test_default_sides(annotated_folders):
         assert args.crop_size == side
 
 
-def test_colors_and_places_find_the_rectangles(annotated_folders, tmp_path):
+def test_colors_and_places_find_the_rectangles(annotated_folders, tmp_path, monkeypatch):
     """The figure changes no setting: the result keeps its file. Another folder and another patch have their own."""
     pixels = {"weights": "pixels --patch_size 4"}
     first = evaluate("knn-segmentation", annotated_folders["plain"], tmp_path, "--nb_knn", 3, **pixels)
@@ -109,6 +111,11 @@ def test_colors_and_places_find_the_rectangles(annotated_folders, tmp_path):
     )
     assert again["iou"] == first["iou"]
     assert Image.open(figure).width == 1400
+    monkeypatch.setattr(figures, "save", None)  # a figure that cannot be written
+    (tmp_path / "knn_segmentation_plain.json").unlink()
+    with pytest.raises(TypeError):
+        evaluate("knn-segmentation", annotated_folders["plain"], tmp_path, "--nb_knn", 3, "--figure", figure, **pixels)
+    assert json.loads((tmp_path / "knn_segmentation_plain.json").read_text())["iou"] == first["iou"]
     for folder, words in ((annotated_folders["voc"], []), (annotated_folders["plain"], ["--patch_size", "8"])):
         options = [
             "--data_path",
@@ -127,3 +134,14 @@ def test_colors_and_places_find_the_rectangles(annotated_folders, tmp_path):
         )
     assert len(list(tmp_path.glob("knn_segmentation_plain*.json"))) == 2
     assert (tmp_path / "knn_segmentation_voc.json").exists()
+
+
+def test_results_on_other_masks_are_kept_apart(annotated_folders, tmp_path):
+    folder = tmp_path / "plain"
+    shutil.copytree(annotated_folders["plain"], folder)
+    evaluate("knn-segmentation", folder, tmp_path / "out", weights="pixels --patch_size 8")
+    mask = min((folder / "masks/val").rglob("*.png"))
+    Image.fromarray(np.array(Image.open(mask))[::-1]).save(mask)
+    options = "--pretrained_weights pixels --patch_size 8 --crop_size 32 --num_workers 0 --output_dir"
+    eval_dense.main(["knn-segmentation", "--data_path", str(folder), *options.split(), str(tmp_path / "out")])
+    assert len(list((tmp_path / "out").glob("knn_segmentation_plain*.json"))) == 2
