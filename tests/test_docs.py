@@ -92,14 +92,7 @@ WRITTEN = {
     "docs/robustness.md": [],
     "docs/study.md": [],
     "docs/warm_start.md": ["OUT/knn_folder.json", "CONTINUED/checkpoint.pth", "CONTINUED/knn_folder.json"],
-    "docs/visualizing.md": [
-        "map.pdf",
-        "matches.png",
-        "assets/matches.png",
-        "assets/neighbours.png",
-        "runs.pdf",
-        "attention.gif",
-    ],
+    "docs/visualizing.md": ["map.pdf", "matches.png", "assets/matches.png", "assets/neighbours.png", "runs.pdf"],
 }
 
 
