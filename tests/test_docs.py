@@ -59,6 +59,7 @@ ELSEWHERE = {
     "python -m studies search": "test_study.py",
     "python -m studies report": "test_study.py",
     "python -m studies causes": "test_causes.py",
+    "python -m studies make-scenes": "test_scenes.py",
     "python main_lgssl.py @recipes/digits.args": "test_warm_start.py",
     "python main_lgssl.py @studies/solar_mean.args": "test_study.py",
     "python plot_runs.py": "test_plot_runs.py",
