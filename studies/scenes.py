@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from support.decoding import opened, read_image
 from utils import UserError
 
 STAMPS = Path("usr/share/tuxpaint/stamps")
@@ -99,7 +100,7 @@ def read_packages(folder: Path, size: int, seed: int) -> tuple[Material, Materia
     for path in sorted(path for pattern in WALLPAPERS for path in folder.glob(pattern)):
         wallpaper = re.sub(r"_?\d+x\d+$", "", str(path.with_suffix("")))
         largest[wallpaper] = max(path, largest.get(wallpaper, path), key=lambda p: p.stat().st_size)
-    wallpapers = [_open(path, "RGB") for path in largest.values()]
+    wallpapers = [read_image(path) for path in largest.values()]
     for image in wallpapers:
         image.thumbnail((8 * size, 8 * size))
     for material, part in zip((train, val), _split(wallpapers, TRAIN_WALLPAPERS, (seed, len(CLASSES))), strict=True):
@@ -109,17 +110,10 @@ def read_packages(folder: Path, size: int, seed: int) -> tuple[Material, Materia
     return train, val
 
 
-def _open(path: Path, mode: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert(mode)
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-
-
 def _stamp(path: Path, size: int) -> Image.Image:
     """Read a stamp, cut to what is visible of it."""
-    image = _open(path, "RGBA")
+    with opened(path) as file:
+        image = file.convert("RGBA")
     image = image.crop(image.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox())
     image.thumbnail((size, size))
     return image

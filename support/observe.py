@@ -23,11 +23,11 @@ from support import features
 from support.dense import (
     IGNORED,
     AnnotatedImages,
-    class_ious,
     knn_segment,
     patch_memory,
     patch_tokens,
     segmentation_confusion,
+    segmentation_metrics,
     voc_folder,
 )
 from support.evaluation import check_splits, classification_metrics, knn_votes
@@ -169,7 +169,7 @@ class OnlineSegmentation:
             return None
         scorer = functools.partial(knn_segment, memory, shares)
         confusion = segmentation_confusion(network, scorer, self.splits["val"], *how)
-        return 100 * float(class_ious(confusion).nanmean()) if confusion.any() else None
+        return segmentation_metrics(confusion, self.splits["val"].classes)["miou"]
 
 
 class ReadableImages(AnnotatedImages):
